@@ -1,0 +1,227 @@
+// Generalized Jensen-Shannon divergence of rows of logits.
+//
+// With z = (x - max)/T - lse for both rows, q = e^zq, p = e^zp, d = zp - zq and c = beta where d < 0, 1 - beta elsewhere,
+// L = log1p(c expm1(-|d|)) gives log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite for all finite logits,
+// exactly 0 for equal rows, and accurate for nearly equal ones, where the divergence is of second order in d.
+#include <algorithm>
+#include <array>
+
+#include "ops.h"
+
+namespace udi {
+namespace {
+
+// Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
+// packed, a row a lane, so that 6 classes do not leave 10 lanes idle.
+constexpr int64_t kPackedClasses = 64;
+constexpr int64_t kChunk = 128;  // elements summed in one float before they join the total
+
+// Rows of `stats`. The maximum is kept apart from the log-sum-exp of what lies below it: their sum would lose digits
+// of large logits.
+enum Stat { kMaxQ, kLseQ, kMaxP, kLseP, kDivQ, kDivP, kStats };
+
+template <class S>
+struct Constants {
+  S beta, inverse_temperature;
+};
+
+// f(x, y, offset, lanes) for every 16 elements of two rows; what lies beyond the end reads as probability 0.
+template <class T, class F>
+inline void for_each(const T* x, const T* y, int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) f(load(x + i), load(y + i), i, kLanes);
+  if (int rest = size - i) f(load(x + i, rest, -INFINITY), load(y + i, rest, -INFINITY), i, rest);
+}
+
+// Sums n terms, which f(x, y, sums) adds, over a row: each lane its own (packed) or all lanes together.
+template <int n, class T, class F>
+inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool packed, F f) {
+  std::array<Vec<T>, n> total{};
+  for (int64_t begin = 0; begin < size; begin += kChunk) {
+    std::array<Vec<T>, n> chunk{};
+    for_each(x + begin, y + begin, std::min(kChunk, size - begin), [&](auto a, auto b, int64_t, int) { f(a, b, chunk); });
+    for (int i = 0; i < n; ++i) total[i] += chunk[i];
+  }
+  if (!packed)
+    for (auto& v : total) v = Vec<T>{} + sum(v);
+  return total;
+}
+
+template <class V>
+struct Terms {
+  V q, p, log_qm, log_pm;
+};
+
+template <class V, class S>
+inline Terms<V> terms(V x, V y, const V* stats, Constants<S> k) {
+  const V lowest = V{} - S(1e30);  // takes -inf out of the differences; NaN stays
+  V zq = (x - stats[kMaxQ]) * k.inverse_temperature - stats[kLseQ];
+  V zp = (y - stats[kMaxP]) * k.inverse_temperature - stats[kLseP];
+  zq = zq < lowest ? lowest : zq;
+  zp = zp < lowest ? lowest : zp;
+  V d = zp - zq, below = d < 0 ? d : V{}, above = d < 0 ? V{} : d;  // NaN goes to `above`
+  V L = log1p((d < 0 ? V{} + k.beta : V{} + (1 - k.beta)) * expm1(below - above));
+  return {exp(zq), exp(zp), -above - L, below - L};
+}
+
+// Fills `stats`, returns the loss: in every lane its own row's (packed), or all the same.
+template <class T>
+Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, Vec<T>* stats) {
+  using V = Vec<T>;
+  V max_q = V{} - INFINITY, max_p = max_q;
+  for_each(x, y, size, [&](V a, V b, int64_t, int) {
+    max_q = max(max_q, a);
+    max_p = max(max_p, b);
+  });
+  if (!packed) max_q = V{} + max(max_q), max_p = V{} + max(max_p);
+  auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, auto& sum) {
+    sum[0] += exp((a - max_q) * k.inverse_temperature);
+    sum[1] += exp((b - max_p) * k.inverse_temperature);
+  });
+  stats[kMaxQ] = max_q, stats[kLseQ] = log(sum_q);
+  stats[kMaxP] = max_p, stats[kLseP] = log(sum_p);
+  // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
+  auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, auto& sum) {
+    auto t = terms(a, b, stats, k);
+    V q = t.q * t.log_qm, p = t.p * t.log_pm;
+    sum[0] += q;
+    sum[1] += p;
+    sum[2] += k.beta * p + (1 - k.beta) * q;
+  });
+  stats[kDivQ] = div_q, stats[kDivP] = div_p;
+  return loss;
+}
+
+// d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; `grad` is dL/d(row) in every lane.
+template <class T>
+void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
+              T* grad_x, T* grad_y) {
+  using V = Vec<T>;
+  V scale_q = grad * ((1 - k.beta) * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
+  for_each(x, y, size, [&](V a, V b, int64_t i, int n) {
+    auto s = terms(a, b, stats, k);
+    auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
+    if (grad_x) put(grad_x, scale_q * s.q * (s.log_qm - stats[kDivQ]));
+    if (grad_y) put(grad_y, scale_p * s.p * (s.log_pm - stats[kDivP]));
+  });
+}
+
+// The element of class c in row r goes to lane r of step c.
+template <class T>
+void pack(Rows<T> from, int64_t row, int rows, int64_t classes, compute_t<T>* to) {
+  for (int64_t c = 0; c < classes; ++c)
+    for (int lane = 0; lane < kLanes; ++lane)
+      to[c * kLanes + lane] = lane < rows ? compute_t<T>(from[row + lane][c]) : compute_t<T>(0);
+}
+
+template <class T>
+void unpack(const compute_t<T>* from, Rows<T> to, int64_t row, int rows, int64_t classes) {
+  for (int64_t c = 0; c < classes; ++c)
+    for (int lane = 0; lane < rows; ++lane) to[row + lane][c] = T(from[c * kLanes + lane]);
+}
+
+// f(first row, rows in the block) for all blocks, in parallel.
+template <class F>
+void for_each_block(int64_t rows, int64_t classes, F f) {
+  int64_t height = classes <= kPackedClasses ? kLanes : 1;
+  int64_t grain = 1 + 16384 / (height * classes);  // below this many elements a second thread does not pay
+  torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)));
+  });
+}
+
+template <class T>
+void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k,
+                  compute_t<T>* stats, compute_t<T>* loss) {
+  using S = compute_t<T>;
+  for_each_block(rows, classes, [&](int64_t row, int height) {
+    Vec<T> block[kStats], block_loss;
+    if (classes <= kPackedClasses) {
+      S a[kPackedClasses * kLanes], b[kPackedClasses * kLanes];
+      pack(x, row, height, classes, a);
+      pack(y, row, height, classes, b);
+      block_loss = forward(a, b, classes * kLanes, true, k, block);
+    } else {
+      block_loss = forward(x[row], y[row], classes, false, k, block);
+    }
+    for (int lane = 0; lane < height; ++lane) {
+      loss[row + lane] = block_loss[lane];
+      for (int i = 0; i < kStats; ++i) stats[i * rows + row + lane] = block[i][lane];
+    }
+  });
+}
+
+template <class T>
+void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k,
+                   const compute_t<T>* stats, Factor<compute_t<T>> grad, Factor<compute_t<T>> weight,
+                   compute_t<T> scale, Rows<T> grad_x, Rows<T> grad_y) {
+  using S = compute_t<T>;
+  for_each_block(rows, classes, [&](int64_t row, int height) {
+    Vec<T> block[kStats] = {}, g{};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      int64_t r = row + (lane < height ? lane : 0);  // one row: the same in every lane
+      for (int i = 0; i < kStats; ++i) block[i][lane] = stats[i * rows + r];
+      g[lane] = grad[r] * weight[r] * scale;
+    }
+    if (classes <= kPackedClasses) {
+      S a[kPackedClasses * kLanes], b[kPackedClasses * kLanes];
+      pack(x, row, height, classes, a);
+      pack(y, row, height, classes, b);
+      // The gradients replace the logits that they come from.
+      backward(a, b, classes * kLanes, k, block, g, grad_x ? a : nullptr, grad_y ? b : nullptr);
+      if (grad_x) unpack(a, grad_x, row, height, classes);
+      if (grad_y) unpack(b, grad_y, row, height, classes);
+    } else {
+      backward(x[row], y[row], classes, k, block, g, grad_x ? grad_x[row] : nullptr, grad_y ? grad_y[row] : nullptr);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                      double beta, double temperature, int64_t reduction) {
+  int64_t rows = input.size(0), classes = input.size(1);
+  ScalarType dtype = compute_dtype(input);
+  Tensor stats = empty(input, {kStats, rows}, dtype);
+  Tensor loss = empty(input, reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, dtype);
+  dispatch(input, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    std::vector<S> row_loss(rows);
+    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, {S(beta), S(1 / temperature)},
+                 static_cast<S*>(stats.data_ptr()), row_loss.data());
+    auto w = weight ? Factor<S>(*weight) : Factor<S>();
+    S* out = static_cast<S*>(loss.data_ptr());
+    double total = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      S row = w[r] * row_loss[r];
+      if (reduction == kNone) out[r] = row;
+      total += row;
+    }
+    if (reduction != kNone) *out = S(reduction == kMean ? total / rows : total);
+  });
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
+                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+  int64_t rows = input.size(0), classes = input.size(1);
+  Tensor grad_input = empty_grad(input, need_input), grad_target = empty_grad(target, need_target);
+  dispatch(input, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, {S(beta), S(1 / temperature)},
+                  static_cast<const S*>(stats.data_ptr()), Factor<S>(grad),
+                  weight ? Factor<S>(*weight) : Factor<S>(), S(reduction == kMean ? 1. / rows : 1.),
+                  need_input ? Rows<T>(grad_input) : Rows<T>(), need_target ? Rows<T>(grad_target) : Rows<T>());
+  });
+  return {grad_input, grad_target};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
+  m.impl("js_div_fwd", TORCH_BOX(&js_div_fwd));
+  m.impl("js_div_bwd", TORCH_BOX(&js_div_bwd));
+}
+
+}  // namespace
+}  // namespace udi

@@ -1,0 +1,76 @@
+// What the CPU launchers share.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "vec.h"
+
+namespace udi {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Reduction : int64_t { kNone, kSum, kMean };
+
+// Calls f with a null pointer of the tensor's element type.
+template <class F>
+auto dispatch(const Tensor& t, F f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
+    default: STD_TORCH_CHECK(false, "udi_kernels: not a floating-point dtype");
+  }
+}
+
+inline ScalarType compute_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// A gradient, or an empty tensor where none is asked for.
+inline Tensor empty_grad(const Tensor& like, bool needed) {
+  auto sizes = needed ? std::vector<int64_t>{like.size(0), like.size(1)} : std::vector<int64_t>{0};
+  return empty(like, sizes, like.scalar_type());
+}
+
+// Rows of a matrix whose elements lie side by side; rows may lie anywhere, even on top of each other.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t stride = 0;
+
+  Rows() = default;
+  explicit Rows(const Tensor& t) : data(static_cast<T*>(t.data_ptr())), stride(t.stride(0)) {
+    if (t.numel() == 0) data = nullptr;
+    STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, "udi_kernels: the elements of a row must be adjacent");
+  }
+  T* operator[](int64_t r) const { return data + r * stride; }
+  explicit operator bool() const { return data; }
+};
+
+// A factor per row: a vector of any stride, a scalar that all rows share, or nothing (1).
+template <class S>
+struct Factor {
+  const S* data = nullptr;
+  int64_t stride = 0;
+
+  Factor() = default;
+  explicit Factor(const Tensor& t) : data(static_cast<const S*>(t.data_ptr())), stride(t.dim() ? t.stride(0) : 0) {
+    STD_TORCH_CHECK((t.scalar_type() == ScalarType::Double) == (sizeof(S) == 8) && t.element_size() == sizeof(S),
+                    "udi_kernels: grad and weight must be float32, or float64 for float64 inputs");
+  }
+  S operator[](int64_t r) const { return data ? data[r * stride] : S(1); }
+};
+
+}  // namespace udi

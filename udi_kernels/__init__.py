@@ -1,0 +1,19 @@
+"""Fused kernels for multimodal learning without a joint loss."""
+
+from ._info import build_info
+from .club import CLUB, club_mi, club_nll
+from .gradients import GradientPlan, alignment_weights, gramian, weighted_sum
+from .js_div import js_div
+
+__all__ = [
+    "CLUB",
+    "GradientPlan",
+    "alignment_weights",
+    "build_info",
+    "club_mi",
+    "club_nll",
+    "gramian",
+    "js_div",
+    "weighted_sum",
+]
+__version__ = "0.1.0"

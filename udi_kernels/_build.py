@@ -1,0 +1,207 @@
+"""Compiles csrc and loads it: at installation where torch is importable, else at the first call that needs it.
+
+One recipe for both moments. A library is named by a hash of sources, flags, torch and machine, so a stale one is never
+loaded, and machines of several kinds can share a home directory. Importing this file compiles nothing and needs
+nothing beyond the standard library (setup.py loads it by path).
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").exists() else PACKAGE.parent / "csrc"
+PREBUILT = PACKAGE / "_lib"  # filled at installation
+
+# What torch itself asks for at each of its CPU capabilities; compilers without a flag were never asked for it.
+CPU_FLAGS = {
+    "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mprefer-vector-width=512",
+    "AVX2": "-mavx2 -mfma",
+}
+CXX_FLAGS = (
+    "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fopenmp-simd -fno-math-errno -fno-trapping-math"
+    " -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
+)
+CUDA_FLAGS = "-O3 -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA"
+# Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later.
+CUDA_ARCHS = (
+    "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90"
+    " -gencode=arch=compute_100,code=[sm_100,compute_100]"
+)
+
+
+class BuildError(RuntimeError):
+    """What is missing or went wrong, and the remedy, in one line."""
+
+
+@functools.cache
+def load(kind):
+    """The extension module `_cpu` or `_cuda`, its ops registered; None where it cannot be had, with one warning."""
+    try:
+        path = next((d / library(kind) for d in (PREBUILT, cache()) if (d / library(kind)).exists()), None)
+        return _load(kind, path or build(kind, cache()))
+    except BuildError as e:
+        warnings.warn(f"udi_kernels: no native {kind} kernels, plain torch is used instead: {e}", stacklevel=3)
+        return None
+
+
+def cache():
+    root = os.environ.get("UDI_KERNELS_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "udi_kernels"
+
+
+def library(kind):
+    """File name of the module for this machine."""
+    return f"_{kind}-{_key(kind)}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def build(kind, folder):
+    """Compiles the module into `folder` and returns its path; waits if another process is at it."""
+    tools = _tools(kind)
+    target = Path(folder) / library(kind)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_suffix(".lock")):
+            if not target.exists():
+                _compile(kind, tools, target)
+    except OSError as e:
+        raise BuildError(f"cannot write to {folder} ({e.strerror}); set UDI_KERNELS_CACHE to a writable folder") from e
+    return target
+
+
+def _compile(kind, tools, target):
+    print(f"udi_kernels: compiling the {kind} kernels, once for this machine ...", file=sys.stderr, flush=True)
+    work = target.parent / f"{target.stem}.build"
+    work.mkdir(exist_ok=True)
+    (work / "build.ninja").write_text(_ninja_file(kind, tools, target.name))
+    run = subprocess.run([tools["ninja"], "-C", work], capture_output=True, text=True)
+    if run.returncode:
+        log = work / "log.txt"
+        log.write_text(run.stdout + run.stderr)
+        first = next((line for line in run.stdout.splitlines() if "error" in line), "ninja failed").strip()
+        raise BuildError(f"compiling failed: {first} (all of it in {log})")
+    os.replace(work / target.name, target)  # whoever sees the file sees all of it
+    shutil.rmtree(work)
+
+
+def _ninja_file(kind, tools, output):
+    torch = _torch()
+    include = [f"-I{torch / 'include'}", f"-I{SOURCES}", f"-I{sysconfig.get_paths()['include']}"]
+    include.append(f"-I{tools['pybind11']}")
+    define = f"-DUDI_MODULE=_{kind}"
+    flags = " ".join([CXX_FLAGS, define, *include])
+    libs = "-ltorch -ltorch_cpu -lc10"
+    if kind == "cpu":
+        flags += " " + CPU_FLAGS.get(_capability(), "")
+    else:
+        cuda = Path(tools["nvcc"]).resolve().parents[1]
+        flags += f" -DUSE_CUDA -I{cuda / 'include'}"
+        libs = f"-ltorch -ltorch_cuda -ltorch_cpu -lc10 -L{cuda / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
+    undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    lines = [
+        f"cxx = {tools['cxx']}",
+        f"nvcc = {tools.get('nvcc', '')}",
+        "rule cxx",
+        f"  command = $cxx -MMD -MF $out.d {flags} -c $in -o $out",
+        "  depfile = $out.d",
+        "rule nvcc",
+        f"  command = $nvcc -ccbin $cxx {CUDA_FLAGS} {CUDA_ARCHS} {' '.join(include)} -c $in -o $out",
+        "rule link",
+        f"  command = $cxx -shared {undefined} $in -L{torch / 'lib'} {libs} -o $out",
+    ]
+    objects = []
+    for source in _sources(kind):
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
+    lines.append(f"build {output}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _sources(kind):
+    return [*sorted((SOURCES / kind).glob("*.cpp")), *sorted((SOURCES / kind).glob("*.cu")), SOURCES / "plan.cpp"]
+
+
+def _tools(kind):
+    """Paths of what the build needs, or an error that names the remedy."""
+    if sys.platform == "win32":
+        raise BuildError("the native build supports Linux and macOS; use WSL on Windows")
+    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not cxx or not shutil.which(cxx):
+        raise BuildError("no C++ compiler; install one (`apt install g++` or the like, or set CXX)")
+    ninja, pybind11 = shutil.which("ninja"), importlib.util.find_spec("pybind11")
+    if not ninja:  # the package's command is not on PATH where an environment is used without being activated
+        ninja = shutil.which("ninja", path=str(Path(sys.executable).parent))
+    if not ninja or not pybind11:
+        raise BuildError("ninja and pybind11 are needed; `pip install ninja pybind11`")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        raise BuildError("no Python headers; install them (`apt install python3-dev` or the like)")
+    tools = {"cxx": cxx, "ninja": ninja, "pybind11": Path(pybind11.origin).parent / "include"}
+    if kind == "cuda":
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+        nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+        if not nvcc:
+            raise BuildError("no nvcc; install the CUDA toolkit that torch was built with, or set CUDA_HOME")
+        if not any((_torch() / "lib").glob("libtorch_cuda.*")):
+            raise BuildError("this torch was built without CUDA; install a CUDA build of torch")
+        tools["nvcc"] = nvcc
+    return tools
+
+
+@functools.cache
+def _torch():
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed; `pip install torch`")
+    return Path(spec.origin).parent
+
+
+@functools.cache
+def _capability():
+    """torch's name of what this CPU can do (ATEN_CPU_CAPABILITY lowers it)."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@functools.cache
+def _key(kind):
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*")):
+        if path.is_file() and path.parent.name in (kind, SOURCES.name):
+            digest.update(path.name.encode() + path.read_bytes())
+    version = re.search(r"__version__ = '(\d+\.\d+)", (_torch() / "version.py").read_text())
+    for part in (CXX_FLAGS, CUDA_FLAGS, CUDA_ARCHS, CPU_FLAGS.get(_capability(), ""), platform.machine(), version[1]):
+        digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Held by one process at a time, and let go of by the system if it dies."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _load(kind, path):
+    import torch  # noqa: F401  its libraries must be in the process before ours
+
+    spec = importlib.util.spec_from_file_location(f"udi_kernels._{kind}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as e:
+        raise BuildError(f"loading {path} failed ({e}); delete it to have it built anew") from e
+    return module

@@ -1,0 +1,41 @@
+"""Argument checks shared by the public ops: the same errors on every backend."""
+
+import torch
+
+from ._ops import REDUCTIONS
+
+
+def tensors(op, **named):
+    """Every argument is a floating-point tensor on one device."""
+    first = None
+    for name, t in named.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if first is None:
+            first, device = name, t.device
+        elif t.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} as {first} is, got {t.device}")
+
+
+def promote(*ts):
+    """Brings mixed dtypes (autocast makes them) to the common one, as torch does for its own operators."""
+    dtype = ts[0].dtype
+    if all(t.dtype == dtype for t in ts):
+        return ts
+    for t in ts[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in ts)
+
+
+def reduction(op, value):
+    """The reduction as the ops take it."""
+    if value not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
+    return REDUCTIONS.index(value)
+
+
+def rows(t):
+    """The kernels take any row stride, and elements of a row side by side."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

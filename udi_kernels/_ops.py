@@ -1,0 +1,130 @@
+"""Schemas and fake kernels of `torch.ops.udi_kernels`, and which backend serves them.
+
+CPU and CUDA C++ register their kernels when `_build` loads them; the Triton launchers register here.
+Reductions travel as an int: index into `REDUCTIONS`.
+"""
+
+import functools
+import importlib
+from importlib.util import find_spec
+
+import torch
+from torch.library import Library, register_fake
+
+from . import _build
+from .reference import accumulation_dtype
+
+REDUCTIONS = ("none", "sum", "mean")
+
+_lib = Library("udi_kernels", "DEF")
+# stats: (6, R) per-row log-sum-exp terms and divergences.  A gradient that is not asked for comes back empty.
+_lib.define(
+    "js_div_fwd(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
+    " -> (Tensor loss, Tensor stats)"
+)
+_lib.define(
+    "js_div_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, float beta,"
+    " float temperature, int reduction, bool need_input, bool need_target) -> (Tensor, Tensor)"
+)
+# stats: (5, D) column statistics of the shifted data, the shift first.
+_lib.define("club_mi_fwd(Tensor mu, Tensor logvar, Tensor y, int reduction) -> (Tensor loss, Tensor stats)")
+_lib.define(
+    "club_mi_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, Tensor stats, int reduction,"
+    " bool need_mu, bool need_logvar, bool need_y) -> (Tensor, Tensor, Tensor)"
+)
+_lib.define("club_nll_fwd(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
+_lib.define(
+    "club_nll_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, bool need_mu, bool need_logvar, bool need_y)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+# grads: K*P tensors, list after list; or, stacked, P tensors of shape (K, *shape).
+_lib.define("gramian(Tensor?[] grads, int k, bool stacked) -> Tensor")
+_lib.define("weighted_sum(Tensor(a!)[] out, Tensor?[] grads, Tensor weights, bool stacked) -> ()")
+
+
+def _loss_like(x, reduction, rows):
+    return x.new_empty((rows,) if reduction == 0 else (), dtype=accumulation_dtype(x.dtype))
+
+
+def _grads_like(tensors, needs):
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True))
+
+
+@register_fake("udi_kernels::js_div_fwd", lib=_lib)
+def _(input, target, weight, beta, temperature, reduction):
+    stats = input.new_empty((6, input.shape[0]), dtype=accumulation_dtype(input.dtype))
+    return _loss_like(input, reduction, input.shape[0]), stats
+
+
+@register_fake("udi_kernels::js_div_bwd", lib=_lib)
+def _(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target):
+    return _grads_like((input, target), (need_input, need_target))
+
+
+@register_fake("udi_kernels::club_mi_fwd", lib=_lib)
+def _(mu, logvar, y, reduction):
+    stats = mu.new_empty((5, mu.shape[1]), dtype=accumulation_dtype(mu.dtype))
+    return _loss_like(mu, reduction, mu.shape[0]), stats
+
+
+@register_fake("udi_kernels::club_mi_bwd", lib=_lib)
+def _(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, need_y):
+    return _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
+
+
+@register_fake("udi_kernels::club_nll_fwd", lib=_lib)
+def _(mu, logvar, y):
+    return _loss_like(mu, 1, None)
+
+
+@register_fake("udi_kernels::club_nll_bwd", lib=_lib)
+def _(grad, mu, logvar, y, need_mu, need_logvar, need_y):
+    return _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
+
+
+@register_fake("udi_kernels::gramian", lib=_lib)
+def _(grads, k, stacked):
+    some = next(g for g in grads if g is not None)
+    return some.new_empty((k, k), dtype=accumulation_dtype(some.dtype))
+
+
+@register_fake("udi_kernels::weighted_sum", lib=_lib)
+def _(out, grads, weights, stacked):
+    return None
+
+
+def _launcher(module, name):
+    """A Triton launcher, imported at its first call: Triton is slow to import, and may be missing."""
+
+    def call(*args):
+        return getattr(importlib.import_module(f"udi_kernels.triton.{module}"), name)(*args)
+
+    return call
+
+
+for _module, _names in {"js_div": ("js_div",), "club": ("club_mi", "club_nll")}.items():
+    for _name in (f"{n}_{way}" for n in _names for way in ("fwd", "bwd")):
+        _lib.impl(_name, _launcher(_module, _name), "CUDA")
+
+ops = torch.ops.udi_kernels
+
+
+@torch.compiler.assume_constant_result
+def served(family, device_type, dtype):
+    """Whether a kernel serves this family of ops ("losses" or "gradients") there; if not, the reference does.
+
+    The first question loads the native library, and builds it if need be.
+    """
+    return backend(family, device_type, dtype) != "reference"
+
+
+@functools.cache
+def backend(family, device_type, dtype):
+    if device_type == "cpu" and _build.load("cpu"):
+        return "C++"
+    if device_type == "cuda" and family == "gradients" and _build.load("cuda"):
+        return "CUDA"
+    # Triton kernels compute in float32, so float64 is left to the reference there.
+    if device_type == "cuda" and family == "losses" and dtype != torch.float64 and find_spec("triton"):
+        return "Triton"
+    return "reference"

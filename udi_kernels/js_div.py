@@ -1,0 +1,97 @@
+"""Generalized Jensen-Shannon divergence between the softmaxes of two sets of logits."""
+
+from functools import partial
+
+import torch
+
+from . import _checks, reference
+from ._autograd import differentiable_backward, kernel_backward
+from ._ops import ops, served
+
+
+def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="mean"):
+    r"""Generalized Jensen-Shannon divergence over the last dimension, in nats.
+
+    With ``q = softmax(input / T)``, ``p = softmax(target / T)`` and ``m = beta p + (1 - beta) q``::
+
+        JS = beta KL(p || m) + (1 - beta) KL(q || m)
+
+    (Lin 1991, "Divergence measures based on the Shannon entropy"; ``beta`` as in GKD, arXiv 2306.13649.)
+    The gradients are ``(1 - beta)/T q (log(q/m) - KL(q || m))`` and its mirror image; the backward pass recomputes
+    them from the logits, so nothing of the size of the input is kept.
+
+    Args:
+        input: logits of q, shape (..., C), float16, bfloat16, float32 or float64, any strides.
+        target: logits of p, same shape and device; differentiable too.
+        beta: weight of p in the mixture, ``0 < beta < 1``.
+        temperature: T > 0. The result is not multiplied by T².
+        weight: factor of each row, shape (...); 0 masks a row out of value and gradients unless it holds NaN.
+            It gets no gradient.
+        reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
+
+    Returns:
+        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes or devices disagree, C is 0, or a number is out of range.
+    """
+    _checks.tensors("js_div", input=input, target=target)
+    if input.shape != target.shape:
+        raise ValueError(f"js_div: target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
+    if input.dim() == 0 or input.shape[-1] == 0:
+        raise ValueError(f"js_div: input needs a last dimension of at least one class, got {tuple(input.shape)}")
+    if not 0 < beta < 1:
+        raise ValueError(f"js_div: beta must lie between 0 and 1, both excluded, got {beta}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"js_div: temperature must be positive and finite, got {temperature}")
+    code = _checks.reduction("js_div", reduction)
+    leading = input.shape[:-1]
+    if weight is not None:
+        _checks.tensors("js_div", input=input, weight=weight)
+        if weight.shape != leading:
+            raise ValueError(f"js_div: weight must have shape {tuple(leading)}, one per row, got {tuple(weight.shape)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction")
+
+    input, target = _checks.promote(input, target)
+    if not served("losses", input.device.type, input.dtype):
+        return reference.js_div(
+            input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction
+        )
+    if input.dim() != 2:
+        input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1, target.shape[-1])
+    if weight is not None:
+        weight = weight.reshape(-1).to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+        if reduction == "mean":
+            weight, code = weight / weight.sum(), _checks.reduction("js_div", "sum")
+    loss = _JSDiv.apply(_checks.rows(input), _checks.rows(target), weight, float(beta), float(temperature), code)
+    return loss.reshape(leading) if reduction == "none" else loss
+
+
+class _JSDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, weight, beta, temperature, reduction):
+        loss, stats = ops.js_div_fwd(input, target, weight, beta, temperature, reduction)
+        ctx.save_for_backward(input, target, weight, stats)
+        ctx.constants = beta, temperature, reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, target, weight, stats = ctx.saved_tensors
+        beta, temperature, reduction = ctx.constants
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            f = partial(
+                reference.js_div,
+                beta=beta,
+                temperature=temperature,
+                weight=weight,
+                reduction=_checks.REDUCTIONS[reduction],
+            )
+            grads = differentiable_backward(f, (input, target), needs, grad)
+        else:
+            args = (grad, input, target, weight, stats, beta, temperature, reduction)
+            grads = kernel_backward(ops.js_div_bwd, args, needs)
+        return *grads, None, None, None, None

@@ -1,0 +1,76 @@
+"""Plain-torch versions of every op: short, readable, differentiable by autograd.
+
+They document the formulas, are the oracle of the tests (in float64), and serve wherever no kernel does:
+other devices, and machines where nothing could be compiled.
+"""
+
+import torch
+
+
+def accumulation_dtype(dtype):
+    """float64 stays float64; everything narrower is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="mean"):
+    dtype = accumulation_dtype(input.dtype)
+    log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
+    # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
+    d = log_p - log_q
+    below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
+    L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
+    rows = (beta * log_p.exp() * (below - L) - (1 - beta) * log_q.exp() * (above + L)).sum(-1)
+    if weight is not None:
+        rows = rows * weight.to(dtype)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if weight is None else rows.sum() / weight.to(dtype).sum()
+
+
+def _log_softmax(z, temperature):
+    # Shifted by the maximum before the division by T, large logits lose nothing; a logit of -inf stays below any other.
+    z = (z - z.amax(-1, keepdim=True).detach()) / temperature
+    return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
+
+
+def club_mi(mu, logvar, y, *, reduction="mean"):
+    dtype = accumulation_dtype(mu.dtype)
+    mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
+    if len(y):
+        shift = y[0].detach()  # the bound does not change when y and mu move together; its rounding error does
+        mu, y = mu - shift, y - shift
+    mean = y.mean(0)
+    negative = (y - mean).square().mean(0) + (mean - mu).square()  # the mean of (y_j - mu_i)^2 over all j
+    rows = 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+
+
+def club_nll(mu, logvar, y):
+    dtype = accumulation_dtype(mu.dtype)
+    mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
+    return ((y - mu).square() * (-logvar).exp() + logvar).sum(-1).mean()
+
+
+def gramian(grads):
+    """grads: K lists of P tensors or None."""
+    some = next(g for row in grads for g in row if g is not None)
+    dtype = accumulation_dtype(some.dtype)
+    gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=some.device)
+    for column in zip(*grads, strict=True):  # the K gradients of one parameter
+        shape = next((g for g in column if g is not None), None)
+        if shape is not None:
+            rows = torch.stack([torch.zeros_like(shape) if g is None else g for g in column]).flatten(1).to(dtype)
+            gram += rows @ rows.T
+    return gram.to(dtype)
+
+
+def weighted_sum(grads, weights):
+    """grads: K lists of P tensors or None; weights: (K,)."""
+    out = []
+    for column in zip(*grads, strict=True):
+        terms = [w.to(accumulation_dtype(g.dtype)) * g for w, g in zip(weights, column, strict=True) if g is not None]
+        dtype = next((g.dtype for g in column if g is not None), None)
+        out.append(sum(terms).to(dtype) if terms else None)
+    return out
