@@ -88,7 +88,7 @@ def _compile(kind, tools, target):
     if run.returncode:
         log = work / "log.txt"
         log.write_text(run.stdout + run.stderr)
-        first = next((line for line in run.stdout.splitlines() if "error" in line), "ninja failed").strip()
+        first = next((line for line in run.stdout.splitlines() if "error:" in line), "ninja failed").strip()
         raise BuildError(f"compiling failed: {first} (all of it in {log})")
     os.replace(work / target.name, target)  # whoever sees the file sees all of it
     shutil.rmtree(work)
@@ -199,8 +199,8 @@ def _load(kind, path):
     import torch  # noqa: F401  its libraries must be in the process before ours
 
     spec = importlib.util.spec_from_file_location(f"udi_kernels._{kind}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as e:
         raise BuildError(f"loading {path} failed ({e}); delete it to have it built anew") from e

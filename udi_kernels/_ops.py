@@ -109,13 +109,16 @@ for _module, _names in {"js_div": ("js_div",), "club": ("club_mi", "club_nll")}.
 ops = torch.ops.udi_kernels
 
 
-@torch.compiler.assume_constant_result
 def served(family, device_type, dtype):
     """Whether a kernel serves this family of ops ("losses" or "gradients") there; if not, the reference does.
 
     The first question loads the native library, and builds it if need be.
     """
     return backend(family, device_type, dtype) != "reference"
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo, 1.3 s.
+served._dynamo_marked_constant = True
 
 
 @functools.cache
