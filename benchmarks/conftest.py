@@ -15,7 +15,8 @@ def timed(benchmark, device):
 
     def run(f, *args):
         torch.manual_seed(0)
-        benchmark.extra_info["device"] = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        benchmark.extra_info["device"] = name
 
         def call():
             result = f(*args)

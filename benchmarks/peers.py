@@ -1,4 +1,4 @@
-"""What the kernels are measured against, in plain torch: as users write it, and the best plain form for torch.compile."""
+"""What the kernels are measured against: plain torch as users write it, and the best plain form for torch.compile."""
 
 import math
 

@@ -1,9 +1,9 @@
 """Gram matrix and weighted sum of three gradients of ResNet-18."""
 
-import peers
 import pytest
 import torch
 
+import peers
 from udi_kernels import GradientPlan, gramian, weighted_sum
 
 

@@ -1,9 +1,9 @@
 """Forward + backward of the losses, gradients as UDI needs them: only for `input`, only for `y`."""
 
-import peers
 import pytest
 import torch
 
+import peers
 from udi_kernels import club_mi, js_div
 
 JS_DIV = {"udi_kernels": js_div, "eager": peers.js_div_eager, "torch.compile": torch.compile(peers.js_div_plain)}
@@ -21,7 +21,9 @@ def forward_backward(f, leaf, *args):
 
 
 @pytest.mark.parametrize("provider", JS_DIV)
-@pytest.mark.parametrize("shape", [(64, 6), (64, 101), (1024, 1000), (1024, 32000)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(64, 6), (64, 101), (1024, 1000), (1024, 32000)], ids=lambda s: "x".join(map(str, s))
+)
 def test_js_div(timed, benchmark, device, shape, provider):
     benchmark.group = f"js_div {shape} {device}"
     input, target = (torch.randn(shape, device=device) for _ in range(2))

@@ -97,10 +97,13 @@ def test_report():
 
 
 def test_compile_without_an_eager_call_before(python):
-    run = python("""
+    run = python(
+        """
 import torch, udi_kernels
 f = torch.compile(udi_kernels.js_div, fullgraph=True, backend="aot_eager")
 x = torch.randn(3, 4, requires_grad=True)
 f(x, x.detach().roll(1)).backward()
-""", UDI_KERNELS_CACHE=os.environ.get("UDI_KERNELS_CACHE", ""))
+""",
+        UDI_KERNELS_CACHE=os.environ.get("UDI_KERNELS_CACHE", ""),
+    )
     assert run.returncode == 0, run.stderr

@@ -4,8 +4,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from losses import EPS, assert_as_good_as_torch, distance, run
 
+from losses import EPS, assert_as_good_as_torch, distance, run
 from udi_kernels import js_div, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

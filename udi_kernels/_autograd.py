@@ -8,7 +8,8 @@ def differentiable_backward(f, inputs, needs, grad):
 
     The kernels' backward passes can not, so this replaces them where a graph of the gradients is wanted.
     """
-    grads = iter(torch.autograd.grad(f(*inputs), [x for x, need in zip(inputs, needs, strict=True) if need], grad, create_graph=True))
+    needed = [x for x, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(f(*inputs), needed, grad, create_graph=True))
     return [next(grads) if need else None for need in needs]
 
 

@@ -84,8 +84,8 @@ def _(grad, mu, logvar, y, need_mu, need_logvar, need_y):
 
 @register_fake("udi_kernels::gramian", lib=_lib)
 def _(grads, k, stacked):
-    some = next(g for g in grads if g is not None)
-    return some.new_empty((k, k), dtype=accumulation_dtype(some.dtype))
+    tensors = [g for g in grads if g is not None]
+    return tensors[0].new_empty((k, k), dtype=accumulation_dtype(*(g.dtype for g in tensors)))
 
 
 @register_fake("udi_kernels::weighted_sum", lib=_lib)

@@ -56,9 +56,7 @@ def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="
 
     input, target = _checks.promote(input, target)
     if not served("losses", input.device.type, input.dtype):
-        return reference.js_div(
-            input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction
-        )
+        return reference.js_div(input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction)
     if input.dim() != 2:
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1, target.shape[-1])
     if weight is not None:

@@ -7,9 +7,9 @@ other devices, and machines where nothing could be compiled.
 import torch
 
 
-def accumulation_dtype(dtype):
+def accumulation_dtype(*dtypes):
     """float64 stays float64; everything narrower is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="mean"):
@@ -55,13 +55,13 @@ def club_nll(mu, logvar, y):
 
 def gramian(grads):
     """grads: K lists of P tensors or None."""
-    some = next(g for row in grads for g in row if g is not None)
-    dtype = accumulation_dtype(some.dtype)
-    gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=some.device)
+    tensors = [g for row in grads for g in row if g is not None]
+    dtype = accumulation_dtype(*(g.dtype for g in tensors))
+    gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=tensors[0].device)
     for column in zip(*grads, strict=True):  # the K gradients of one parameter
-        shape = next((g for g in column if g is not None), None)
-        if shape is not None:
-            rows = torch.stack([torch.zeros_like(shape) if g is None else g for g in column]).flatten(1).to(dtype)
+        like = next((g for g in column if g is not None), None)
+        if like is not None:
+            rows = torch.stack([(torch.zeros_like(like) if g is None else g).flatten() for g in column]).to(dtype)
             gram += rows @ rows.T
     return gram.to(dtype)
 
@@ -70,7 +70,8 @@ def weighted_sum(grads, weights):
     """grads: K lists of P tensors or None; weights: (K,)."""
     out = []
     for column in zip(*grads, strict=True):
-        terms = [w.to(accumulation_dtype(g.dtype)) * g for w, g in zip(weights, column, strict=True) if g is not None]
         dtype = next((g.dtype for g in column if g is not None), None)
+        wide = accumulation_dtype(dtype)
+        terms = [w.to(wide) * g.to(wide) for w, g in zip(weights, column, strict=True) if g is not None]
         out.append(sum(terms).to(dtype) if terms else None)
     return out

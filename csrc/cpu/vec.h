@@ -1,10 +1,15 @@
 // Sixteen lanes of float or double, in the vector extensions that GCC and Clang share: the compiler maps them to the
-// widest registers it is allowed to use. Half precision is converted at loads and stores, with integer arithmetic.
+// widest registers it is allowed to use. 16-bit floats are converted at loads and stores, with integer arithmetic where
+// there is no instruction for it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -70,6 +75,12 @@ inline auto max(V v) {
 
 inline Floats widen(Short h, BFloat16*) { return bits<Floats>(__builtin_convertvector(h, Int) << 16); }
 
+#if defined(__AVX512F__)
+inline Floats widen(Short h, Half*) { return Floats(_mm512_cvtph_ps(__m256i(h))); }
+inline Short narrow(Floats x, Half*) {
+  return Short(_mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
 inline Floats widen(Short h, Half*) {
   Int i = __builtin_convertvector(h, Int);
   // Exponent and mantissa moved into place and rescaled by 2^112: right for normal and subnormal numbers.
@@ -77,12 +88,6 @@ inline Floats widen(Short h, Half*) {
   Int special = (i & 0x7c00) == 0x7c00;
   Int magnitude = special ? ((i & 0x7fff) << 13) | 0x7f800000 : bits<Int>(x);
   return bits<Floats>(magnitude | ((i & 0x8000) << 16));
-}
-
-inline Short narrow(Floats x, BFloat16*) {
-  Int i = bits<Int>(x);
-  Int rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return __builtin_convertvector((x == x) ? rounded : Int{} + 0x7fc0, Short);
 }
 
 inline Short narrow(Floats x, Half*) {
@@ -97,6 +102,13 @@ inline Short narrow(Floats x, Half*) {
   half = (magnitude >= 65520.f) ? Int{} + 0x7c00 : half;
   half = (x == x) ? half : Int{} + 0x7e00;
   return __builtin_convertvector(half | sign, Short);
+}
+#endif
+
+inline Short narrow(Floats x, BFloat16*) {
+  Int i = bits<Int>(x);
+  Int rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return __builtin_convertvector((x == x) ? rounded : Int{} + 0x7fc0, Short);
 }
 
 template <class T>

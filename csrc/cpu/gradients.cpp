@@ -1,0 +1,255 @@
+// gramian and weighted_sum on the CPU: one pass over the gradients, in chunks that threads share.
+#include "../gradients.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "../gradients_ops.h"
+#include "vec.h"
+
+namespace udi {
+namespace {
+
+constexpr int64_t kChunk = 8192;  // elements of one parameter that a thread takes at a time
+constexpr int64_t kBlock = 1024;  // elements whose products are summed in the compute type before double takes over
+constexpr int64_t kGrain = 32768; // elements of one gradient that are worth a thread
+constexpr int64_t kSlots = 256;   // partial Gram matrices: a constant, so that no result depends on the threads
+
+// One register as this machine has them, and the rows of a tile whose accumulators fit in the register file.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kTile = 4;
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kTile = 3;
+#else
+constexpr int kBytes = 16, kTile = 3;
+#endif
+
+template <class S>
+struct PackOf;
+template <>
+struct PackOf<float> {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct PackOf<double> {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+template <class S>
+using Pack = typename PackOf<S>::type;
+
+template <class S>
+double total(Pack<S> v) {
+  S lanes[kBytes / sizeof(S)];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = kBytes / sizeof(S) / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Calls f with the constant N = n, where 1 <= n <= Max.
+template <int Max, class F>
+void constant(int n, F f) {
+  if constexpr (Max > 0) n == Max ? f(std::integral_constant<int, Max>()) : constant<Max - 1>(n, f);
+}
+
+// gram[i, j] += sum_e a[i][e] b[j][e] for R rows a and C rows b; a diagonal tile has a = b and needs only i <= j.
+template <int R, int C, bool kDiagonal, class S>
+void tile(const S* const* a, const S* const* b, int64_t n, double* gram, int64_t stride) {
+  constexpr int lanes = kBytes / sizeof(S);
+  Pack<S> sums[R][C] = {}, x[R], y[C];
+  for (int64_t e = 0; e < n; e += lanes) {
+    // Unrolled for certain: sums that are indexed at run time would live in memory (2 times slower).
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) std::memcpy(&y[j], b[j] + e, kBytes);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      if constexpr (!kDiagonal) std::memcpy(&x[i], a[i] + e, kBytes);
+#pragma GCC unroll 4
+      for (int j = kDiagonal ? i : 0; j < C; ++j) sums[i][j] += (kDiagonal ? y[i] : x[i]) * y[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = kDiagonal ? i : 0; j < C; ++j) gram[i * stride + j] += total<S>(sums[i][j]);
+}
+
+// gram[i, j] += <rows[i], rows[j]> for all i <= j, in tiles; n is a multiple of kLanes.
+template <class S>
+void add_products(const S* const* rows, int64_t k, int64_t n, double* gram) {
+  for (int64_t i = 0; i < k; i += kTile) {
+    constant<kTile>(std::min<int64_t>(kTile, k - i), [&](auto r) {
+      tile<r, r, true>(rows + i, rows + i, n, gram + i * k + i, k);
+    });
+    for (int64_t j = i + kTile; j < k; j += kTile) {
+      constant<kTile>(std::min<int64_t>(kTile, k - j), [&](auto c) {
+        tile<kTile, c, false>(rows + i, rows + j, n, gram + i * k + j, k);
+      });
+    }
+  }
+}
+
+// n elements in the compute type: where they are if they can stay there, else in `copy`, zeros up to a full vector.
+// The order is that of memory or another one, the same for all rows.
+template <class T>
+const compute_t<T>* widened(const T* from, int64_t n, compute_t<T>* copy) {
+  if constexpr (sizeof(T) > 2)
+    if (n % kLanes == 0) return from;
+  int64_t e = 0;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (; e + 2 * kLanes <= n; e += 2 * kLanes) {  // even elements, then odd ones: an instruction each
+      Int pairs;
+      std::memcpy(&pairs, from + e, sizeof pairs);
+      store(copy + e, bits<Floats>(pairs << 16));
+      store(copy + e + kLanes, bits<Floats>(pairs >> 16 << 16));
+    }
+  }
+  for (; e + kLanes <= n; e += kLanes) store(copy + e, load(from + e));
+  if (e < n) store(copy + e, load(from + e, n - e, 0));
+  return copy;
+}
+
+// gram += products of elements [begin, end) of a parameter's gradients.
+template <class T>
+void add_chunk(const void* const* data, int64_t k, int64_t begin, int64_t end, double* gram) {
+  using S = compute_t<T>;
+  constexpr int64_t kStride = kBlock + kLanes;  // rows a power of two apart would compete for the same cache lines
+  static constexpr S zeros[kBlock] = {};
+  thread_local std::vector<const S*> rows;
+  thread_local std::vector<S> copies;
+  rows.resize(k);
+  copies.resize(k * kStride);
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = std::min(kBlock, end - begin);
+    for (int64_t i = 0; i < k; ++i)
+      rows[i] = data[i] ? widened(static_cast<const T*>(data[i]) + begin, n, &copies[i * kStride]) : zeros;
+    add_products(rows.data(), k, (n + kLanes - 1) / kLanes * kLanes, gram);
+  }
+}
+
+// to[e] = from[e] + sum_r weights[r] rows[r][e] over n elements, R rows at a time.
+template <int R, class T, class To>
+void accumulate(const compute_t<T>* from, const T* const* rows, const compute_t<T>* weights, To* to, int64_t n) {
+  const auto at = [&](int64_t e, auto... rest) {
+    auto sum = from ? load(from + e, rest...) : Vec<T>{};
+    for (int r = 0; r < R; ++r) sum += weights[r] * load(rows[r] + e, rest...);
+    return sum;
+  };
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes) store(to + e, at(e));
+  if (const int rest = n - e) store(to + e, at(e, rest, compute_t<T>(0)), rest);
+}
+
+// Elements [begin, end) of a parameter's weighted sum. Many rows are added kGroup at a time to a block that stays in
+// cache: processors prefetch few streams.
+template <class T>
+void combine_chunk(const void* const* data, int64_t k, int64_t begin, int64_t end, const double* weights, T* out) {
+  using S = compute_t<T>;
+  constexpr int kGroup = 4;
+  thread_local std::vector<const T*> rows;
+  thread_local std::vector<S> factors;
+  S block[kBlock];
+  rows.clear(), factors.clear();
+  for (int64_t i = 0; i < k; ++i)
+    if (data[i]) rows.push_back(static_cast<const T*>(data[i]) + begin), factors.push_back(weights[i]);
+  const int count = rows.size();
+  if (!count) std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof(T));
+  for (; count && begin < end; begin += kBlock) {
+    const int64_t n = std::min(kBlock, end - begin);
+    const S* sum = nullptr;
+    for (int r = 0; r < count; r += kGroup, sum = block) {
+      constant<kGroup>(std::min(kGroup, count - r), [&](auto R) {
+        if (r + kGroup < count) accumulate<R>(sum, &rows[r], &factors[r], block, n);
+        else accumulate<R>(sum, &rows[r], &factors[r], out + begin, n);
+      });
+    }
+    for (auto& row : rows) row += kBlock;
+  }
+}
+
+template <class F>
+void dispatch(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat: return f(float());
+    case DType::kDouble: return f(double());
+    case DType::kBFloat16: return f(BFloat16());
+    case DType::kHalf: return f(Half());
+  }
+}
+
+}  // namespace
+
+struct Plan::Impl : Gradients {
+  std::vector<int64_t> first;  // number of a parameter's first chunk; at the end, of all chunks
+  int64_t slots, elements = 0;
+
+  explicit Impl(Gradients gradients) : Gradients(std::move(gradients)), first{0} {
+    for (auto& p : parameters) {
+      elements += p.size;
+      first.push_back(first.back() + (p.size + kChunk - 1) / kChunk);
+    }
+    slots = std::min(chunks(), kSlots);
+  }
+
+  int64_t chunks() const { return first.back(); }
+
+  // How many of `units` equal parts of the work are worth a thread.
+  int64_t grain(int64_t units) const { return 1 + units * kGrain / (elements + 1); }
+
+  // f(parameter, its addresses, begin, end) for chunks [from, to).
+  template <class F>
+  void for_chunks(int64_t from, int64_t to, F f) const {
+    int64_t p = std::upper_bound(first.begin(), first.end(), from) - first.begin() - 1;
+    for (int64_t chunk = from; chunk < to; ++chunk) {
+      while (chunk >= first[p + 1]) ++p;
+      const int64_t begin = (chunk - first[p]) * kChunk;
+      f(parameters[p], &data[p * k], begin, std::min(begin + kChunk, parameters[p].size));
+    }
+  }
+};
+
+Plan::Plan(Gradients gradients) : impl_(std::make_shared<Impl>(std::move(gradients))) {}
+
+int64_t Plan::scratch() const { return impl_->slots * impl_->k * impl_->k; }
+
+void Plan::gramian(double* scratch, void* gram, bool wide) const {
+  const auto& g = *impl_;
+  const int64_t k = g.k;
+  torch::stable::parallel_for(0, g.slots, g.grain(g.slots), [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      double* sums = scratch + slot * k * k;
+      std::fill_n(sums, k * k, 0.);
+      const int64_t first = slot * g.chunks() / g.slots, last = (slot + 1) * g.chunks() / g.slots;
+      g.for_chunks(first, last, [&](auto& p, auto data, auto from, auto to) {
+        dispatch(p.dtype, [&](auto type) { add_chunk<decltype(type)>(data, k, from, to, sums); });
+      });
+    }
+  });
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = i; j < k; ++j) {
+      double sum = 0;
+      for (int64_t slot = 0; slot < g.slots; ++slot) sum += scratch[(slot * k + i) * k + j];
+      for (int64_t at : {i * k + j, j * k + i})
+        wide ? static_cast<double*>(gram)[at] = sum : static_cast<float*>(gram)[at] = sum;
+    }
+  }
+}
+
+void Plan::weighted_sum(const void* weights, bool wide) const {
+  const auto& g = *impl_;
+  std::vector<double> factors(g.k);
+  for (int64_t i = 0; i < g.k; ++i)
+    factors[i] = wide ? static_cast<const double*>(weights)[i] : static_cast<const float*>(weights)[i];
+  torch::stable::parallel_for(0, g.chunks(), g.grain(g.chunks()), [&](int64_t begin, int64_t end) {
+    g.for_chunks(begin, end, [&](auto& p, auto data, auto from, auto to) {
+      dispatch(p.dtype, [&](auto type) {
+        combine_chunk(data, g.k, from, to, factors.data(), static_cast<decltype(type)*>(p.out));
+      });
+    });
+  });
+}
+
+}  // namespace udi
+
+UDI_GRADIENT_OPS(CPU)

@@ -1,0 +1,40 @@
+"""What every file of the trainer shares: errors meant for the user, named registries, derived seeds."""
+
+import difflib
+import hashlib
+
+
+class UserError(Exception):
+    """Something that the user can mend: the command prints it as one line and ends with exit code 2."""
+
+
+class Registry(dict):
+    """Names to things, filled by a decorator: ``@encoders.register("cnn")``."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def register(self, name):
+        def add(thing):
+            self[name] = thing
+            return thing
+
+        return add
+
+    def find(self, name):
+        return self[choose(self.kind, name, self)]
+
+
+def choose(kind, name, names):
+    """``name`` if it is one of ``names``, else an error that lists them."""
+    if name in names:
+        return name
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"unknown {kind} {name!r}: choose from {', '.join(names)}{hint}")
+
+
+def derive_seed(*key):
+    """A seed for this purpose alone: no purpose depends on how many random numbers another one drew."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,148 @@
+"""Datasets: what is stored of each sample, and how a modality's batch is made from it.
+
+A new dataset is one function decorated with ``@datasets.register(name)`` that takes ``data_root`` (a path or None)
+and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all seeds see the same samples.
+"""
+
+import gzip
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import Registry, UserError
+
+datasets = Registry("dataset")
+
+
+@dataclass
+class Split:
+    """Labels (N,) and whatever the modalities read, each tensor with N rows, in its smallest form."""
+
+    labels: torch.Tensor
+    stored: dict[str, torch.Tensor]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to(self, device):
+        return Split(self.labels.to(device), {name: t.to(device) for name, t in self.stored.items()})
+
+
+@dataclass
+class Modality:
+    """An encoder's name, and how its input is made from the stored tensors it reads."""
+
+    encoder: str
+    reads: tuple[str, ...]
+    make: Callable[..., torch.Tensor] = torch.Tensor.float
+
+    def batch(self, split, index):
+        return self.make(*(split.stored[name][index] for name in self.reads))
+
+    def shape(self, split):
+        """Of one sample."""
+        return self.batch(split, slice(0, 1)).shape[1:]
+
+
+@dataclass
+class Dataset:
+    classes: int
+    modalities: dict[str, Modality]
+    train: Split
+    val: Split
+    test: Split
+
+    def to(self, device):
+        splits = (split.to(device) for split in (self.train, self.val, self.test))
+        return Dataset(self.classes, self.modalities, *splits)
+
+
+# Mean color of each digit, RGB.
+COLORS = torch.tensor(
+    [
+        (220, 20, 60), (0, 128, 128), (253, 233, 16), (0, 149, 182), (237, 145, 33),
+        (145, 30, 188), (70, 240, 240), (250, 197, 187), (210, 245, 60), (128, 0, 0),
+    ]
+) / 255  # fmt: skip
+COLOR_VARIANCE = 0.03
+
+
+def colored_and_gray(train, val, test, mean, std):
+    """Each split (pixels uint8 (N, H, W), labels) as two modalities: the gray digit, and the digit in a color.
+
+    In training the color tells the digit: a shortcut. In validation and test it is drawn independently of the digit:
+    a validation split with training colors would take the shortcut for skill, and make color the anchor.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def split(pixels, labels, shortcut):
+        hue = labels if shortcut else torch.randint(10, labels.shape, generator=generator)
+        jitter = torch.randn(len(labels), 3, generator=generator) * COLOR_VARIANCE**0.5
+        return Split(labels, {"pixels": pixels, "color": (COLORS[hue] + jitter).clamp(0, 1)})
+
+    modalities = {
+        "gray": Modality("cnn", ("pixels",), lambda pixels: (pixels[:, None] / 255 - mean) / std),
+        "color": Modality(
+            "cnn", ("pixels", "color"), lambda pixels, color: pixels[:, None] / 255 * color[:, :, None, None]
+        ),
+    }
+    return Dataset(10, modalities, split(*train, True), split(*val, False), split(*test, False))
+
+
+@datasets.register("cgdigits")
+def cgdigits(data_root):
+    """Colored-and-gray digits, 8x8, from scikit-learn: 1077 for training, 360 each for validation and test."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError:
+        raise UserError('dataset cgdigits needs scikit-learn: pip install -e ".[train]"') from None
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 8, 8)
+    labels = torch.from_numpy(labels).long()
+    rest, test = train_test_split(torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, val = train_test_split(rest, test_size=360, stratify=labels[rest], random_state=0)
+    return colored_and_gray(*((pixels[part], labels[part]) for part in (train, val, test)), mean=0.3053, std=0.3760)
+
+
+@datasets.register("cgmnist")
+def cgmnist(data_root):
+    """Colored-and-gray MNIST, 28x28: 55,000 for training, the last twelfth of the training file for validation."""
+    if data_root is None:
+        raise UserError("dataset cgmnist needs --data-root DIR, the folder of MNIST's four idx.gz files")
+    root, files = Path(data_root), {}
+    for part in ("train", "t10k"):
+        for kind, dims in (("images", 3), ("labels", 1)):
+            files[part, kind] = root / f"{part}-{kind}-idx{dims}-ubyte.gz"
+    missing = [path.name for path in files.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"--data-root {root} lacks {', '.join(missing)}: put MNIST's four idx.gz files there")
+    parts = {}
+    for part in ("train", "t10k"):
+        pixels, labels = read_idx(files[part, "images"], 3), read_idx(files[part, "labels"], 1).long()
+        if len(pixels) != len(labels):
+            raise UserError(f"{root}: {len(pixels)} {part} images but {len(labels)} labels: download the files again")
+        parts[part] = pixels, labels
+    pixels, labels = parts["train"]
+    cut = len(labels) - len(labels) // 12
+    train, val = (pixels[:cut], labels[:cut]), (pixels[cut:], labels[cut:])
+    return colored_and_gray(train, val, parts["t10k"], mean=0.1307, std=0.3081)
+
+
+def read_idx(path, dims):
+    """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}): download it again") from None
+    header = 4 + 4 * dims
+    if len(raw) < header or raw[:4] != bytes((0, 0, 8, dims)):
+        raise UserError(f"{path} is not an idx file of unsigned bytes with {dims} dimension(s): download it again")
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
+    data = torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
+    if data.numel() != torch.Size(shape).numel():
+        raise UserError(f"{path} is truncated ({data.numel()} bytes of {torch.Size(shape).numel()}): download it again")
+    return data.view(shape)

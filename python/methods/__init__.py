@@ -1,0 +1,11 @@
+"""Methods, by name: each a function from a run to its part of metrics.json.
+
+A new method is one file here with a function decorated with ``@methods.register(name)``, imported below. Methods
+that train the same stage share it: what is trained once in a run folder is loaded the next time.
+"""
+
+from common import Registry
+
+methods = Registry("method")
+
+from . import ensemble, joint, udi  # noqa: E402, F401

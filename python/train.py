@@ -1,0 +1,215 @@
+"""Two-phase training of Unidirectional Dynamic Interaction, and of its baselines: ``python python/train.py --help``."""
+
+import argparse
+import functools
+import json
+import math
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+try:
+    import torch
+
+    import udi_kernels
+    from common import UserError, choose
+    from data import datasets
+    from fusion import rules
+    from methods import methods
+    from report import draw, need_matplotlib, table
+    from run import Run, new_folder, write_json
+except ModuleNotFoundError as missing:
+    print(f'train.py: {missing.name} is not installed: pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(2)
+
+MOVABLE = ("device", "data_root")  # these may differ when a run is resumed: it may have moved to another machine
+
+
+def main(argv=None):
+    run = None
+    try:
+        options, folder = parse(sys.argv[1:] if argv is None else argv)
+        need_matplotlib()
+        device = find_device(options.device)
+        data = datasets.find(options.dataset)(options.data_root)
+        if options.anchor != "auto":
+            choose("anchor", options.anchor, data.modalities)
+        set_threads(data, options.batch_size)
+        if folder is None:
+            folder = new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}")
+            write_json(folder / "config.json", vars(options) | environment(device))
+        print(f"{options.method} on {options.dataset}, seed {options.seed}, {device}; run folder {folder}", flush=True)
+        run = Run(folder, options, data, device)
+        metrics = train(run)
+        print("\n" + table(metrics))
+        print(f"\n{metrics['seconds']['total']:.1f} s; see {folder}/report.png and metrics.json")
+        return 0
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resume = f"; go on with: python {sys.argv[0]} --resume {shlex.quote(str(run.folder))}" if run else ""
+        print(f"\ntrain.py: interrupted{resume}", file=sys.stderr)
+        return 130
+
+
+def train(run):
+    """The method and its baselines; what they reach is written to the run folder."""
+    options = run.options
+    metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed, "device": str(run.device)}
+    metrics |= {"anchor": None, **methods.find(options.method)(run)}
+    metrics["baselines"] = {name: methods.find(name)(run)["fused"] for name in options.baselines}
+    seconds = {"anchor_phase": 0.0, "follower_phase": 0.0}
+    for rows in run.rows.values():
+        phase = f"{rows[0]['phase']}_phase"
+        seconds[phase] = seconds.get(phase, 0) + sum(row["seconds"] for row in rows)
+    metrics["seconds"] = seconds | {"total": run.elapsed()}
+    write_json(run.folder / "metrics.json", metrics)
+    draw(metrics, run.rows, run.folder / "report.png")
+    return metrics
+
+
+def parse(argv):
+    """The options, and the folder of the run to resume, if that is asked for."""
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
+    parser = Parser(prog="train.py", description=__doc__.split(":")[0] + ".", formatter_class=layout)
+    defaults = {}
+
+    def add(flag, default, help, **kind):
+        defaults[flag[2:].replace("-", "_")] = default
+        shown = default if isinstance(default, int | float | str) and default is not False else None
+        help += f" (default: {shown})" if shown is not None else ""
+        if "action" not in kind:
+            kind.setdefault("metavar", "N" if "type" in kind else "NAME")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=help, **kind)
+
+    add("--method", "udi", f"what to train: {', '.join(methods)}")
+    add("--dataset", "cgdigits", f"on what: {', '.join(datasets)}")
+    add("--data-root", None, "folder of the dataset's files, where it needs any", metavar="DIR")
+    add("--epochs", 30, "epochs of each phase", type=number(int, 1))
+    add("--batch-size", 64, "samples of a step", type=number(int, 1))
+    add("--lr", 3e-3, "first learning rate of AdamW; it falls to 0 along a cosine", type=number(float, above=0))
+    add("--seed", 0, "of initial weights and order of samples; all see the same dataset", type=number(int, 0))
+    add("--anchor", "auto", "modality to freeze as the anchor; auto: best on validation", metavar="NAME")
+    add("--controller", "dynamic", "weights of L_con and L_com: dynamic, from the losses' gradients; or static")
+    add("--alpha", None, "the two weights of the static controller", type=two_weights, metavar="CON,COM")
+    add("--align-every", "epoch", "when it measures: every epoch, or every N steps", type=schedule, metavar="epoch|N")
+    add("--club-norm", "layer", "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none")
+    add("--fusion", "auto", f"fusion rule: {', '.join(rules)}; auto: best on validation")
+    add("--follower-init", "scratch", "weights that followers start from: scratch, or anchor-phase (trained alone)")
+    add("--baselines", None, "methods to train beside it, or none (default: joint for udi)", type=names, metavar="A,B")
+    add("--device", "auto", "auto (a GPU if there is one), cpu, cuda or cuda:i")
+    add("--amp", False, "mixed precision, bfloat16", action="store_true")
+    add("--out", None, "the run folder to make (default: a new one under runs/)", metavar="DIR")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
+    given = vars(parser.parse_args(argv))
+    folder = given.pop("resume")
+    if folder is not None:
+        return resume(folder, given, defaults)
+
+    options = argparse.Namespace(**defaults | given)
+    choose("method", options.method, methods)
+    choose("dataset", options.dataset, datasets)
+    choose("controller", options.controller, ("dynamic", "static"))
+    choose("CLUB normalisation", options.club_norm, ("layer", "none"))
+    choose("fusion rule", options.fusion, ("auto", *rules))
+    choose("initialisation of followers", options.follower_init, ("scratch", "anchor-phase"))
+    if options.baselines is None:
+        options.baselines = ["joint"] if options.method == "udi" else []
+    for name in options.baselines:
+        choose("baseline", name, methods)
+    if (options.controller == "static") != (options.alpha is not None):
+        raise UserError("--controller static needs --alpha CON,COM, and --alpha needs --controller static")
+    return options, None
+
+
+def resume(folder, given, defaults):
+    """The options of the run in ``folder``; options given beside --resume must agree with them."""
+    config = Path(folder) / "config.json"
+    try:
+        saved = defaults | json.loads(config.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"--resume {folder}: no run to resume, {config} is missing or damaged") from None
+    for name, value in given.items():
+        if name not in MOVABLE and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} conflicts with --resume ({saved[name]} there): leave it out")
+    return argparse.Namespace(**{name: given.get(name, saved[name]) for name in defaults}), Path(folder)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def number(kind, least=None, above=None):
+    """An argument type: a finite number of this kind within its bounds."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
+            bound = f"of at least {least}" if least is not None else f"above {above}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'} {bound}")
+        return value
+
+    return parse
+
+
+def two_weights(text):
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two weights CON,COM such as 0.5,0.5")
+    return [number(float, 0)(part) for part in parts]
+
+
+def names(text):
+    return [] if text == "none" else text.split(",")
+
+
+def schedule(text):
+    return text if text == "epoch" else number(int, 1)(text)
+
+
+def find_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}: choose from auto, cpu, cuda, cuda:i")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices here: use --device cpu")
+    return device
+
+
+def set_threads(data, batch_size):
+    """One thread for steps of about a millisecond: more gain nothing there, and on a busy machine wait for each other.
+
+    Measured on cgdigits with 2 cores: as quick with one as with two when idle, 40 times quicker beside a compiler.
+    """
+    if batch_size * sum(view.shape(data.train).numel() for view in data.modalities.values()) < 2**16:
+        torch.set_num_threads(1)
+
+
+def environment(device):
+    """What else the figures depend on."""
+    return {
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "udi_kernels": udi_kernels.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,539 @@
+"""The trainer, end to end: what a run leaves behind, how it is resumed, what it refuses."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+pytest.importorskip("sklearn", reason='needs the trainer\'s extra: pip install -e ".[train]"')
+pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "python" / "train.py"
+sys.path.insert(0, str(TRAIN.parent))
+
+import data  # noqa: E402
+import fusion  # noqa: E402
+import models  # noqa: E402
+import run as run_module  # noqa: E402
+import train  # noqa: E402
+import udi_kernels  # noqa: E402
+from methods import methods, udi  # noqa: E402
+from methods.unimodal import Alone  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test has a working directory of its own, and leaves torch's threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def three_views():
+    """A dataset of three modalities, the first the cleanest."""
+
+    @data.datasets.register("three")
+    def three(data_root):
+        generator = torch.Generator().manual_seed(0)
+        centers = torch.randn(4, 6, generator=generator)
+        noise = {"clean": 0.3, "noisy": 1.0, "worse": 2.0}
+
+        def split(size):
+            labels = torch.randint(4, (size,), generator=generator)
+            views = {m: centers[labels] + s * torch.randn(size, 6, generator=generator) for m, s in noise.items()}
+            return data.Split(labels, views)
+
+        modalities = {name: data.Modality("mlp", (name,)) for name in noise}
+        return data.Dataset(4, modalities, split(400), split(200), split(200))
+
+    yield "three"
+    del data.datasets["three"]
+
+
+def result(folder):
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def figures(folder):
+    """metrics.json without what may differ from run to run: times."""
+    metrics = result(folder)
+    del metrics["seconds"]
+    return metrics
+
+
+def log(folder):
+    """metrics.jsonl without times."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def start(*options, **kwargs):
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path}, **kwargs,
+    )  # fmt: skip
+
+
+def test_plain_command(tmp_path):
+    """No options but fewer epochs: a run folder under runs/, the table with joint training beside UDI."""
+    process = start("--epochs", "2")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    metrics = result(folder)
+    for name in ("gray alone", "color alone", "ensemble", "joint", "udi: color (follower)"):
+        assert name in out
+    assert f"{metrics['fused']['test_acc']:.4f}" in out
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "metrics.json", "report.png", "checkpoints",
+    }  # fmt: skip
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+
+
+def test_defaults_reach_what_they_promise():
+    assert train.main(["--out", "run"]) == 0
+    metrics = result("run")
+    assert metrics["anchor"] == "gray"
+    assert metrics["fused"]["test_acc"] >= 0.95
+    assert metrics["fused"]["test_acc"] > metrics["baselines"]["joint"]["test_acc"] + 0.2
+    assert metrics["collapsed"] == {}
+    assert metrics["seconds"]["total"] < 60
+
+
+@pytest.mark.parametrize("method", ["udi", "joint", "ensemble"])
+def test_metrics(method):
+    assert train.main(["--method", method, "--epochs", "2", "--baselines", "none", "--out", "run"]) == 0
+    metrics = result("run")
+    assert (metrics["method"], metrics["dataset"], metrics["seed"]) == (method, "cgdigits", 0)
+    assert metrics["device"] in ("cpu", "cuda")
+    for m in ("gray", "color"):
+        assert set(metrics["modalities"][m]) >= {"val_acc", "test_acc"}
+        assert method == "joint" or 0 <= metrics["unimodal"][m]["test_acc"] <= 1
+    assert set(metrics["fused"]) >= {"val_acc", "test_acc", "test_macro_f1", "rule"}
+    assert set(metrics["seconds"]) >= {"anchor_phase", "follower_phase", "total"}
+    stages = {"udi": 3, "joint": 1, "ensemble": 2}[method]
+    rows = log("run")
+    assert [row["epoch"] for row in rows] == [1, 2] * stages
+    if method == "udi":
+        follower = [row for row in rows if row["phase"] == "follower"]
+        assert {row["modality"] for row in follower} == {"color"} and metrics["anchor"] == "gray"
+        assert set(follower[0]) >= {"cls", "con", "com", "alpha_con", "alpha_com", "val_acc"}
+        assert metrics["modalities"]["gray"] == metrics["unimodal"]["gray"]  # the anchor stays as it was trained
+
+
+@pytest.mark.parametrize("options", [[], ["--align-every", "3"], ["--controller", "static", "--alpha", "0.5,2"]])
+def test_three_modalities(three_views, options):
+    assert train.main(["--dataset", three_views, "--epochs", "3", "--out", "run", *options]) == 0
+    metrics = result("run")
+    assert metrics["anchor"] == "clean"
+    assert {row["modality"] for row in log("run") if row["phase"] == "follower"} == {"noisy", "worse"}
+    assert set(metrics["modalities"]) == {"clean", "noisy", "worse"}
+    assert Path("run/report.png").stat().st_size > 10_000
+
+
+def test_same_seed_same_figures():
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert train.main(["--epochs", "2", "--seed", str(seed), "--baselines", "none", "--out", folder]) == 0
+    assert figures("a") == figures("b") and log("a") == log("b")
+    assert log("a") != log("c")
+
+
+# --- resume ---
+
+
+def stop_at(process, folder, lines, how):
+    """Stops the process once its log has this many lines."""
+    path = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < lines:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.002)
+    process.send_signal(how)
+    out, err = process.communicate()
+    assert not (folder / "metrics.json").exists(), "ended before it could be stopped"
+    return process.returncode, err
+
+
+def test_killed_and_resumed(tmp_path):
+    """kill -9 in the anchor and the follower phase, then Ctrl-C: the figures of an uninterrupted run."""
+    options = ["--epochs", "8", "--batch-size", "16"]
+    assert train.main([*options, "--out", "whole"]) == 0
+    folder = tmp_path / "cut"
+    stop_at(start(*options, "--out", str(folder)), folder, 3, signal.SIGKILL)
+    assert [row["phase"] for row in log(folder)] == ["anchor"] * len(log(folder))
+    stop_at(start("--resume", str(folder)), folder, 19, signal.SIGKILL)
+    assert log(folder)[-1]["phase"] == "follower"
+    (folder / "metrics.jsonl").open("a").write('{"phase": "follower", "mod')  # as a kill in mid-write would leave it
+    code, err = stop_at(start("--resume", str(folder)), folder, 26, signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in err and err.strip().endswith(f"train.py --resume {folder}")
+    assert train.main(["--resume", str(folder)]) == 0
+    assert figures(folder) == figures("whole")
+    assert log(folder) == log("whole")
+    again = figures(folder)
+    assert train.main(["--resume", str(folder)]) == 0 and figures(folder) == again  # nothing left to do
+
+
+def test_full_disk_keeps_the_last_checkpoint(monkeypatch, capsys):
+    options = ["--epochs", "3", "--method", "ensemble"]
+    assert train.main([*options, "--out", "whole"]) == 0
+    replace, calls = os.replace, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise OSError(28, "No space left on device")
+        replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.os, "replace", full)
+        assert train.main([*options, "--out", "cut"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "No space left on device" in message and "--resume" in message
+    assert not list(Path("cut").rglob("*.tmp"))
+    assert train.main(["--resume", "cut"]) == 0
+    assert figures("cut") == figures("whole")
+
+
+def test_damaged_checkpoint(capsys):
+    assert train.main(["--epochs", "1", "--method", "joint", "--out", "run"]) == 0
+    checkpoint = Path("run/checkpoints/joint.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert train.main(["--resume", "run"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "joint.pt is damaged" in message
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ("--dataset cgdigit", ["unknown dataset 'cgdigit'", "cgdigits", "cgmnist"]),
+        ("--method foo", ["unknown method 'foo'", "udi", "joint", "ensemble"]),
+        ("--anchor sound", ["unknown anchor 'sound'", "gray", "color"]),
+        ("--fusion median", ["unknown fusion rule", "mean", "sum", "weighted"]),
+        ("--baselines joint,foo", ["unknown baseline 'foo'"]),
+        ("--follower-init warm", ["scratch", "anchor-phase"]),
+        ("--controller fixed", ["dynamic", "static"]),
+        ("--club-norm batch", ["layer", "none"]),
+        ("--controller static", ["--alpha CON,COM"]),
+        ("--alpha 1,1", ["--controller static"]),
+        ("--controller static --alpha 1", ["two weights"]),
+        ("--controller static --alpha 1,-1", ["'-1'", "at least 0"]),
+        ("--controller static --alpha 1,nan", ["'nan'"]),
+        ("--align-every never", ["'never'", "integer"]),
+        ("--align-every 0", ["'0'", "at least 1"]),
+        ("--epochs 0", ["--epochs", "at least 1"]),
+        ("--batch-size -3", ["--batch-size", "at least 1"]),
+        ("--lr 0", ["--lr", "above 0"]),
+        ("--lr inf", ["--lr", "'inf'"]),
+        ("--seed x", ["--seed", "integer"]),
+        ("--device tpu", ["'tpu'", "cpu"]),
+        ("--device cuda:99", ["cuda:99", "--device cpu"]),
+        ("--dataset cgmnist", ["--data-root"]),
+        ("--dataset cgmnist --data-root nowhere", ["nowhere", "train-images-idx3-ubyte.gz", "t10k-labels"]),
+        ("--out taken", ["taken", "--resume taken"]),
+        ("--out taken/file/run", ["taken/file/run", "--out"]),
+        ("--resume nowhere", ["nowhere", "no run to resume"]),
+        ("--resume taken", ["no run to resume"]),
+        ("--resume", ["--resume", "expected one argument"]),
+        ("--nonsense", ["--nonsense", "--help"]),
+    ],
+)
+def test_bad_input(options, wanted, capsys):
+    Path("taken").mkdir()
+    Path("taken/file").write_text("mine")
+    assert train.main(options.split()) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("train.py: ")
+    for part in wanted:
+        assert part in message
+    assert Path("taken/file").read_text() == "mine" and not Path("runs").exists()
+
+
+def test_bad_input_has_no_traceback():
+    process = start("--out", str(TRAIN / "run"))
+    out, err = process.communicate()
+    assert process.returncode == 2 and err.count("\n") == 1 and str(TRAIN / "run") in err
+
+
+def test_resume_with_other_options(capsys):
+    assert train.main(["--epochs", "1", "--method", "joint", "--out", "run"]) == 0
+    for options in ("--epochs 2", "--seed 1", "--method udi", "--baselines ensemble", "--out other"):
+        assert train.main(["--resume", "run", *options.split()]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and options.split()[0] in message and "leave it out" in message
+    assert train.main(["--resume", "run", "--epochs", "1", "--device", "cpu"]) == 0
+
+
+def test_default_folders_are_unique():
+    for _ in range(2):
+        assert train.main(["--epochs", "1", "--method", "joint"]) == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_loss_that_explodes(capsys):
+    assert train.main(["--epochs", "1", "--method", "joint", "--lr", "1e30", "--out", "run"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "not finite" in message and "lower --lr" in message
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("method", "dataset", "data-root", "epochs", "batch-size", "lr", "seed", "anchor", "controller"):
+        assert f"--{option} " in text
+    for option in ("alpha", "align-every", "club-norm", "fusion", "follower-init", "baselines", "device", "amp", "out"):
+        assert f"--{option} " in text
+    assert "default: 30" in text
+
+
+# --- data ---
+
+
+def write_idx(path, tensor):
+    header = bytes((0, 0, 8, tensor.dim())) + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+    path.write_bytes(gzip.compress(header + bytes(tensor.flatten().tolist())))
+
+
+@pytest.fixture
+def little_mnist(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    root = tmp_path / "mnist"
+    root.mkdir()
+    for part, size in (("train", 240), ("t10k", 40)):
+        pixels = torch.randint(256, (size, 28, 28), generator=generator, dtype=torch.uint8)
+        write_idx(root / f"{part}-images-idx3-ubyte.gz", pixels)
+        write_idx(root / f"{part}-labels-idx1-ubyte.gz", torch.arange(size, dtype=torch.uint8) % 10)
+    return root
+
+
+def test_cgmnist(little_mnist):
+    options = ["--dataset", "cgmnist", "--data-root", str(little_mnist), "--epochs", "1", "--amp"]
+    assert train.main([*options, "--out", "run"]) == 0
+    assert set(result("run")["modalities"]) == {"gray", "color"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "kind", "lengths"])
+def test_damaged_mnist(little_mnist, damage, capsys):
+    images, labels = (little_mnist / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1"))
+    if damage == "cut":
+        images.write_bytes(images.read_bytes()[:5000])
+    elif damage == "short":
+        images.write_bytes(gzip.compress(gzip.decompress(images.read_bytes())[:-1]))
+    elif damage == "kind":
+        images.write_bytes(labels.read_bytes())
+    else:
+        write_idx(labels, torch.zeros(239, dtype=torch.uint8))
+    assert train.main(["--dataset", "cgmnist", "--data-root", str(little_mnist)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "download" in message and str(little_mnist) in message
+
+
+def test_real_mnist():
+    root = Path(os.environ.get("UDI_MNIST", ROOT.parent / "shared" / "data" / "mnist"))
+    if not root.is_dir():
+        pytest.skip("MNIST's files are not here: set UDI_MNIST to their folder")
+    mnist = data.cgmnist(root)
+    assert [len(split) for split in (mnist.train, mnist.val, mnist.test)] == [55_000, 5_000, 10_000]
+    assert all(split.stored["pixels"].dtype == torch.uint8 for split in (mnist.train, mnist.val, mnist.test))
+    gray = mnist.modalities["gray"].batch(mnist.train, slice(None))
+    assert gray.shape == (55_000, 1, 28, 28) and abs(gray.mean()) < 0.01 and abs(gray.std() - 1) < 0.01
+
+
+def test_colors_tell_the_digit_in_training_only():
+    digits = data.cgdigits(None)
+    assert [len(split) for split in (digits.train, digits.val, digits.test)] == [1077, 360, 360]
+
+    def nearest(split):
+        guess = torch.cdist(split.stored["color"], data.COLORS).argmin(1)
+        return (guess == split.labels).double().mean()
+
+    assert nearest(digits.train) > 0.6 > 0.2 > max(nearest(digits.val), nearest(digits.test))
+    batch = digits.modalities["color"].batch(digits.train, torch.arange(5))
+    assert batch.shape == (5, 3, 8, 8) and 0 <= batch.min() and batch.max() <= 1
+
+
+# --- the parts ---
+
+
+@pytest.fixture
+def follower():
+    """A follower after a few steps, and its run."""
+    options, _ = train.parse(["--out", "unused", "--batch-size", "32"])
+    run = run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu"))
+    alone = {modality: Alone(run, modality) for modality in run.data.modalities}
+    follower = udi.Follower(run, "color", alone["color"], alone["gray"])
+    order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(0))
+    for number in range(1, 6):
+        follower.step(order[:32], number)
+    return follower, order[32:64]
+
+
+def plain_losses(follower, index):
+    """The three losses in plain torch, q as it is."""
+    train_split = follower.run.data.train
+    with torch.no_grad():
+        x, z = follower.anchor(follower.anchor_view.batch(train_split, index))
+        mu, logvar = follower.q.get_mu_logvar(torch.nn.functional.layer_norm(x, x.shape[1:]))
+    y, logits = follower.model(follower.view.batch(train_split, index))
+    p, q = z.softmax(-1), logits.softmax(-1)
+    m = (p + q) / 2
+    con = (p * (p / m).log() + q * (q / m).log()).sum(-1).mean() / 2
+    y = torch.nn.functional.layer_norm(y, y.shape[1:])
+    negative = (y[None] - mu[:, None]).square().mean(1)
+    com = ((negative - (y - mu).square()) / logvar.exp()).mean() / 2
+    return [cross_entropy(logits, train_split.labels[index]), con, com]
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_follower_step_is_the_plain_formula(follower, align):
+    """Losses, weights and update against flattened gradients in plain torch, on a controller step and on another."""
+    follower, index = follower
+    number = udi.Q_WARMUP * follower.controller.every + (0 if align else 1)
+    follower.controller.alpha.copy_(torch.tensor([1.0, 0.3, 0.7]))
+    follower.optimizer.param_groups[0]["lr"] = 0.0  # keeps the parameters where the plain formula needs them
+    figures = follower.step(index, number)
+
+    losses = plain_losses(follower, index)  # after the step, for q is fitted in it before it is used
+    for name, loss in zip(("cls", "con", "com"), losses, strict=True):
+        torch.testing.assert_close(figures[name], loss.detach())
+    grads = [torch.autograd.grad(x, follower.weights, retain_graph=True, allow_unused=True) for x in losses]
+    pairs = [zip(gs, follower.weights, strict=True) for gs in grads]
+    flat = [torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pair]) for pair in pairs]
+    alpha = torch.tensor([1.0, 0.3, 0.7])
+    if align:
+        con, com = (flat[0] @ g for g in flat[1:])
+        gain = torch.stack((con, com)).relu()
+        alpha = torch.cat((torch.ones(1), gain / gain.sum() if gain.sum() > 0 else gain))
+    torch.testing.assert_close(follower.controller.alpha, alpha, rtol=1e-3, atol=1e-4)
+    update = torch.cat([w.grad.flatten() for w in follower.weights])
+    torch.testing.assert_close(update, sum(a * g for a, g in zip(alpha, flat, strict=True)), rtol=1e-3, atol=1e-5)
+
+
+def test_step_leaves_the_anchor_alone_and_fits_q(follower):
+    follower, index = follower
+    anchor = [p.clone() for p in follower.anchor.parameters()]
+    before = follower.step(index, 1)["q_nll"]
+    for _ in range(20):
+        after = follower.step(index, 1)["q_nll"]
+    assert after < before
+    assert all(torch.equal(a, b) for a, b in zip(anchor, follower.anchor.parameters(), strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in follower.anchor.parameters())
+
+
+@pytest.mark.parametrize("schedule, steps", [("epoch", [0, 16, 32]), ("12", [0, 12, 24, 36])])
+def test_controller_measures_on_schedule(monkeypatch, schedule, steps):
+    """Once an epoch of 16 full batches, or every N steps; through the library's op."""
+    calls = []
+    monkeypatch.setattr(udi, "gramian", lambda grads: calls.append(len(grads)) or udi_kernels.gramian(grads))
+    options = ["--epochs", "3", "--align-every", schedule, "--baselines", "none"]
+    assert train.main([*options, "--out", "run"]) == 0
+    assert calls == [3] * len(steps)
+
+
+def test_no_complementary_weight_before_q_is_fitted():
+    assert train.main(["--epochs", "3", "--align-every", "1", "--baselines", "none", "--out", "run"]) == 0
+    rows = [row for row in log("run") if row["phase"] == "follower"]
+    assert 3 * 16 < udi.Q_WARMUP and all(row["alpha_com"] == 0 for row in rows)
+    assert any(row["alpha_con"] > 0 for row in rows)
+
+
+def test_anchor_near_tie_goes_to_the_surer():
+    labels = torch.arange(10) % 2
+    sure = 5 * torch.nn.functional.one_hot(labels, 2).float()
+    options, _ = train.parse([])
+    digits = data.cgdigits(None)
+    run = run_module.Run(Path("unused"), options, digits, torch.device("cpu"))
+    run.labels = {"val": labels}
+    anchor, selection = udi.choose_anchor(run, {"vague": {"val": sure / 5}, "sure": {"val": sure}})
+    assert (anchor, selection["by"], selection["margin"]) == ("sure", "predictive entropy", 0)
+    wrong = sure.clone()
+    wrong[0] = wrong[0].flip(0)
+    assert udi.choose_anchor(run, {"sure": {"val": wrong}, "vague": {"val": sure / 5}})[0] == "vague"
+    options.anchor = "vague"
+    assert udi.choose_anchor(run, {"vague": {"val": sure / 5}, "sure": {"val": sure}})[0] == "vague"
+
+
+def test_collapse_is_reported(monkeypatch, capsys):
+    """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
+    monkeypatch.setattr(udi, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
+    options = "--controller dynamic --align-every 1 --epochs 12 --baselines none --anchor color --out run"
+    assert train.main(options.split()) == 0
+    out, err = capsys.readouterr()
+    assert "gray" in result("run")["collapsed"]
+    assert "collapsed: gray" in out and "follower gray collapsed" in err
+
+
+def test_fusion_rules():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (500,), generator=generator)
+    good = 3 * torch.nn.functional.one_hot(labels, 3) + torch.randn(500, 3, generator=generator)
+    bad = 6 * torch.randn(500, 3, generator=generator)
+    z = torch.stack((good, bad))
+    fitted = {name: rule(z, labels) for name, rule in fusion.rules.items()}
+    for rule, _ in fitted.values():
+        torch.testing.assert_close(rule(z).sum(-1), torch.ones(500, dtype=rule(z).dtype))
+    weights = fitted["weighted"][1]
+    assert abs(sum(weights) - 1) < 1e-9 and weights[0] > 0.8
+
+    def nll(w):
+        p = (w * good.softmax(-1) + (1 - w) * bad.softmax(-1)).double()
+        return -p[torch.arange(500), labels].log().mean().item()
+
+    assert nll(weights[0]) <= min(nll(w) for w in torch.linspace(0, 1, 101).tolist()) + 1e-6
+    logits = {"a": {"val": good, "test": bad}, "b": {"val": bad, "test": good}}
+    chosen = fusion.fuse("auto", logits, {"val": labels, "test": labels})
+    assert chosen["rule"] == max(chosen["by_rule"], key=lambda name: chosen["by_rule"][name]["val_acc"])
+
+
+def test_scores_agree_with_sklearn():
+    from sklearn.metrics import accuracy_score, f1_score
+
+    generator = torch.Generator().manual_seed(0)
+    labels, outputs = torch.randint(5, (200,), generator=generator), torch.randn(200, 5, generator=generator)
+    assert fusion.accuracy(outputs, labels) == pytest.approx(accuracy_score(labels, outputs.argmax(1)))
+    assert fusion.macro_f1(outputs, labels) == pytest.approx(f1_score(labels, outputs.argmax(1), average="macro"))
+
+
+def test_registries_take_additions():
+    """A method and an encoder added in one place each are there for the command."""
+
+    @methods.register("echo")
+    def echo(run):
+        return methods["ensemble"](run)
+
+    @models.encoders.register("linear")
+    def linear(shape):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(shape.numel(), models.FEATURES))
+
+    @data.datasets.register("linear-digits")
+    def linear_digits(data_root):
+        digits = data.cgdigits(data_root)
+        for modality in digits.modalities.values():
+            modality.encoder = "linear"
+        return digits
+
+    try:
+        assert train.main(["--method", "echo", "--dataset", "linear-digits", "--epochs", "1", "--out", "run"]) == 0
+        assert result("run")["method"] == "echo"
+    finally:
+        del methods["echo"], models.encoders["linear"], data.datasets["linear-digits"]
