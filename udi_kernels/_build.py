@@ -32,9 +32,7 @@ CXX_FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fopenmp-simd -fno-math-errno -fno-trapping-math"
     " -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 )
-CUDA_FLAGS = (
-    "-O3 -std=c++20 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA"
-)
+CUDA_FLAGS = "-O3 -std=c++20 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden"
 # Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later.
 CUDA_ARCHS = (
     "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90"
