@@ -144,8 +144,8 @@ struct Element {
 
 std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y, int64_t reduction) {
   ScalarType dtype = compute_dtype(mu);
-  Tensor stats = empty(mu, {kStats, mu.size(1)}, dtype);
-  Tensor loss = empty(mu, reduction == kNone ? std::vector<int64_t>{mu.size(0)} : std::vector<int64_t>{}, dtype);
+  Tensor stats = empty({kStats, mu.size(1)}, dtype);
+  Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{mu.size(0)} : std::vector<int64_t>{}, dtype);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
 }
 
 Tensor club_nll_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
-  Tensor loss = empty(mu, {}, compute_dtype(mu));
+  Tensor loss = empty({}, compute_dtype(mu));
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;

@@ -2,7 +2,8 @@
 //
 // With z = (x - max)/T - lse for both rows, q = e^zq, p = e^zp, d = zp - zq and c = beta where d < 0, 1 - beta elsewhere,
 // L = log1p(c expm1(-|d|)) gives log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite for all finite logits,
-// exactly 0 for equal rows, and accurate for nearly equal ones, where the divergence is of second order in d.
+// exactly 0 for equal rows, and accurate for nearly equal ones, where the divergence is of second order in d. The smaller
+// of q and p is the larger times e^-|d|, which comes with expm1.
 #include <algorithm>
 #include <array>
 
@@ -13,7 +14,7 @@ namespace {
 
 // Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
 // packed, a row a lane, so that 6 classes do not leave 10 lanes idle.
-constexpr int64_t kPackedClasses = 64;
+constexpr int64_t kPackedClasses = 128;
 constexpr int64_t kChunk = 128;  // elements summed in one float before they join the total
 
 // Rows of `stats`. The maximum is kept apart from the log-sum-exp of what lies below it: their sum would lose digits
@@ -60,8 +61,10 @@ inline Terms<V> terms(V x, V y, const V* stats, Constants<S> k) {
   zq = zq < lowest ? lowest : zq;
   zp = zp < lowest ? lowest : zp;
   V d = zp - zq, below = d < 0 ? d : V{}, above = d < 0 ? V{} : d;  // NaN goes to `above`
-  V L = log1p((d < 0 ? V{} + k.beta : V{} + (1 - k.beta)) * expm1(below - above));
-  return {exp(zq), exp(zp), -above - L, below - L};
+  V ratio, ratio_m1, high = exp(d < 0 ? zq : zp);
+  exp_expm1(below - above, ratio, ratio_m1);
+  V low = high * ratio, L = log1p((d < 0 ? V{} + k.beta : V{} + (1 - k.beta)) * ratio_m1);
+  return {d < 0 ? high : low, d < 0 ? low : high, -above - L, below - L};
 }
 
 // Fills `stats`, returns the loss: in every lane its own row's (packed), or all the same.
@@ -106,25 +109,40 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   });
 }
 
-// The element of class c in row r goes to lane r of step c.
+// The element of class c in row r goes to lane r of step c; lanes without a row repeat the last.
 template <class T>
 void pack(Rows<T> from, int64_t row, int rows, int64_t classes, compute_t<T>* to) {
-  for (int64_t c = 0; c < classes; ++c)
-    for (int lane = 0; lane < kLanes; ++lane)
-      to[c * kLanes + lane] = lane < rows ? compute_t<T>(from[row + lane][c]) : compute_t<T>(0);
+  for (int64_t c = 0; c < classes; c += kLanes) {
+    int width = std::min<int64_t>(kLanes, classes - c);
+    Vec<T> tile[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const T* at = from[row + std::min(lane, rows - 1)] + c;
+      tile[lane] = width == kLanes ? load(at) : load(at, width, 0);
+    }
+    transpose(tile);
+    for (int i = 0; i < width; ++i) store(to + (c + i) * kLanes, tile[i]);
+  }
 }
 
 template <class T>
 void unpack(const compute_t<T>* from, Rows<T> to, int64_t row, int rows, int64_t classes) {
-  for (int64_t c = 0; c < classes; ++c)
-    for (int lane = 0; lane < rows; ++lane) to[row + lane][c] = T(from[c * kLanes + lane]);
+  for (int64_t c = 0; c < classes; c += kLanes) {
+    int width = std::min<int64_t>(kLanes, classes - c);
+    Vec<T> tile[kLanes];
+    for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (c + std::min(i, width - 1)) * kLanes);
+    transpose(tile);
+    for (int lane = 0; lane < rows; ++lane) {
+      T* at = to[row + lane] + c;
+      width == kLanes ? store(at, tile[lane]) : store(at, tile[lane], width);
+    }
+  }
 }
 
 // f(first row, rows in the block) for all blocks, in parallel.
 template <class F>
 void for_each_block(int64_t rows, int64_t classes, F f) {
   int64_t height = classes <= kPackedClasses ? kLanes : 1;
-  int64_t grain = 1 + 16384 / (height * classes);  // below this many elements a second thread does not pay
+  int64_t grain = 1 + 4096 / (height * classes);  // below this many elements a second thread does not pay
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)));
   });
@@ -181,8 +199,8 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
                                       double beta, double temperature, int64_t reduction) {
   int64_t rows = input.size(0), classes = input.size(1);
   ScalarType dtype = compute_dtype(input);
-  Tensor stats = empty(input, {kStats, rows}, dtype);
-  Tensor loss = empty(input, reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, dtype);
+  Tensor stats = empty({kStats, rows}, dtype);
+  Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, dtype);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;

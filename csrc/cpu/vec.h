@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -134,21 +136,44 @@ inline void store(T* to, Vec<T> v) {
   }
 }
 
-// The first n < 16 lanes; the others read as `fill`.
+// The first n < 16 lanes; the others read as `fill`. Compilers make one masked access of the loops.
 template <class T>
 inline Vec<T> load(const T* from, int n, compute_t<T> fill) {
-  T lanes[kLanes] = {};
-  std::memcpy(static_cast<void*>(lanes), from, n * sizeof(T));
-  auto v = load(lanes);
-  for (int i = n; i < kLanes; ++i) v[i] = fill;
-  return v;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+  alignas(64) Bits lanes[kLanes];
+  Bits rest;
+  const T last = T(fill);
+  std::memcpy(&rest, &last, sizeof rest);
+  const Bits* bits = reinterpret_cast<const Bits*>(from);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? bits[i] : rest;
+  return load(reinterpret_cast<const T*>(lanes));
 }
 
 template <class T>
 inline void store(T* to, Vec<T> v, int n) {
-  T lanes[kLanes];
-  store(lanes, v);
-  std::memcpy(static_cast<void*>(to), lanes, n * sizeof(T));
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+  alignas(64) Bits lanes[kLanes];
+  store(reinterpret_cast<T*>(lanes), v);
+  Bits* bits = reinterpret_cast<Bits*>(to);
+  for (int i = 0; i < kLanes; ++i)
+    if (i < n) bits[i] = lanes[i];
+}
+
+// One step of a transposition: exchanges lanes `half` apart between two rows `half` apart.
+template <int half, class V, int... lane>
+inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
+  V first = __builtin_shufflevector(a, b, (lane & half ? kLanes + lane - half : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & half ? kLanes + lane : lane + half)...);
+  a = first;
+}
+
+// Transposes 16 vectors in registers.
+template <int half = kLanes / 2, class V>
+inline void transpose(V* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & half)) exchange<half>(rows[i], rows[i + half], std::make_integer_sequence<int, kLanes>());
+  if constexpr (half > 1) transpose<half / 2>(rows);
 }
 
 // x = n ln 2 + r with |r| <= ln 2 / 2; returns e^r - 1 and leaves n as an integer.
@@ -177,12 +202,13 @@ inline Floats exp(Floats x) {
   return p * exp2(half) * exp2(n - half);
 }
 
-// e^x - 1 for x <= 0, with the relative accuracy of a small result.
-inline Floats expm1(Floats x) {
-  x = x < -80.f ? splat(-80.f) : x;
+// e^x, and e^x - 1 with the relative accuracy of a small result, for x <= 0; below e^-80 e^x is 0.
+inline void exp_expm1(Floats x, Floats& e, Floats& em1) {
+  Floats clamped = x < -80.f ? splat(-80.f) : x;
   Int n;
-  Floats p = exp_reduced(x, n), scale = exp2(n);
-  return p * scale + (scale - 1.f);
+  Floats p = exp_reduced(clamped, n), scale = exp2(n);
+  e = x < -80.f ? Floats{} : p * scale + scale;
+  em1 = p * scale + (scale - 1.f);
 }
 
 // ln x within 1 ulp for positive normal floats; NaN passes.
@@ -216,9 +242,12 @@ inline Floats log1p(Floats x) {
     return x;                                               \
   }
 UDI_LANE_BY_LANE(exp)
-UDI_LANE_BY_LANE(expm1)
 UDI_LANE_BY_LANE(log)
 UDI_LANE_BY_LANE(log1p)
 #undef UDI_LANE_BY_LANE
+
+inline void exp_expm1(Doubles x, Doubles& e, Doubles& em1) {
+  for (int i = 0; i < kLanes; ++i) e[i] = std::exp(x[i]), em1[i] = std::expm1(x[i]);
+}
 
 }  // namespace udi
