@@ -1,30 +1,52 @@
+import time
+
 import pytest
 import torch
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+import measure
+from cases import CASES
 
 
-@pytest.fixture(params=DEVICES)
+def pytest_addoption(parser):
+    group = parser.getgroup("udi_kernels benchmarks")
+    group.addoption("--full", action="store_true", help="all cases; by default a quick selection")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    group.addoption("--budget", type=float, metavar="SECONDS", help="skip the least telling cases beyond this time")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        dropped = [item for item in items if CASES[item.callspec.params["case"]].rank]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(scope="session")
 def device(request):
-    return request.param
+    kind = request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return measure.CUDA() if kind == "cuda" else measure.CPU()
 
 
-@pytest.fixture
-def timed(benchmark, device):
-    """Times f(*args), warmed up (compiled, if it compiles), to the end of the work on the device."""
+@pytest.fixture(scope="session")
+def measured(request, device):
+    """The measurements of a case by its name, of those of its providers that are selected."""
+    start, budget, results = time.monotonic(), request.config.getoption("--budget"), {}
 
-    def run(f, *args):
-        torch.manual_seed(0)
-        name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        benchmark.extra_info["device"] = name
+    def get(name):
+        if name not in results:
+            if budget and time.monotonic() - start > budget:
+                pytest.skip(f"the budget of {budget:.0f} s is spent")
+            chosen = [item.callspec.params for item in request.session.items]
+            providers = [params["provider"] for params in chosen if params["case"] == name]
+            results[name] = measure.measure(CASES[name], providers, device)
+        return results[name]
 
-        def call():
-            result = f(*args)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return result
+    return get
 
-        call()
-        benchmark(call)
 
-    return run
+def pytest_benchmark_update_machine_info(machine_info):
+    """What tells about the speed stays; the name of the machine and its kernel do not."""
+    for key in ("node", "release", "python_build", "python_compiler"):
+        machine_info.pop(key)
+    cpu = machine_info["cpu"]
+    machine_info["cpu"] = {key: cpu[key] for key in ("brand_raw", "arch", "count") if key in cpu}

@@ -1,35 +1,74 @@
-"""What the kernels are measured against: plain torch as users write it, and the best plain form for torch.compile."""
+"""What the kernels are measured against. Every function gives the values of the op of that name, no more, no less."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from measure import Unavailable
+
+# Static shapes, the whole function in one graph. What is compiled sees inputs that require gradients, so that the
+# backward pass is compiled too.
+compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+
+
+# --- js_div(input, target) --------------------------------------------------------------------------------------
+
 
 def js_div_eager(input, target):
-    q, p = input.softmax(-1), target.softmax(-1)
+    """As users write it; in float32, as autocast computes softmax and kl_div."""
+    q, p = input.softmax(-1, dtype=torch.float32), target.softmax(-1, dtype=torch.float32)
     log_m = ((q + p) / 2).log()
     return 0.5 * (F.kl_div(log_m, p, reduction="batchmean") + F.kl_div(log_m, q, reduction="batchmean"))
 
 
-def js_div_plain(input, target):
+def js_div_log_space(input, target):
     log_q, log_p = input.float().log_softmax(-1), target.float().log_softmax(-1)
     log_m = torch.logaddexp(log_q, log_p) - math.log(2)
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1).mean()
 
 
+def js_div_probabilities(input, target):
+    """The fewest exponentials and logarithms: log m from the probabilities that are there already."""
+    log_q, log_p = input.float().log_softmax(-1), target.float().log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = ((q + p) / 2).clamp_min(torch.finfo(torch.float32).tiny).log()
+    return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1).mean()
+
+
+def js_div_liger(input, target):
+    try:
+        from liger_kernel.transformers import LigerJSD
+    except ImportError:
+        raise Unavailable("liger-kernel is not installed") from None
+    if not input.is_cuda:
+        raise Unavailable("liger-kernel's JSD needs a GPU")
+    if target.requires_grad:
+        raise Unavailable("liger-kernel's JSD has no gradient for the target")
+    # It takes log-probabilities, and accumulates in float32 whatever their dtype.
+    return LigerJSD(beta=0.5)(input.log_softmax(-1), target.log_softmax(-1))
+
+
+# --- club_mi(mu, logvar, y) -------------------------------------------------------------------------------------
+
+
 def club_mi_pairs(mu, logvar, y):
     """All N x N x D pairs, as in the CLUB authors' repository."""
+    mu, logvar, y = mu.float(), logvar.float(), y.float()
     positive = -((mu - y) ** 2) / 2 / logvar.exp()
     negative = -((y.unsqueeze(0) - mu.unsqueeze(1)) ** 2).mean(1) / 2 / logvar.exp()
     return (positive.sum(-1) - negative.sum(-1)).mean()
 
 
-def club_mi_plain(mu, logvar, y):
+def club_mi_closed_form(mu, logvar, y):
     mu, logvar, y = mu.float(), logvar.float(), y.float()
     mean = y.mean(0)
     negative = (y - mean).square().mean(0) + (mean - mu).square()
     return 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1).mean()
+
+
+# --- gramian(grads): K lists of P tensors, or P tensors of K stacked gradients ------------------------------------
 
 
 def gramian_cat(grads):
@@ -37,15 +76,59 @@ def gramian_cat(grads):
     return rows @ rows.T
 
 
+def _symmetric(k, product):
+    upper = {(i, j): product(i, j) for i in range(k) for j in range(i, k)}
+    return torch.stack([torch.stack([upper[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
+
+
 def gramian_dots(grads):
-    """A dot product per parameter and pair: the best loop over torch calls, no copy of the gradients."""
-    k = len(grads)
-    gram = torch.empty(k, k, device=grads[0][0].device)
-    for i in range(k):
-        for j in range(i, k):
-            pairs = zip(grads[i], grads[j], strict=True)
-            gram[i, j] = gram[j, i] = torch.stack([torch.dot(a.view(-1), b.view(-1)) for a, b in pairs]).sum()
-    return gram
+    """A dot product per parameter and pair."""
+
+    def product(i, j):
+        pairs = zip(grads[i], grads[j], strict=True)
+        return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).sum()
+
+    return _symmetric(len(grads), product)
+
+
+def gramian_foreach_mul(grads):
+    def product(i, j):
+        return torch.stack([t.sum() for t in torch._foreach_mul(grads[i], grads[j])]).sum()
+
+    return _symmetric(len(grads), product)
+
+
+def gramian_foreach_norm(grads):
+    """<a, b> = (|a + b|^2 - |a|^2 - |b|^2) / 2."""
+
+    def square(row):
+        return torch.stack(torch._foreach_norm(row, 2, torch.float32)).square().sum()
+
+    squares = [square(row) for row in grads]
+
+    def product(i, j):
+        if i == j:
+            return squares[i]
+        return (square(torch._foreach_add(grads[i], grads[j])) - squares[i] - squares[j]) / 2
+
+    return _symmetric(len(grads), product)
+
+
+def gramian_matmuls_of_lists(grads):
+    return gramian_matmuls([torch.stack(column) for column in zip(*grads, strict=True)])
+
+
+def gramian_matmuls(stacked):
+    """A matrix product per parameter, as TorchJD does it."""
+    rows = [g.flatten(1) for g in stacked]
+    return sum(r @ r.T for r in rows)
+
+
+# --- weighted_sum(grads, weights) ---------------------------------------------------------------------------------
+
+
+def weighted_sum_loop(grads, weights):
+    return [sum(w * g for w, g in zip(weights, column, strict=True)) for column in zip(*grads, strict=True)]
 
 
 def weighted_sum_foreach(grads, weights):
@@ -55,5 +138,47 @@ def weighted_sum_foreach(grads, weights):
     return total
 
 
-def weighted_sum_loop(grads, weights):
-    return [sum(w * g for w, g in zip(weights, column, strict=True)) for column in zip(*grads, strict=True)]
+def weighted_sum_foreach_alpha(grads, weights):
+    """A pass less, but the weights must come to the host."""
+    first, *others = weights.tolist()
+    total = torch._foreach_mul(grads[0], first)
+    for row, w in zip(grads[1:], others, strict=True):
+        torch._foreach_add_(total, row, alpha=w)
+    return total
+
+
+def weighted_sum_tensordot(stacked, weights):
+    """As TorchJD does it."""
+    return [torch.tensordot(weights.to(g.dtype), g, 1) for g in stacked]
+
+
+# --- UDI's controller: Gram matrix, weights, weighted sum ---------------------------------------------------------
+
+
+def alignment_weights(gram):
+    gain = gram[0, 1:].relu()
+    return torch.cat([gain.new_ones(1), gain / gain.sum().clamp_min(torch.finfo(gain.dtype).tiny)])
+
+
+def controller_torchjd(stacked, **options):
+    """The controller as TorchJD's users write it: their own weighting in its public interface. Gives the call."""
+    try:
+        from torchjd.aggregation import GramianWeightedAggregator, Weighting
+        from torchjd.autojac import jac_to_grad
+    except ImportError:
+        raise Unavailable("torchjd is not installed, or too old") from None
+
+    class Alignment(Weighting):
+        def forward(self, gram, /):
+            return alignment_weights(gram)
+
+    aggregator = GramianWeightedAggregator(Alignment())
+    parameters = [torch.empty_like(g[0], requires_grad=True) for g in stacked]
+
+    def call():
+        for parameter, g in zip(parameters, stacked, strict=True):
+            parameter.jac, parameter.grad = g, None
+        jac_to_grad(parameters, aggregator, **options)
+        return [parameter.grad for parameter in parameters]
+
+    return call

@@ -24,7 +24,7 @@ def assert_as_good_as_torch(ours, reference, draw, trials=3):
 
     `draw()` gives the inputs; errors are root mean squares over some draws. The allowance on top is one rounding of the
     result and of the terms that cancel in it (a tenth of the incoming gradient); for float64, which has no truth beyond
-    it here, 100 of them.
+    it here, 200 of them.
     """
     errors, bounds = [], []
     for _ in range(trials):
@@ -41,6 +41,6 @@ def assert_as_good_as_torch(ours, reference, draw, trials=3):
             x, t, y = x.nan_to_num(), t.nan_to_num(), y.nan_to_num()
             errors.append(distance(x, t))
             own = EPS[x.dtype] * t.norm().item() + EPS[value_dtype] * 0.1 * grad.norm().item()
-            bounds.append(1.1 * distance(y, t) + own * (100 if x.dtype == torch.float64 else 1))
+            bounds.append(1.1 * distance(y, t) + own * (200 if x.dtype == torch.float64 else 1))
     errors, bounds = (torch.tensor(e).reshape(trials, -1).square().mean(0).sqrt() for e in (errors, bounds))
     assert (errors <= bounds).all(), f"errors {errors.tolist()}, allowed {bounds.tolist()} (value, gradients)"

@@ -1,9 +1,10 @@
 // Generalized Jensen-Shannon divergence of rows of logits.
 //
-// With z = (x - max)/T - lse for both rows, q = e^zq, p = e^zp, d = zp - zq and c = beta where d < 0, 1 - beta elsewhere,
-// L = log1p(c expm1(-|d|)) gives log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite for all finite logits,
-// exactly 0 for equal rows, and accurate for nearly equal ones, where the divergence is of second order in d. The smaller
-// of q and p is the larger times e^-|d|, which comes with expm1.
+// With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq - log(sum_p/sum_q)
+// and c = beta where d < 0, 1 - beta elsewhere. L = log1p(c expm1(-|d|)) then gives log(p/m) = min(d, 0) - L and
+// log(q/m) = -max(d, 0) - L: finite for all finite logits, exactly 0 for equal rows, and accurate for nearly equal ones,
+// where the divergence is of second order in d. The smaller of q and p is the larger times e^-|d|, which comes with
+// expm1. Large logits lose nothing, because the maximum and the logarithm of the sum are never added up.
 #include <algorithm>
 #include <array>
 
@@ -15,11 +16,10 @@ namespace {
 // Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
 // packed, a row a lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
-constexpr int64_t kChunk = 128;  // elements summed in one float before they join the total
+constexpr int64_t kChunk = 128;  // elements, eight a lane, summed in the compute type before they join a double
 
-// Rows of `stats`. The maximum is kept apart from the log-sum-exp of what lies below it: their sum would lose digits
-// of large logits.
-enum Stat { kMaxQ, kLseQ, kMaxP, kLseP, kDivQ, kDivP, kStats };
+// Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m).
+enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
 
 template <class S>
 struct Constants {
@@ -37,15 +37,16 @@ inline void for_each(const T* x, const T* y, int64_t size, F f) {
 // Sums n terms, which f(x, y, sums) adds, over a row: each lane its own (packed) or all lanes together.
 template <int n, class T, class F>
 inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool packed, F f) {
-  std::array<Vec<T>, n> total{};
+  std::array<Doubles, n> total{};
   for (int64_t begin = 0; begin < size; begin += kChunk) {
     std::array<Vec<T>, n> chunk{};
     for_each(x + begin, y + begin, std::min(kChunk, size - begin), [&](auto a, auto b, int64_t, int) { f(a, b, chunk); });
-    for (int i = 0; i < n; ++i) total[i] += chunk[i];
+    for (int i = 0; i < n; ++i) total[i] += __builtin_convertvector(chunk[i], Doubles);
   }
-  if (!packed)
-    for (auto& v : total) v = Vec<T>{} + sum(v);
-  return total;
+  std::array<Vec<T>, n> result;
+  for (int i = 0; i < n; ++i)
+    result[i] = __builtin_convertvector(packed ? total[i] : Doubles{} + sum(total[i]), Vec<T>);
+  return result;
 }
 
 template <class V>
@@ -53,15 +54,15 @@ struct Terms {
   V q, p, log_qm, log_pm;
 };
 
+// log_sums: log(sum_p / sum_q).
 template <class V, class S>
-inline Terms<V> terms(V x, V y, const V* stats, Constants<S> k) {
-  const V lowest = V{} - S(1e30);  // takes -inf out of the differences; NaN stays
-  V zq = (x - stats[kMaxQ]) * k.inverse_temperature - stats[kLseQ];
-  V zp = (y - stats[kMaxP]) * k.inverse_temperature - stats[kLseP];
+inline Terms<V> terms(V x, V y, const V* stats, V log_sums, Constants<S> k) {
+  const V lowest = V{} - S(1e30);  // takes -inf out of the difference; NaN stays
+  V zq = (x - stats[kMaxQ]) * k.inverse_temperature, zp = (y - stats[kMaxP]) * k.inverse_temperature;
   zq = zq < lowest ? lowest : zq;
   zp = zp < lowest ? lowest : zp;
-  V d = zp - zq, below = d < 0 ? d : V{}, above = d < 0 ? V{} : d;  // NaN goes to `above`
-  V ratio, ratio_m1, high = exp(d < 0 ? zq : zp);
+  V d = zp - zq - log_sums, below = d < 0 ? d : V{}, above = d < 0 ? V{} : d;  // NaN goes to `above`
+  V ratio, ratio_m1, high = exp(d < 0 ? zq : zp) * (d < 0 ? stats[kInvQ] : stats[kInvP]);
   exp_expm1(below - above, ratio, ratio_m1);
   V low = high * ratio, L = log1p((d < 0 ? V{} + k.beta : V{} + (1 - k.beta)) * ratio_m1);
   return {d < 0 ? high : low, d < 0 ? low : high, -above - L, below - L};
@@ -81,11 +82,12 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
     sum[0] += exp((a - max_q) * k.inverse_temperature);
     sum[1] += exp((b - max_p) * k.inverse_temperature);
   });
-  stats[kMaxQ] = max_q, stats[kLseQ] = log(sum_q);
-  stats[kMaxP] = max_p, stats[kLseP] = log(sum_p);
+  stats[kMaxQ] = max_q, stats[kInvQ] = 1 / sum_q;
+  stats[kMaxP] = max_p, stats[kInvP] = 1 / sum_p;
+  V log_sums = log(stats[kInvQ] / stats[kInvP]);
   // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, auto& sum) {
-    auto t = terms(a, b, stats, k);
+    auto t = terms(a, b, stats, log_sums, k);
     V q = t.q * t.log_qm, p = t.p * t.log_pm;
     sum[0] += q;
     sum[1] += p;
@@ -101,8 +103,9 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
               T* grad_x, T* grad_y) {
   using V = Vec<T>;
   V scale_q = grad * ((1 - k.beta) * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
+  V log_sums = log(stats[kInvQ] / stats[kInvP]);
   for_each(x, y, size, [&](V a, V b, int64_t i, int n) {
-    auto s = terms(a, b, stats, k);
+    auto s = terms(a, b, stats, log_sums, k);
     auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
     if (grad_x) put(grad_x, scale_q * s.q * (s.log_qm - stats[kDivQ]));
     if (grad_y) put(grad_y, scale_p * s.p * (s.log_pm - stats[kDivP]));

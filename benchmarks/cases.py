@@ -1,0 +1,292 @@
+"""The cases: what is computed, on what, by whom, and the bytes that any implementation must move."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import peers
+from peers import compiled
+from shapes import MODELS
+from udi_kernels import GradientPlan, alignment_weights, club_mi, gramian, js_div, reference, weighted_sum
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who does the job: the fastest of some variants. A variant binds an input set and gives the call that is timed."""
+
+    variants: dict[str, Callable]
+    memory: float  # what it needs beside the inputs: an estimate from above, in sizes of the inputs in float32
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: str
+    dtype: torch.dtype
+    mode: str
+    rank: int  # 0: in the quick selection; the higher, the less it tells that the others do not
+    elements: int  # of an input set
+    bytes: int  # that any implementation reads and writes
+    draw: Callable  # of randn(*shape): an input set
+    providers: dict[str, Provider]
+
+    @property
+    def name(self):
+        return " ".join(filter(None, (self.op, self.shape, str(self.dtype).removeprefix("torch."), self.mode)))
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+JS_DIV = [
+    (64, 6), (64, 31), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (2048, 131072), (1024, 262144),
+]  # fmt: skip
+CLUB = [(64, 512), (512, 512), (4096, 512), (65536, 512), (8192, 4096)]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def loss_call(f, needs, *inputs):
+    """Value, or the gradients in `needs`, as autograd gives them to the layer below."""
+    value = f(*inputs)
+    return torch.autograd.grad(value, [inputs[i] for i in needs]) if needs else value
+
+
+def loss_providers(needs, table):
+    """table: {provider: (memory, {variant: f})}."""
+    return {
+        name: Provider({variant: partial(partial, loss_call, f, needs) for variant, f in variants.items()}, memory)
+        for name, (memory, variants) in table.items()
+    }
+
+
+def require(tensors, needs):
+    return [t.requires_grad_(i in needs) for i, t in enumerate(tensors)]
+
+
+def js_div_cases():
+    table = {
+        "udi_kernels": (1, {"": js_div}),
+        "eager": (6, {"": peers.js_div_eager}),
+        "torch.compile": (
+            3,
+            {
+                "reference": compiled(reference.js_div),
+                "log space": compiled(peers.js_div_log_space),
+                "probabilities": compiled(peers.js_div_probabilities),
+            },
+        ),
+        "liger-kernel": (4, {"": peers.js_div_liger}),
+    }
+    quick = {(64, 6), (64, 101), (1024, 1000), (4096, 32000)}
+    for mode, needs, passes in (("forward", (), 2), ("+ backward", (0,), 5), ("+ backward to both", (0, 1), 6)):
+        for dtype in DTYPES:
+            for rows, classes in JS_DIV:
+                rank = (dtype == torch.bfloat16) + (needs != (0,)) + ((rows, classes) not in quick)
+                yield Case(
+                    "js_div", f"{rows}x{classes}", dtype, mode, rank,
+                    elements=2 * rows * classes,
+                    bytes=passes * rows * classes * dtype.itemsize,
+                    draw=lambda randn, s=(rows, classes), needs=needs: require([randn(*s), randn(*s)], needs),
+                    providers=loss_providers(needs, table),
+                )  # fmt: skip
+
+
+def club_cases():
+    def draw(randn, n, d, needs):
+        mu = randn(n, d)
+        return require([mu, randn(n, d).tanh(), mu + randn(n, d)], needs)
+
+    quick = {(64, 512), (512, 512), (4096, 512)}
+    for mode, needs, passes in (("+ backward to y", (2,), 7), ("+ backward to all", (0, 1, 2), 9)):
+        for dtype in DTYPES:
+            for n, d in CLUB:
+                table = {
+                    "udi_kernels": (1, {"": club_mi}),
+                    "eager": (6, {"": peers.club_mi_closed_form}),
+                    "torch.compile": (
+                        3,
+                        {"closed form": compiled(peers.club_mi_closed_form), "reference": compiled(reference.club_mi)},
+                    ),
+                    "NxNxD": (2 * n, {"": peers.club_mi_pairs}),
+                }
+                rank = (dtype == torch.bfloat16) + (needs != (2,)) + ((n, d) not in quick)
+                yield Case(
+                    "club_mi", f"{n}x{d}", dtype, mode, rank,
+                    elements=3 * n * d,
+                    bytes=passes * n * d * dtype.itemsize,
+                    draw=partial(draw, n=n, d=d, needs=needs),
+                    providers=loss_providers(needs, table),
+                )  # fmt: skip
+
+
+# --- gradients: an input set is (K lists, P stacked tensors over the same memory, weights) ----------------------
+
+COMPILED_DOTS = 1000  # torch.compile takes minutes for more dot products than this
+
+
+def draw_gradients(randn, k, shapes, weighted):
+    stacked = [randn(k, *shape) for shape in shapes]
+    lists = [[g[i] for g in stacked] for i in range(k)]
+    return (lists, stacked, randn(k).float().abs()) if weighted else (lists, stacked)
+
+
+def of_lists(f):
+    return lambda lists, stacked, *weights: partial(f, lists, *weights)
+
+
+def of_stacked(f):
+    return lambda lists, stacked, *weights: partial(f, stacked, *weights)
+
+
+def gramian_providers(few):
+    providers = {
+        "udi_kernels": Provider({"": of_lists(gramian)}, 0.1),
+        "udi_kernels, stacked": Provider({"": of_stacked(gramian)}, 0.1),
+        "udi_kernels, plan": Provider({"": lambda lists, stacked: GradientPlan(lists).gramian}, 0.1),
+        "cat + matmul": Provider({"": of_lists(peers.gramian_cat)}, 2.1),
+        "dot products": Provider({"": of_lists(peers.gramian_dots)}, 0.1),
+        "foreach": Provider(
+            {"mul, sum": of_lists(peers.gramian_foreach_mul), "add, norm": of_lists(peers.gramian_foreach_norm)}, 1
+        ),
+        "matmuls": Provider(
+            {"stacked": of_stacked(peers.gramian_matmuls), "lists": of_lists(peers.gramian_matmuls_of_lists)}, 1.1
+        ),
+    }
+    if few:
+        providers["torch.compile"] = Provider({"dot products": of_lists(compiled(peers.gramian_dots))}, 1)
+    return providers
+
+
+def weighted_sum_providers(few):
+    def plan(lists, stacked, weights):
+        return partial(GradientPlan(lists).weighted_sum, weights)
+
+    providers = {
+        "udi_kernels": Provider({"": of_lists(weighted_sum)}, 1),
+        "udi_kernels, stacked": Provider({"": of_stacked(weighted_sum)}, 1),
+        "udi_kernels, plan": Provider({"": plan}, 1),
+        "eager": Provider({"": of_lists(peers.weighted_sum_loop)}, 2),
+        "foreach": Provider(
+            {"mul, add_": of_lists(peers.weighted_sum_foreach), "alpha": of_lists(peers.weighted_sum_foreach_alpha)}, 1
+        ),
+        "tensordot": Provider({"": of_stacked(peers.weighted_sum_tensordot)}, 1),
+    }
+    if few:
+        providers["torch.compile"] = Provider({"loop": of_lists(compiled(peers.weighted_sum_loop))}, 1)
+    return providers
+
+
+def gradient_cases():
+    for dtype, k, (model, shapes) in itertools.product(DTYPES, (3, 8, 32), MODELS.items()):
+        numel = sum(map(math.prod, shapes))
+        few = len(shapes) * k * (k + 1) // 2 <= COMPILED_DOTS
+        rank = (dtype == torch.bfloat16) + (k > 3) + (model != "ResNet-18")
+        for op, providers, moved in (
+            ("gramian", gramian_providers, k),
+            ("weighted_sum", weighted_sum_providers, k + 1),
+        ):
+            yield Case(
+                op, f"{model} K={k}", dtype, "", rank,
+                elements=k * numel,
+                bytes=moved * numel * dtype.itemsize,
+                draw=partial(draw_gradients, k=k, shapes=shapes, weighted=op == "weighted_sum"),
+                providers=providers(few),
+            )  # fmt: skip
+
+
+# --- a follower's step: gradients of the three losses in logits and features, and the controller on ResNet-18 -------
+
+CLASSES, FEATURES = 101, 512
+
+
+def step(js_div, club_mi, controller):
+    """A variant; controller(lists, stacked) gives the call that combines the gradients."""
+
+    def bind(logits, anchor, labels, mu, logvar, y, lists, stacked):
+        combine = controller(lists, stacked)
+
+        def call():
+            cls, con, com = F.cross_entropy(logits, labels), js_div(logits, anchor), club_mi(mu, logvar, y)
+            outer = [torch.autograd.grad(loss, x)[0] for loss, x in ((cls, logits), (con, logits), (com, y))]
+            return outer + combine()
+
+        return call
+
+    return bind
+
+
+def combined(gramian, alignment_weights, weighted_sum, stacked=False):
+    def controller(*grads):
+        grads = grads[stacked]
+        return lambda: weighted_sum(grads, alignment_weights(gramian(grads)))
+
+    return controller
+
+
+def planned(lists, stacked):
+    plan = GradientPlan(lists)
+    return lambda: plan.weighted_sum(alignment_weights(plan.gramian()))
+
+
+def torchjd(**options):
+    return lambda lists, stacked: peers.controller_torchjd(stacked, **options)
+
+
+def step_cases():
+    def draw(randn, batch):
+        logits, anchor, labels = randn(batch, CLASSES), randn(batch, CLASSES), randn(batch, CLASSES).argmax(1)
+        mu, logvar, noise = (randn(batch, FEATURES) for _ in range(3))
+        grads = draw_gradients(randn, 3, MODELS["ResNet-18"], weighted=False)
+        return logits.requires_grad_(), anchor, labels, mu, logvar.tanh(), (mu + noise).requires_grad_(), *grads
+
+    fast_loops = {
+        "dot products, foreach": combined(
+            peers.gramian_dots, peers.alignment_weights, peers.weighted_sum_foreach_alpha
+        ),
+        "matmuls, tensordot": combined(
+            peers.gramian_matmuls, peers.alignment_weights, peers.weighted_sum_tensordot, stacked=True
+        ),
+    }
+    slow_loops = combined(peers.gramian_cat, peers.alignment_weights, peers.weighted_sum_loop)
+    compiled_loops = combined(compiled(peers.gramian_dots), peers.alignment_weights, compiled(peers.weighted_sum_loop))
+    eager = peers.js_div_eager, peers.club_mi_closed_form
+    fused = compiled(peers.js_div_probabilities), compiled(peers.club_mi_closed_form)
+    numel = sum(map(math.prod, MODELS["ResNet-18"]))
+    for batch in (64, 1024):
+        small = (8 * CLASSES + 7 * FEATURES) * batch  # cross-entropy reads twice and writes once
+        pairs = 6 * batch**2 * FEATURES / (3 * numel)
+        yield Case(
+            "follower step", f"batch {batch}", torch.float32, "", rank=int(batch > 64),
+            elements=3 * numel + (3 * CLASSES + 3 * FEATURES) * batch,
+            bytes=4 * (7 * numel + small),
+            draw=partial(draw, batch=batch),
+            providers={
+                "udi_kernels": Provider(
+                    {"": step(js_div, club_mi, combined(gramian, alignment_weights, weighted_sum))}, 1
+                ),
+                "udi_kernels, plan": Provider({"": step(js_div, club_mi, planned)}, 1),
+                "NxNxD, cat + matmul": Provider(
+                    {"": step(peers.js_div_eager, peers.club_mi_pairs, slow_loops)}, 3 + pairs
+                ),
+                "eager": Provider({name: step(*eager, loops) for name, loops in fast_loops.items()}, 2),
+                "torch.compile": Provider(
+                    {"": step(*fused, compiled_loops)}
+                    | {f"losses; {name}": step(*fused, loops) for name, loops in fast_loops.items()}, 2,
+                ),
+                "TorchJD": Provider(
+                    {
+                        "": step(*eager, torchjd()),
+                        "by parameter": step(*eager, torchjd(optimize_gramian_computation=True)),
+                    }, 3,
+                ),
+            },
+        )  # fmt: skip
+
+
+CASES = {
+    c.name: c for c in sorted([*js_div_cases(), *club_cases(), *gradient_cases(), *step_cases()], key=lambda c: c.rank)
+}

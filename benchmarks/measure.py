@@ -1,0 +1,308 @@
+"""How calls are timed, on each kind of device, and how pytest-benchmark comes to show those times.
+
+The providers of a case run interleaved, one sample of each in turn, and nothing else runs between: what disturbs one
+disturbs all. A sample is the time of a call whose inputs were last touched many megabytes ago. The tests of the
+providers then replay the samples into pytest-benchmark on a clock that moves only by what was measured.
+"""
+
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROUNDS = (7, 100)  # fewest and most samples of a provider
+MAX_SETS = 64  # input sets that calls rotate through
+
+
+class Unavailable(Exception):
+    """Why a provider is not measured."""
+
+
+class CPU:
+    kind = "cpu"
+    rotation = 128 << 20  # bytes of input between two uses of a set; smaller inputs than 1/64 of it stay in some cache
+
+    def __init__(self):
+        names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+        simd = torch.backends.cpu.get_cpu_capability()
+        self.name = f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads, {simd}"
+        self._turn = itertools.count()
+        self._measure_ceilings(1 << 26)
+
+    def _measure_ceilings(self, elements):
+        """Bytes per second of a copy (read and written) and of a sum (read), far out of any cache."""
+        source = torch.randn(elements, device=self.kind)
+        target = torch.empty_like(source)
+        calls = [partial(target.copy_, source)], [source.sum]
+        copy, read = (statistics.median(s) for s in interleave([self.sampler(c)[0] for c in calls], seconds=1.5))
+        self.copy_bandwidth, self.read_bandwidth = 8 * elements / copy, 4 * elements / read
+
+    def free_memory(self):
+        """What can be had without swapping, with a reserve."""
+        available = [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
+        return 0.8 * (available[0] if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2)
+
+    def sampler(self, calls):
+        """A function that gives one sample, and how it is taken."""
+
+        def sample():
+            call = calls[next(self._turn) % len(calls)]  # one count for all providers: none finds another's set warm
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return sample, "wall time of a call"
+
+    def peak_memory(self, call):
+        """Most bytes of tensors that were alive at once beyond those before the call, by torch's profiler."""
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        with tempfile.TemporaryDirectory() as folder:
+            profile.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+        return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+    def host_seconds(self, call):
+        return None  # the host does all the work: there is no time apart
+
+
+class CUDA:
+    kind = "cuda"
+
+    def __init__(self):
+        properties = torch.cuda.get_device_properties()
+        self.name = properties.name
+        self.rotation = 3 * properties.L2_cache_size
+        self._flush = torch.randn(max(1 << 28, self.rotation), device="cuda")
+        self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at once, none reads another's
+        self._measure_ceilings(1 << 28)
+
+    _measure_ceilings = CPU._measure_ceilings
+
+    def free_memory(self):
+        gc.collect()
+        torch.cuda.empty_cache()
+        return 0.9 * torch.cuda.mem_get_info()[0]
+
+    def sampler(self, calls):
+        """A function that gives one sample, and how it is taken: all calls once, in a CUDA graph if that can be."""
+        run, how = self._capture(calls)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def sample():
+            # Reading a gigabyte empties the caches, dirty lines too, and takes longer than the host needs to launch.
+            self._flush.sum()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3 / len(calls)
+
+        return sample, how
+
+    def _capture(self, calls):
+        def run():
+            for call in calls:
+                call()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                run()
+                torch.cuda.set_sync_debug_mode("error")  # finds most that cannot be captured before a capture breaks
+                run()
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                run()
+            return graph.replay, "CUDA graph replay"
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            run()
+            return run, f"eager calls, no CUDA graph: {str(error).splitlines()[0]}"
+
+    def peak_memory(self, call):
+        """Most bytes of tensors that were alive at once beyond those before the call."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def host_seconds(self, call):
+        """Until an eager call returns, nothing queued before it."""
+        samples = []
+        for _ in range(11):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        return statistics.median(samples)
+
+
+def interleave(samplers, seconds):
+    """Samples of each, in turn, in about so many seconds; who comes first changes from round to round."""
+    start = time.perf_counter()
+    for sample in samplers:
+        sample()
+    fewest, most = ROUNDS
+    rounds = min(most, max(fewest, int(seconds / (time.perf_counter() - start))))
+    samples = [[] for _ in samplers]
+    for turn in range(rounds):
+        for i in range(len(samplers)):
+            i = (i + turn) % len(samplers)
+            samples[i].append(samplers[i]())
+    return samples
+
+
+def measure(case, names, device, seconds=4):
+    """{provider: (samples, extra_info)}, or an exception in the place of what could not be measured."""
+    results, running = {}, []
+    torch.compiler.reset()
+    try:
+        sets = _draw(case, device)
+    except Unavailable as reason:
+        return dict.fromkeys(names, reason)
+    expected = None
+    for name in names:
+        provider = case.providers[name]
+        try:
+            _expect_room(device, provider.memory * case.elements * 4)
+            for variant, bind in provider.variants.items():
+                calls = [bind(*inputs) for inputs in sets]
+                result = [t.detach().float() for t in _tensors(calls[0]())]
+                expected = expected or result
+                _expect_equal(result, expected, case.dtype)
+                running.append((name, variant, calls[0], *device.sampler(calls)))
+        except torch.OutOfMemoryError:
+            results[name] = Unavailable("out of memory")
+        except Exception as error:  # the other providers shall be measured all the same
+            results[name] = error
+    gc.collect()
+    gc.disable()
+    try:
+        samples = interleave([sample for *_, sample, _ in running], seconds)
+    finally:
+        gc.enable()
+
+    best = {}  # the fastest variant counts
+    for i, (name, *_) in enumerate(running):
+        if name not in results and (name not in best or _median(samples[i]) < _median(samples[best[name]])):
+            best[name] = i
+    for name, i in best.items():
+        _, variant, call, _, how = running[i]
+        results[name] = samples[i], _extra_info(case, name, variant, how, len(sets), call, samples[i], device)
+    return results
+
+
+def _draw(case, device):
+    size = case.elements * case.dtype.itemsize
+    _expect_room(device, size)
+    sets = min(MAX_SETS, 1 + device.rotation // size)
+    generator = torch.Generator(device.kind).manual_seed(0)  # capture may leave the default one unusable
+    return [case.draw(partial(_randn, generator, device.kind, case.dtype)) for _ in range(sets)]
+
+
+def _randn(generator, device, dtype, *shape):
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def _expect_room(device, size):
+    free = device.free_memory()
+    if size > free:
+        raise Unavailable(f"needs about {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+
+
+def _tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _expect_equal(result, expected, dtype):
+    """The same job: results that agree to the precision of the dtype's plain arithmetic."""
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for a, b in zip(result, expected, strict=True):
+        error = ((a - b).norm() / b.norm()).item()
+        assert error < tolerance, f"the result is off by {error:.1e} (relative), more than {tolerance:.0e}"
+
+
+def _extra_info(case, name, variant, how, sets, call, samples, device):
+    seconds, host = _median(samples), device.host_seconds(call)
+    rotated = sets * case.elements * case.dtype.itemsize
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": case.mode,
+        "provider": name,
+        "variant": variant,
+        "quick": case.rank == 0,
+        "device": device.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "timing": how,
+        "input_sets": sets,
+        "cold": rotated >= device.rotation,
+        "necessary_bytes": case.bytes,
+        "bandwidth": case.bytes / seconds,
+        "copy_bandwidth": device.copy_bandwidth,
+        "read_bandwidth": device.read_bandwidth,
+        "copy_fraction": case.bytes / device.copy_bandwidth / seconds,
+        "host_us": None if host is None else host * 1e6,
+        "peak_memory": device.peak_memory(call),
+    }
+
+
+_median = statistics.median
+
+
+def commit():
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip() or None
+
+
+def _lines(path):
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+
+
+# --- replay -----------------------------------------------------------------------------------------------------
+
+_now = 0.0
+
+
+def clock():
+    """The timer that pytest-benchmark reads: it moves only when `replay` moves it."""
+    return _now
+
+
+def replay(benchmark, samples):
+    """Makes `samples` the rounds of this benchmark, so that statistics, tables and comparisons are of them."""
+
+    def advance(seconds):
+        global _now
+        _now = seconds
+
+    def rewind():
+        global _now
+        _now = 0.0
+        return (next(remaining),), {}
+
+    remaining = iter(samples)
+    benchmark.pedantic(advance, setup=rewind, rounds=len(samples))
