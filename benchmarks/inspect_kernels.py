@@ -21,7 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_90", "sm_100")
-ACCEPTED = {}  # kernel name: the reason why it may spill or use local memory
+# Kernel name: the reason why it may spill or use local memory.
+ACCEPTED = {
+    f"udi::gramian_tiles<__nv_bfloat16, udi::Table<{size}> >": "on sm_100, 10 local loads beside 512 multiply-adds"
+    for size in (500, 4080)
+}
 COLUMNS = ("kernel", "configuration", "arch", "registers", "spills", "local", "shared", "widest load")
 
 # (rows, classes) and (rows, features): every kernel in every configuration; those in ONCE for float32 alone.

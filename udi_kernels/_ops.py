@@ -17,7 +17,7 @@ from .reference import accumulation_dtype
 REDUCTIONS = ("none", "sum", "mean")
 
 _lib = Library("udi_kernels", "DEF")
-# stats: (6, R), what the backward of the same backend needs of each row.  A gradient that is not asked for comes back empty.
+# stats: (6, R), what the backward of the same backend needs. A gradient that is not asked for comes back empty.
 _lib.define(
     "js_div_fwd(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
     " -> (Tensor loss, Tensor stats)"
