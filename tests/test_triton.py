@@ -244,7 +244,7 @@ class TestClub:
             grad = torch.ones((mu.shape[0],) if reduction == NONE else ())
         mu, logvar, y, grad = on_device(mu, logvar, y, grad)
         loss, stats = club.club_mi_fwd(mu, logvar, y, reduction)
-        assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (4, mu.shape[1])
+        assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (5, mu.shape[1])
         return loss, *club.club_mi_bwd(grad, mu, logvar, y, stats, reduction, *needs)
 
     @staticmethod

@@ -5,8 +5,8 @@ With w = exp(-logvar), and per column the mean and the population variance of y,
     value_i = 1/2 sum_d w [Var(y) + y~ (2 mu~ - y~)]    y~ = y - mean(y), mu~ = mu - mean(y)
 
 because mean_j (y_j - mu_i)^2 = Var(y) + mu~_i^2.  Summed over the rows it needs no second reading: five column sums
-do, of y, y^2, w, w mu and w y (2 mu - y).  They are of y and mu less the first row of y, which changes no value and
-keeps the sums small.  With the upstream gradient g_i of row i:
+do, of y, y^2, w, w mu and w y (2 mu - y).  They are of y and mu less a shift, the mean of some rows of y, which
+changes no value and keeps the sums small; a single row could be an outlier.  With the upstream gradient g_i of row i:
 
     d mu     = g w y~
     d logvar = -1/2 g w [Var(y) + y~ (2 mu~ - y~)]
@@ -16,7 +16,7 @@ Column sums go in two stages of fixed order: programs add up blocks of rows, the
 those parts.  A thread adds up its own rows in float32, everything above that is float64: the value is a small
 difference of the sums.
 
-stats: (4, D) float32: mean(y - y_0), Var(y), mean(w), mean(w (mu - y_0)).
+stats: (5, D) float32: shift, mean(y - shift), Var(y), mean(w), mean(w (mu - shift)).
 """
 
 import math
@@ -31,6 +31,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2_HIGH = tl.constexpr(0.693145751953125)  # 14 bits: its product with an exponent is exact
 LN2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
 
+SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
 PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 or H100
 
 
@@ -63,9 +64,17 @@ def _column_sum(tile):
     return tl.sum(tile.to(tl.float64), 0)
 
 
+@triton.jit
+def _shift(Y, col, mask, stride, N):
+    """The mean of rows spread over y, near the middle of the data whatever its order; exactly y where N is 1."""
+    row = tl.arange(0, SAMPLES).to(tl.int64) * N // SAMPLES
+    first = tl.load(Y + col, mask, other=0.0).to(tl.float32)
+    return first + tl.sum(_load(Y, row, col, stride, mask[None, :]) - first[None, :], 0) / SAMPLES
+
+
 @triton.jit(do_not_specialize=["N", "g_stride", "tiles", "rows"])
 def _columns(
-    G, MU, LOGVAR, Y, PARTS, DONE, N, D, mu_stride, lv_stride, y_stride, g_stride, tiles, rows,
+    G, MU, LOGVAR, Y, PARTS, STATS, DONE, N, D, mu_stride, lv_stride, y_stride, g_stride, tiles, rows,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """First stage, `rows` rows by BLOCK columns.  PARTS: (parts, 5, D).  D and strides in units of V elements.
@@ -74,7 +83,8 @@ def _columns(
     """
     part = (tl.program_id(0) // tiles).to(tl.int64)
     col = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
-    y0 = tl.load(Y + col, col < D * V, other=0.0).to(tl.float32)[None, :]
+    shift = _shift(Y, col, col < D * V, y_stride * V, N)
+    y0 = shift[None, :]
     sum_y = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_yy = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -107,6 +117,8 @@ def _columns(
         tl.store(PARTS + 3 * D, _column_sum(sum_wmu), col < D)
     if MOMENTS and WEIGHTS:
         tl.store(PARTS + 4 * D, _column_sum(sum_wy), col < D)
+    if part == 0:
+        tl.store(STATS + col, shift, col < D)
     if tl.program_id(0) == 0:
         tl.store(DONE, 0)
 
@@ -136,13 +148,13 @@ def _columns_join(
     if MOMENTS:
         mean = _sum_parts(PARTS, 0, parts, D, col, STEP, BLOCK) / N
         square = _sum_parts(PARTS, 1, parts, D, col, STEP, BLOCK) / N
-        tl.store(STATS + col, mean.to(tl.float32), real)
-        tl.store(STATS + D + col, (square - mean * mean).to(tl.float32), real)
+        tl.store(STATS + D + col, mean.to(tl.float32), real)
+        tl.store(STATS + 2 * D + col, (square - mean * mean).to(tl.float32), real)
     if WEIGHTS:
         sum_w = _sum_parts(PARTS, 2, parts, D, col, STEP, BLOCK)
         sum_wmu = _sum_parts(PARTS, 3, parts, D, col, STEP, BLOCK)
-        tl.store(STATS + 2 * D + col, (sum_w / N).to(tl.float32), real)
-        tl.store(STATS + 3 * D + col, (sum_wmu / N).to(tl.float32), real)
+        tl.store(STATS + 3 * D + col, (sum_w / N).to(tl.float32), real)
+        tl.store(STATS + 4 * D + col, (sum_wmu / N).to(tl.float32), real)
     if MOMENTS and WEIGHTS:
         value = 0.5 * (_sum_parts(PARTS, 4, parts, D, col, STEP, BLOCK) - 2 * mean * sum_wmu + square * sum_w)
         tl.store(VALUES + tile, tl.sum(tl.where(real, value, 0.0), 0))
@@ -165,9 +177,9 @@ def _values(
     for start in range(0, D, BLOCK):
         col = start + tl.arange(0, BLOCK)
         mask = (row < N)[:, None] & (col < D)[None, :]
-        y0 = tl.load(Y + col, col < D, other=0.0).to(tl.float32)[None, :]
-        mean = tl.load(STATS + col, col < D, other=0.0)[None, :]
-        var = tl.load(STATS + D + col, col < D, other=0.0)[None, :]
+        y0 = tl.load(STATS + col, col < D, other=0.0)[None, :]
+        mean = tl.load(STATS + D + col, col < D, other=0.0)[None, :]
+        var = tl.load(STATS + 2 * D + col, col < D, other=0.0)[None, :]
         y = (_load(Y, row, col, y_stride * V, mask) - y0) - mean
         mu = (_load(MU, row, col, mu_stride * V, mask) - y0) - mean
         acc += _exp(-_load(LOGVAR, row, col, lv_stride * V, mask, float("inf"))) * (var + y * (2 * mu - y))
@@ -196,18 +208,19 @@ class _Shape:
 
 
 def _column_stats(shape, g, mu, logvar, y, out, factor, moments, weights):
-    """Runs the two stages; returns stats (4, D), and writes factor times the sum of all rows into `out`."""
+    """Runs the two stages; returns stats (5, D), and writes factor times the sum of all rows into `out`."""
     parts, rows = shape.parts()
     new = dict(device=y.device)
     buffer = torch.empty((parts, 5, shape.D), dtype=torch.float64, **new)
-    stats = torch.empty((4, shape.D), dtype=torch.float32, **new)
+    stats = torch.empty((5, shape.D), dtype=torch.float32, **new)
     done = torch.empty((), dtype=torch.int32, **new)
     g_stride = g.stride(0) if g is not None and g.dim() else 0
     flags = dict(MOMENTS=moments, WEIGHTS=weights)
     D_v, *strides = shape.sizes
     _columns[(shape.tiles * parts,)](
-        g, mu, logvar, y, buffer, done, shape.N, D_v, *strides, g_stride, shape.tiles, rows, **flags, **shape.config
-    )
+        g, mu, logvar, y, buffer, stats, done, shape.N, D_v, *strides, g_stride, shape.tiles, rows,
+        **flags, **shape.config,
+    )  # fmt: skip
     # Tiles of 1024: few columns each, so that there are many programs.
     block = min(16, triton.next_power_of_2(shape.D))
     step = min(1024 // block, triton.next_power_of_2(parts))
@@ -241,14 +254,14 @@ def club_mi_fwd(mu, logvar, y, reduction):
     N, D = mu.shape
     loss = _empty_loss(mu, reduction)
     if loss is not None:
-        return loss, torch.zeros((4, D), dtype=torch.float32, device=mu.device)
+        return loss, torch.zeros((5, D), dtype=torch.float32, device=mu.device)
     shape = _Shape(mu, logvar, y)
     factor = 1.0 / N if reduction == 2 else 1.0
     loss = torch.empty((N,) if reduction == 0 else (), dtype=torch.float32, device=mu.device)
     with torch.cuda.device_of(mu):
         stats = _column_stats(shape, None, mu, logvar, y, loss, factor, moments=True, weights=reduction != 0)
         if reduction == 0:
-            stats[2:].zero_()
+            stats[3:].zero_()
             rows = max(1, 1024 // triton.next_power_of_2(D))
             _values[(triton.cdiv(N, rows),)](
                 mu, logvar, y, stats, loss, N, *shape.sizes,
@@ -265,29 +278,29 @@ def _mi_bwd(
     G, MU, LOGVAR, Y, STATS, WEIGHTED, DMU, DLOGVAR, DY, N, D, mu_stride, lv_stride, y_stride, g_stride, tiles, factor,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """WEIGHTED: stats whose rows 2 and 3 hold mean(g w) and mean(g w (mu - y_0)); without PER_ROW, those of g = 1."""
+    """WEIGHTED: stats whose last rows hold mean(g w) and mean(g w (mu - shift)); without PER_ROW, those of g = 1."""
     row, col, mask = _tile(tiles, D * V, N, ROWS, BLOCK)
     real = col < D * V
     D *= V
     g = tl.load(G + row * g_stride, row < N, other=0.0).to(tl.float32)[:, None] * factor
-    y0 = tl.load(Y + col, real, other=0.0).to(tl.float32)[None, :]
+    y0 = tl.load(STATS + col, real, other=0.0)[None, :]
     y = _load(Y, row, col, y_stride * V, mask)
     w = _exp(-_load(LOGVAR, row, col, lv_stride * V, mask))
     at = row[:, None] * D + col[None, :]
     if DMU is not None or DLOGVAR is not None:
-        mean = tl.load(STATS + col, real, other=0.0)[None, :]
+        mean = tl.load(STATS + D + col, real, other=0.0)[None, :]
         centred = (y - y0) - mean
     if DMU is not None:
         tl.store(DMU + at, (g * w * centred).to(DMU.dtype.element_ty), mask)
     if DLOGVAR is not None or DY is not None:
         mu = _load(MU, row, col, mu_stride * V, mask)
     if DLOGVAR is not None:
-        var = tl.load(STATS + D + col, real, other=0.0)[None, :]
+        var = tl.load(STATS + 2 * D + col, real, other=0.0)[None, :]
         value = w * (var + centred * (2 * ((mu - y0) - mean) - centred))
         tl.store(DLOGVAR + at, (-0.5 * g * value).to(DLOGVAR.dtype.element_ty), mask)
     if DY is not None:
-        mean_w = tl.load(WEIGHTED + 2 * D + col, real, other=0.0)[None, :]
-        mean_wmu = tl.load(WEIGHTED + 3 * D + col, real, other=0.0)[None, :]
+        mean_w = tl.load(WEIGHTED + 3 * D + col, real, other=0.0)[None, :]
+        mean_wmu = tl.load(WEIGHTED + 4 * D + col, real, other=0.0)[None, :]
         others = (y - y0) * mean_w - mean_wmu
         dy = g * w * (mu - y) + others if PER_ROW else g * (w * (mu - y) + others)
         tl.store(DY + at, dy.to(DY.dtype.element_ty), mask)
@@ -297,6 +310,8 @@ def club_mi_bwd(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, nee
     grads = _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
     if mu.numel() == 0 or not (need_mu or need_logvar or need_y):
         return grads
+    if len(mu) == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
+        return tuple(g.zero_() for g in grads)
     shape = _Shape(mu, logvar, y)
     per_row = reduction == 0
     factor = 1.0 / shape.N if reduction == 2 else 1.0
