@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import peers
+from measure import Unavailable
 from peers import compiled
 from shapes import MODELS
 from udi_kernels import GradientPlan, alignment_weights, club_mi, gramian, js_div, reference, weighted_sum
@@ -75,7 +76,6 @@ def js_div_cases():
             3,
             {
                 "reference": compiled(reference.js_div),
-                "log space": compiled(peers.js_div_log_space),
                 "probabilities": compiled(peers.js_div_probabilities),
             },
         ),
@@ -125,7 +125,7 @@ def club_cases():
 
 # --- gradients: an input set is (K lists, P stacked tensors over the same memory, weights) ----------------------
 
-COMPILED_DOTS = 1000  # torch.compile takes minutes for more dot products than this
+DOTS, COMPILED_DOTS = 20_000, 1_000  # dot products of two tensors; beyond them, capture or compilation takes minutes
 
 
 def draw_gradients(randn, k, shapes, weighted):
@@ -142,48 +142,51 @@ def of_stacked(f):
     return lambda lists, stacked, *weights: partial(f, stacked, *weights)
 
 
-def gramian_providers(few):
-    providers = {
+def at_most(limit, products, bind):
+    def refuse(*inputs):
+        raise Unavailable(f"{products:,} dot products would take too long")
+
+    return bind if products <= limit else refuse
+
+
+def gramian_providers(k, params):
+    products = params * k * (k + 1) // 2
+    dots = at_most(DOTS, products, of_lists(peers.gramian_dots))
+    mul_sum = at_most(DOTS, products, of_lists(peers.gramian_foreach_mul))
+    compiled_dots = at_most(COMPILED_DOTS, products, of_lists(compiled(peers.gramian_dots)))
+    matmuls = {"stacked": of_stacked(peers.gramian_matmuls), "lists": of_lists(peers.gramian_matmuls_of_lists)}
+    return {
         "udi_kernels": Provider({"": of_lists(gramian)}, 0.1),
         "udi_kernels, stacked": Provider({"": of_stacked(gramian)}, 0.1),
         "udi_kernels, plan": Provider({"": lambda lists, stacked: GradientPlan(lists).gramian}, 0.1),
-        "cat + matmul": Provider({"": of_lists(peers.gramian_cat)}, 2.1),
-        "dot products": Provider({"": of_lists(peers.gramian_dots)}, 0.1),
-        "foreach": Provider(
-            {"mul, sum": of_lists(peers.gramian_foreach_mul), "add, norm": of_lists(peers.gramian_foreach_norm)}, 1
-        ),
-        "matmuls": Provider(
-            {"stacked": of_stacked(peers.gramian_matmuls), "lists": of_lists(peers.gramian_matmuls_of_lists)}, 1.1
-        ),
+        "cat + matmul": Provider({"": of_lists(peers.gramian_cat)}, 1.1),
+        "dot products": Provider({"": dots}, 0.1),
+        "foreach": Provider({"mul, sum": mul_sum, "add, norm": of_lists(peers.gramian_foreach_norm)}, 1.1 / k),
+        "matmuls": Provider(matmuls, 0.5),
+        "torch.compile": Provider({"dot products": compiled_dots}, 0.1),
     }
-    if few:
-        providers["torch.compile"] = Provider({"dot products": of_lists(compiled(peers.gramian_dots))}, 1)
-    return providers
 
 
-def weighted_sum_providers(few):
+def weighted_sum_providers(k, params):
     def plan(lists, stacked, weights):
         return partial(GradientPlan(lists).weighted_sum, weights)
 
-    providers = {
-        "udi_kernels": Provider({"": of_lists(weighted_sum)}, 1),
-        "udi_kernels, stacked": Provider({"": of_stacked(weighted_sum)}, 1),
-        "udi_kernels, plan": Provider({"": plan}, 1),
-        "eager": Provider({"": of_lists(peers.weighted_sum_loop)}, 2),
-        "foreach": Provider(
-            {"mul, add_": of_lists(peers.weighted_sum_foreach), "alpha": of_lists(peers.weighted_sum_foreach_alpha)}, 1
-        ),
-        "tensordot": Provider({"": of_stacked(peers.weighted_sum_tensordot)}, 1),
+    foreach = {"mul, add_": peers.weighted_sum_foreach, "alpha": peers.weighted_sum_foreach_alpha}
+    loop = at_most(COMPILED_DOTS, params * k, of_lists(compiled(peers.weighted_sum_loop)))
+    return {
+        "udi_kernels": Provider({"": of_lists(weighted_sum)}, 1 / k),
+        "udi_kernels, stacked": Provider({"": of_stacked(weighted_sum)}, 1 / k),
+        "udi_kernels, plan": Provider({"": plan}, 1 / k),
+        "eager": Provider({"": of_lists(peers.weighted_sum_loop)}, 1.5 / k),
+        "foreach": Provider({name: of_lists(f) for name, f in foreach.items()}, 2 / k),
+        "tensordot": Provider({"": of_stacked(peers.weighted_sum_tensordot)}, 1 / k),
+        "torch.compile": Provider({"loop": loop}, 1 / k),
     }
-    if few:
-        providers["torch.compile"] = Provider({"loop": of_lists(compiled(peers.weighted_sum_loop))}, 1)
-    return providers
 
 
 def gradient_cases():
     for dtype, k, (model, shapes) in itertools.product(DTYPES, (3, 8, 32), MODELS.items()):
         numel = sum(map(math.prod, shapes))
-        few = len(shapes) * k * (k + 1) // 2 <= COMPILED_DOTS
         rank = (dtype == torch.bfloat16) + (k > 3) + (model != "ResNet-18")
         for op, providers, moved in (
             ("gramian", gramian_providers, k),
@@ -194,7 +197,7 @@ def gradient_cases():
                 elements=k * numel,
                 bytes=moved * numel * dtype.itemsize,
                 draw=partial(draw_gradients, k=k, shapes=shapes, weighted=op == "weighted_sum"),
-                providers=providers(few),
+                providers=providers(k, len(shapes)),
             )  # fmt: skip
 
 
@@ -212,7 +215,7 @@ def step(js_div, club_mi, controller):
         def call():
             cls, con, com = F.cross_entropy(logits, labels), js_div(logits, anchor), club_mi(mu, logvar, y)
             outer = [torch.autograd.grad(loss, x)[0] for loss, x in ((cls, logits), (con, logits), (com, y))]
-            return outer + combine()
+            return [*outer, *combine()]
 
         return call
 

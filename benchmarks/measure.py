@@ -1,24 +1,26 @@
 """How calls are timed, on each kind of device, and how pytest-benchmark comes to show those times.
 
-The providers of a case run interleaved, one sample of each in turn, and nothing else runs between: what disturbs one
-disturbs all. A sample is the time of a call whose inputs were last touched many megabytes ago. The tests of the
-providers then replay the samples into pytest-benchmark on a clock that moves only by what was measured.
+The providers of a case run interleaved, one sample of each in turn: what disturbs one disturbs all. A sample is the
+time of a call whose inputs were last touched many megabytes ago. The tests of the providers then replay the samples
+into pytest-benchmark on a clock that moves only by what was measured.
 """
 
 import gc
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
 import torch
 
-ROUNDS = (7, 100)  # fewest and most samples of a provider
+ROUNDS = (3, 5, 100)  # samples of a provider: fewest where one takes seconds, fewest, most
 MAX_SETS = 64  # input sets that calls rotate through
 
 
@@ -28,6 +30,7 @@ class Unavailable(Exception):
 
 class CPU:
     kind = "cpu"
+    seconds = 4  # for the samples of a case
     rotation = 128 << 20  # bytes of input between two uses of a set; smaller inputs than 1/64 of it stay in some cache
 
     def __init__(self):
@@ -42,7 +45,7 @@ class CPU:
         source = torch.randn(elements, device=self.kind)
         target = torch.empty_like(source)
         calls = [partial(target.copy_, source)], [source.sum]
-        copy, read = (statistics.median(s) for s in interleave([self.sampler(c)[0] for c in calls], seconds=1.5))
+        copy, read = map(min, interleave([self.sampler(c)[0] for c in calls], seconds=1.5))
         self.copy_bandwidth, self.read_bandwidth = 8 * elements / copy, 4 * elements / read
 
     def free_memory(self):
@@ -77,6 +80,7 @@ class CPU:
 
 class CUDA:
     kind = "cuda"
+    seconds = 1
 
     def __init__(self):
         properties = torch.cuda.get_device_properties()
@@ -120,8 +124,10 @@ class CUDA:
             with torch.cuda.stream(stream):
                 run()
                 torch.cuda.set_sync_debug_mode("error")  # finds most that cannot be captured before a capture breaks
-                run()
-            torch.cuda.set_sync_debug_mode("default")
+                try:
+                    run()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
@@ -130,9 +136,8 @@ class CUDA:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
-            run()
+            self._pool = torch.cuda.graph_pool_handle()
             return run, f"eager calls, no CUDA graph: {str(error).splitlines()[0]}"
 
     def peak_memory(self, call):
@@ -157,58 +162,67 @@ class CUDA:
 
 
 def interleave(samplers, seconds):
-    """Samples of each, in turn, in about so many seconds; who comes first changes from round to round."""
-    start = time.perf_counter()
-    for sample in samplers:
-        sample()
-    fewest, most = ROUNDS
-    rounds = min(most, max(fewest, int(seconds / (time.perf_counter() - start))))
-    samples = [[] for _ in samplers]
-    for turn in range(rounds):
-        for i in range(len(samplers)):
-            i = (i + turn) % len(samplers)
+    """Samples of each, in turn, in about so many seconds. The order changes from round to round, or one would always
+    follow the same; who has used up his share of the time drops out, and the quick ones go on among themselves."""
+    samples, spent = [[] for _ in samplers], [0.0 for _ in samplers]
+    running, order = list(range(len(samplers))), random.Random(0)
+    few, fewest, most = ROUNDS
+
+    def goes_on(i):
+        fair = fewest if spent[i] < 2 * seconds else few
+        return len(samples[i]) < fair or (len(samples[i]) < most and spent[i] < seconds / len(samplers))
+
+    while running:
+        order.shuffle(running)
+        for i in running:
+            start = time.perf_counter()
             samples[i].append(samplers[i]())
+            spent[i] += time.perf_counter() - start
+        running = [i for i in running if goes_on(i)]
     return samples
 
 
-def measure(case, names, device, seconds=4):
+def measure(case, names, device):
     """{provider: (samples, extra_info)}, or an exception in the place of what could not be measured."""
-    results, running = {}, []
     torch.compiler.reset()
     try:
         sets = _draw(case, device)
     except Unavailable as reason:
         return dict.fromkeys(names, reason)
-    expected = None
+    expected, running, failed = None, [], {}
     for name in names:
-        provider = case.providers[name]
-        try:
-            _expect_room(device, provider.memory * case.elements * 4)
-            for variant, bind in provider.variants.items():
+        for variant, bind in case.providers[name].variants.items():
+            try:
+                _expect_room(device, case.providers[name].memory * case.elements * 4)
                 calls = [bind(*inputs) for inputs in sets]
                 result = [t.detach().float() for t in _tensors(calls[0]())]
                 expected = expected or result
                 _expect_equal(result, expected, case.dtype)
                 running.append((name, variant, calls[0], *device.sampler(calls)))
-        except torch.OutOfMemoryError:
-            results[name] = Unavailable("out of memory")
-        except Exception as error:  # the other providers shall be measured all the same
-            results[name] = error
+            except Unavailable as reason:
+                failed[name] = reason.with_traceback(None)
+            except torch.OutOfMemoryError:
+                failed[name] = Unavailable("out of memory")
+            except Exception:  # the others shall be measured all the same; kept as text, for frames hold tensors
+                failed[name] = AssertionError(traceback.format_exc())
+            calls = result = None
     gc.collect()
     gc.disable()
     try:
-        samples = interleave([sample for *_, sample, _ in running], seconds)
+        samples = interleave([sample for *_, sample, _ in running], device.seconds)
     finally:
         gc.enable()
 
     best = {}  # the fastest variant counts
     for i, (name, *_) in enumerate(running):
-        if name not in results and (name not in best or _median(samples[i]) < _median(samples[best[name]])):
+        if name not in best or _median(samples[i]) < _median(samples[best[name]]):
             best[name] = i
+    results = {}
     for name, i in best.items():
         _, variant, call, _, how = running[i]
         results[name] = samples[i], _extra_info(case, name, variant, how, len(sets), call, samples[i], device)
-    return results
+    # A variant that cannot be had is no matter beside one that can; one that is wrong is.
+    return results | {n: e for n, e in failed.items() if n not in results or not isinstance(e, Unavailable)}
 
 
 def _draw(case, device):

@@ -1,0 +1,248 @@
+"""Tables and plots of benchmark results.
+
+    python benchmarks/report.py results.json [--out DIR]
+
+Reads what `pytest benchmarks/ --benchmark-only --benchmark-json=results.json` wrote; prints the tables, and with --out
+writes table.md, a plot for each family of ops, and results.json without the spaces.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+OURS = "udi_kernels"
+# What most code that needs the op does.
+USUAL = {
+    "js_div": "eager",
+    "club_mi": "NxNxD",
+    "gramian": "cat + matmul",
+    "weighted_sum": "eager",
+    "follower step": "NxNxD, cat + matmul",
+}
+FIGURES = {"js_div": ["js_div"], "club_mi": ["club_mi"], "gradients": ["gramian", "weighted_sum", "follower step"]}
+COLORS = {
+    "udi_kernels": "#d62728",
+    "udi_kernels, stacked": "#ff9896",
+    "udi_kernels, plan": "#8c1a1a",
+    "torch.compile": "#1f77b4",
+    "eager": "#7f7f7f",
+    "liger-kernel": "#2ca02c",
+    "NxNxD": "#bcbd22",
+    "NxNxD, cat + matmul": "#bcbd22",
+    "cat + matmul": "#bcbd22",
+    "dot products": "#17becf",
+    "foreach": "#9467bd",
+    "matmuls": "#e69f00",
+    "tensordot": "#e69f00",
+    "TorchJD": "#2ca02c",
+}
+
+
+class Result:
+    def __init__(self, benchmark):
+        self.seconds = benchmark["stats"]["median"]
+        self.__dict__ |= benchmark["extra_info"]
+        self.ours = self.provider.startswith(OURS)
+
+    @property
+    def panel(self):
+        return " ".join(filter(None, (self.op, self.mode, self.dtype)))
+
+
+def by_case(benchmarks):
+    """[results of a case], the cases in the order in which they ran."""
+    cases = {}
+    for benchmark in benchmarks:
+        cases.setdefault(benchmark["group"], []).append(Result(benchmark))
+    return list(cases.values())
+
+
+# --- table ------------------------------------------------------------------------------------------------------
+
+
+def table(cases):
+    """Per case the fastest of ours against the fastest of the peers."""
+    on_gpu = any(r.host_us is not None for results in cases for r in results)
+    columns = ["", "udi_kernels", "fastest peer", "speedup", "against usual code", "of copy speed", "extra memory"]
+    rows = [columns + ["host µs"] * on_gpu, ["---"] + ["---:"] * (len(columns) - 1 + on_gpu)]
+    for results in cases:
+        ours, peer = (min((r for r in results if r.ours == own), key=speed, default=None) for own in (True, False))
+        if ours is None:
+            continue
+        usual = next((r for r in results if r.provider == USUAL[ours.op]), None)
+        name = " ".join(
+            filter(None, (f"`{ours.op}`" if "_" in ours.op else ours.op, ours.shape, ours.dtype, ours.mode))
+        )
+        row = [
+            name,
+            duration(ours.seconds) + variant(ours) + note(ours),
+            f"{duration(peer.seconds)} {peer.provider}{variant(peer)}{note(peer)}" if peer else "-",
+            ratio(ours, peer),
+            f"{ratio(ours, usual)} {usual.provider}" if usual else "-",
+            f"{ours.copy_fraction:.0%}" if ours.cold else "in cache",
+            f"{size(ours.peak_memory)}, peer {size(peer.peak_memory)}" if peer else size(ours.peak_memory),
+        ]
+        if on_gpu:
+            row.append(f"{ours.host_us:.0f}, peer {peer.host_us:.0f}" if peer else f"{ours.host_us:.0f}")
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def speed(result):
+    return result.seconds
+
+
+def ratio(ours, other):
+    if other is None:
+        return "-"
+    times = other.seconds / ours.seconds
+    text = f"{times:.0f}×" if times >= 20 else f"{times:.1f}×" if times >= 2 else f"{times:.2f}×"
+    return text if times >= 1 else f"{text} (slower)"
+
+
+def variant(result):
+    part = result.provider.removeprefix(OURS).strip(", ") if result.ours else result.variant
+    return f" ({part})" if part else ""
+
+
+def note(result):
+    return "" if result.timing in ("CUDA graph replay", "wall time of a call") else " \\*"
+
+
+def duration(seconds):
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}"
+
+
+def size(count):
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)):
+        if count >= scale or unit == "B":
+            return f"{count / scale:.3g} {unit}"
+
+
+def markdown(cases):
+    first = cases[0][0]
+    copy = f"copy {first.copy_bandwidth / 1e9:.0f} GB/s, read {first.read_bandwidth / 1e9:.0f} GB/s"
+    commit = f", commit {first.commit}" if first.commit else ""
+    parts = [f"{first.device}; torch {first.torch}{commit}; {copy}. Medians, all providers interleaved."]
+    if any(note(r) for results in cases for r in results):
+        parts[0] += " \\* cannot be captured in a CUDA graph: eager calls, launches included."
+    quick = [results for results in cases if results[0].quick]
+    rest = [results for results in cases if not results[0].quick]
+    parts += [table(part) for part in (quick, rest) if part]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- plots ------------------------------------------------------------------------------------------------------
+
+
+def plot(cases, figure, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    plt.rcParams |= {"grid.color": "#e6e6e6", "axes.axisbelow": True}
+    results = [r for case in cases for r in case if r.op in FIGURES[figure]]
+    if not results:
+        return
+    panels = {}
+    for r in sorted(results, key=lambda r: (FIGURES[figure].index(r.op), r.mode, r.dtype != "float32")):
+        panels.setdefault(r.panel, []).append(r)
+    columns = 3 if len(panels) == 3 else min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    shapes = max(len(shapes_of(panel)) for panel in panels.values())
+    size = columns * max(5.2, 0.8 * shapes), 3.3 * rows + 1
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, panel) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, None)):
+        if title is None:
+            ax.remove()
+            continue
+        (lines if len(shapes_of(panel)) > 1 else bars)(ax, panel)
+        ax.set_title(title, loc="left", fontweight="bold")
+    handles = []
+    if shapes > 1:
+        drawn = dict.fromkeys(p for p in COLORS if any(r.provider == p for r in results))
+        for color in dict.fromkeys(COLORS[p] for p in drawn):
+            label = " / ".join(p for p in drawn if COLORS[p] == color)
+            handles.append(plt.Line2D([], [], color=color, marker="o", markersize=5, label=label))
+    handles.append(plt.Line2D([], [], color="black", linestyle="--", label="speed of a device copy (the floor)"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=max(1, int(size[0] / 2.4)), frameon=False)
+    fig.suptitle(results[0].device, x=0.01, ha="left", color="#555555", fontsize=9)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def shapes_of(panel):
+    """By K where there is one, then by bytes: a line joins what differs in size alone."""
+    ordered = sorted(panel, key=lambda r: (group_of(r.shape), r.necessary_bytes))
+    return list(dict.fromkeys(r.shape for r in ordered))
+
+
+def group_of(shape):
+    return int(shape.partition("K=")[2] or 0)
+
+
+def lines(ax, panel):
+    """Bandwidth against size; sizes at equal distances."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    shapes = shapes_of(panel)
+    for provider, color in COLORS.items():
+        mine = {r.shape: r.bandwidth / 1e9 for r in panel if r.provider == provider}
+        front = provider.startswith(OURS)
+        style = {"linewidth": 2.2, "zorder": 4} if front else {"linewidth": 1.3, "zorder": 3}
+        for _, group in itertools.groupby(enumerate(shapes), key=lambda item: group_of(item[1])):
+            x, y = zip(*((i, mine.get(shape, float("nan"))) for i, shape in group), strict=True)
+            ax.plot(x, y, color=color, marker="o", markersize=4.5, **style)
+    ax.axhline(panel[0].copy_bandwidth / 1e9, color="black", linestyle="--", linewidth=1)
+    ax.set_yscale("log")
+    values = [r.bandwidth for r in panel]
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(range(len(shapes)), [s.replace(" K", "\nK").replace("x", "\n×") for s in shapes])
+    ax.set_xlim(-0.4, len(shapes) - 0.6)
+    ax.set_ylabel("necessary bytes / time, GB/s")
+
+
+def bars(ax, panel):
+    """One size: a bar each, the time beside it."""
+    panel = sorted(panel, key=speed, reverse=True)
+    widths, copy = [r.bandwidth / 1e9 for r in panel], panel[0].copy_bandwidth / 1e9
+    ax.barh(range(len(panel)), widths, color=[COLORS[r.provider] for r in panel], height=0.65)
+    for i, r in enumerate(panel):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        ax.text(widths[i] + 0.01 * max(copy, *widths), i, duration(r.seconds), va="center", bbox=box)
+    ax.axvline(copy, color="black", linestyle="--", linewidth=1)
+    ax.set_xlim(0, 1.18 * max(copy, *widths))
+    ax.set_yticks(range(len(panel)), [r.provider for r in panel])
+    ax.set_xlabel(f"{panel[0].shape}: necessary bytes / time, GB/s")
+    ax.grid(axis="y", visible=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", help="JSON written by pytest-benchmark")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the files there")
+    options = parser.parse_args()
+    data = json.loads(Path(options.results).read_text())
+    cases = by_case(data["benchmarks"])
+    if not cases:
+        sys.exit(f"{options.results} holds no results")
+    text = markdown(cases)
+    print(text, end="")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "table.md").write_text(text)
+        (options.out / "results.json").write_text(json.dumps(data, separators=(",", ":")))
+        for figure in FIGURES:
+            plot(cases, figure, options.out / f"{figure}.png")
+
+
+if __name__ == "__main__":
+    main()
