@@ -29,7 +29,7 @@ CPU_FLAGS = {
     "AVX2": "-mavx2 -mfma",
 }
 CXX_FLAGS = (
-    "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fopenmp-simd -fno-math-errno -fno-trapping-math"
+    "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fno-math-errno -fno-trapping-math"
     " -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 )
 CUDA_FLAGS = "-O3 -std=c++20 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden"
