@@ -1,4 +1,4 @@
-"""Datasets: what is stored of each sample, and how a modality's batch is made from it.
+"""Datasets: what is stored of each sample, and how a modality's input is made from it.
 
 A new dataset is one function decorated with ``@datasets.register(name)`` that takes ``data_root`` (a path or None)
 and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all seeds see the same samples.
@@ -27,24 +27,38 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def rows(self, index, names):
+        """A batch: these samples' labels and stored tensors of these names, and what samples they are."""
+        return {"index": index, "labels": self.labels[index]} | {name: self.stored[name][index] for name in names}
+
     def to(self, device):
         return Split(self.labels.to(device), {name: t.to(device) for name, t in self.stored.items()})
+
+    def nbytes(self):
+        return sum(t.nbytes for t in (self.labels, *self.stored.values()))
 
 
 @dataclass
 class Modality:
-    """An encoder's name, and how its input is made from the stored tensors it reads."""
+    """An encoder's name, and how its input is made from the stored tensors it reads, on the device.
+
+    ``augment`` changes an input at random, in training only.
+    """
 
     encoder: str
     reads: tuple[str, ...]
     make: Callable[..., torch.Tensor] = torch.Tensor.float
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def batch(self, split, index):
-        return self.make(*(split.stored[name][index] for name in self.reads))
+    def input(self, batch, training=False):
+        x = self.make(*(batch[name] for name in self.reads))
+        if training and self.augment:
+            x = self.augment(x)
+        return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     def shape(self, split):
         """Of one sample."""
-        return self.batch(split, slice(0, 1)).shape[1:]
+        return self.input(split.rows(torch.tensor([0]), self.reads)).shape[1:]
 
 
 @dataclass
@@ -58,6 +72,9 @@ class Dataset:
     def to(self, device):
         splits = (split.to(device) for split in (self.train, self.val, self.test))
         return Dataset(self.classes, self.modalities, *splits)
+
+    def nbytes(self):
+        return sum(split.nbytes() for split in (self.train, self.val, self.test))
 
 
 # Mean color of each digit, RGB.

@@ -1,89 +1,176 @@
-"""Training one stage to its end: the loop that every method shares.
+"""Training to the end: what a task is, and the loop that every method shares."""
 
-A task has
-    name, phase, modality    for log and checkpoints
-    model                    what predicts
-    parts                    everything with a state_dict that training changes, by name, the model among them
-    optimizers               whose learning rate follows the schedule
-    step(index, number)      trains on these samples; returns named scalars, left on the device
-    logits(split, index)     the prediction
-An epoch depends on the seed, the stage, its number and the parts alone: a checkpoint needs no random state.
-"""
-
+import contextlib
 import copy
 import math
 import time
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 from common import UserError
+from engine import Eager, Graphs
+from feed import Feed
 from fusion import accuracy
 
 
-def fit(task, run):
-    """Trains ``task`` from its last checkpoint, if it has one; leaves the epoch that was best on validation in it."""
-    options, train = run.options, run.data.train
-    batch = min(options.batch_size, len(train))
-    steps = len(train) // batch  # full batches only; the rest of the shuffled samples waits for another epoch
-    saved = run.restore(task.name)
-    best = saved["best"] if saved else None
-    rows = run.rows[task.name]
-    if saved:
-        for name, part in task.parts.items():
-            part.load_state_dict(saved["parts"][name])
+class Task:
+    """One stage of a method: a model, and how a step trains it.
 
-    label = f"{task.phase} {task.modality or ''}".strip()
-    with tqdm(total=options.epochs * steps, initial=len(rows) * steps, desc=label, disable=None, leave=False) as bar:
-        for epoch in range(len(rows), options.epochs):
-            if rows and rows[-1]["diverged"]:
-                break
+    A subclass has its ``phase``, and sets ``model`` and ``parts``: everything with a state_dict that training changes,
+    by name, the model and the optimizers among them. Its seed, its name and the number of an epoch or step determine
+    all that is random in it, so a checkpoint needs no random state.
+    """
+
+    phase = None
+
+    def __init__(self, run, modality=None):
+        self.run, self.modality = run, modality
+        self.name = "-".join(filter(None, (self.phase, modality)))
+        self.reads = run.data.modalities if modality is None else (modality,)  # modalities whose input it needs
+        torch.manual_seed(run.seed(self.name))
+
+    def flags(self, number):
+        """What kind of step this is: keyword arguments of `step`, of few values, the same names in every step."""
+        return {}
+
+    def step(self, batch, **flags):
+        """Trains on the batch; returns named scalars, left on the device."""
+        raise NotImplementedError
+
+    def logits(self, batch):
+        """The prediction (N, C)."""
+        raise NotImplementedError
+
+
+def update(optimizer, weights, grads):
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = grad
+    optimizer.step()
+
+
+def fit(tasks, run, epochs=None):
+    """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
+
+    Several tasks take turns step by step, each on a stream of its own: a GPU overlaps them.
+    """
+    epochs = epochs or run.options.epochs
+    stages = [Stage(task, run) for task in tasks]
+    total = sum(max(0, epochs - s.epoch) * s.steps for s in stages)
+    label = " + ".join(s.label for s in stages)
+    with tqdm(total=total, desc=label, disable=None, leave=False) as bar:
+        while active := [s for s in stages if s.epoch < epochs and not s.diverged]:
+            active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
             began = time.perf_counter()
-            torch.manual_seed(run.seed(task.name, epoch))
-            for optimizer in task.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = options.lr * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
-            order = torch.randperm(len(train))[: steps * batch].to(run.device)
-            task.model.train()
-            total = 0
-            for number, index in enumerate(order.split(batch), start=epoch * steps):
-                figures = task.step(index, number)
-                total = total + torch.stack(list(figures.values())).detach()
-                bar.update()
-            means = dict(zip(figures, (total / steps).tolist(), strict=True))
+            batches = [s.begin() for s in active]
+            for number in range(active[0].steps):
+                for stage, feed in zip(active, batches, strict=True):
+                    with stage.stream():
+                        stage.engine.step(next(feed), stage.epoch * stage.steps + number)
+                bar.update(len(active))
+            for stage in active:
+                stage.end(began, len(active))
+            bar.set_postfix({s.task.modality or "val_acc": f"{s.rows[-1]['val_acc']:.3f}" for s in active})
+    for stage in stages:
+        stage.finish()
 
-            logits, labels = predict(task, run.data.val), run.labels["val"]
-            val = {"val_acc": accuracy(logits, labels), "val_loss": cross_entropy(logits, labels).item()}
-            bar.set_postfix(val_acc=f"{val['val_acc']:.3f}")
-            diverged = not all(map(math.isfinite, [*means.values(), val["val_loss"]]))
-            if diverged and best is None:
-                raise UserError(f"{label}: the loss is not finite in the first epoch: lower --lr (it is {options.lr})")
-            rank = (-val["val_acc"], val["val_loss"])
-            if not diverged and (best is None or rank < best["rank"]):
-                best = {"rank": rank, "epoch": epoch + 1, "model": copy.deepcopy(task.model.state_dict())}
-            row = {"phase": task.phase, "modality": task.modality, "epoch": epoch + 1}
-            row |= {name: x if math.isfinite(x) else None for name, x in (means | val).items()}  # JSON has no NaN
-            row |= {"diverged": diverged, "seconds": time.perf_counter() - began}
-            parts = {name: part.state_dict() for name, part in task.parts.items()}
-            run.save(task.name, row, parts=parts, best=best)
-    task.model.load_state_dict(best["model"])
-    kept = rows[best["epoch"] - 1]
-    seconds = sum(row["seconds"] for row in rows)
-    end = f"; stopped: loss not finite in epoch {len(rows)}" if rows[-1]["diverged"] else ""
-    where = f"epoch {kept['epoch']:>{len(str(options.epochs))}} of {options.epochs}"
-    print(f"{label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s{end}", flush=True)
-    return task
+
+class Stage:
+    """A task on its way: taken up from its last checkpoint, trained epoch by epoch, checkpointed after each."""
+
+    def __init__(self, task, run):
+        self.task, self.run = task, run
+        self.label = f"{task.phase} {task.modality or ''}".strip()
+        train = run.data.train
+        self.batch = min(run.options.batch_size, len(train))
+        self.steps = len(train) // self.batch  # full batches only; the rest of the shuffled samples waits
+        self.feed = Feed(run, train, task.reads)
+        saved = run.restore(task.name)
+        self.rows, self.best = run.rows[task.name], saved["best"] if saved else None
+        if saved:
+            for name, part in task.parts.items():
+                part.load_state_dict(saved["parts"][name])
+        # A tensor, and always the same: graphs read the learning rate from it.
+        self.lr = torch.zeros((), device=run.device)
+        for part in task.parts.values():
+            if isinstance(part, torch.optim.Optimizer):
+                for group in part.param_groups:
+                    group["lr"] = self.lr
+        self._stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(run.device))
+        self.engine = (Graphs if run.engine == "graph" else Eager)(task, self.feed, run.seed(task.name, "steps"))
+
+    @property
+    def epoch(self):
+        return len(self.rows)
+
+    @property
+    def diverged(self):
+        return bool(self.rows) and self.rows[-1]["diverged"]
+
+    def stream(self):
+        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+
+    def begin(self):
+        """Starts an epoch: its batches."""
+        options, train = self.run.options, self.run.data.train
+        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
+        order = torch.randperm(len(train), generator=shuffle)[: self.steps * self.batch]
+        self.task.model.train()
+        with self.stream():
+            self.lr.fill_(options.lr * (1 + math.cos(math.pi * self.epoch / options.epochs)) / 2)
+            return iter(self.feed.batches(order, self.batch))
+
+    def end(self, began, shared):
+        """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
+        with self.stream():
+            means = self.engine.means()
+            logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
+        log_p = logits.log_softmax(-1)
+        val = {
+            "val_acc": accuracy(logits, labels),
+            "val_loss": nll_loss(log_p, labels).item(),
+            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
+        }
+        diverged = not all(map(math.isfinite, [*means.values(), val["val_loss"]]))
+        if diverged and self.best is None:
+            lr = self.run.options.lr
+            raise UserError(f"{self.label}: the loss is not finite in the first epoch: lower --lr (it is {lr})")
+        row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1}
+        row |= {name: x if math.isfinite(x) else None for name, x in (means | val).items()}  # JSON has no NaN
+        row |= {"diverged": diverged, "seconds": (time.perf_counter() - began) / shared}
+        if best_epoch([*self.rows, row]) is row:
+            self.best = copy.deepcopy(self.task.model.state_dict())
+        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
+        self.run.save(self.task.name, row, parts=parts, best=self.best)
+
+    def finish(self):
+        self.task.model.load_state_dict(self.best)
+        if self._stream:
+            torch.cuda.current_stream(self.run.device).wait_stream(self._stream)
+        kept, planned = best_epoch(self.rows), self.run.options.epochs
+        seconds = sum(row["seconds"] for row in self.rows)
+        end = f"; stopped: loss not finite in epoch {self.epoch}" if self.diverged else ""
+        where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
+        print(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s{end}", flush=True)
+
+
+def best_epoch(rows):
+    """The row of the highest validation accuracy, of the lowest loss among these; the first of equals."""
+    return min((row for row in rows if not row["diverged"]), key=lambda row: (-row["val_acc"], row["val_loss"]))
 
 
 def outputs(task, run):
     """The task's logits on validation and test, as fusion takes them."""
-    return {"val": predict(task, run.data.val), "test": predict(task, run.data.test)}
+    return {"val": predict(task, run, run.data.val), "test": predict(task, run, run.data.test)}
 
 
 @torch.no_grad()
-def predict(task, split):
+def predict(task, run, split):
     """Logits (N, C) of the whole split, float32, on the CPU."""
     task.model.eval()
-    indices = torch.arange(len(split), device=split.labels.device).split(1000)
-    return torch.cat([task.logits(split, index).float().cpu() for index in indices])
+    feed = Feed(run, split, task.reads)
+    batches = feed.batches(torch.arange(len(split)), 1000)
+    return torch.cat([task.logits(feed.complete(batch)) for batch in batches]).float().cpu()

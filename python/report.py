@@ -8,7 +8,10 @@ from common import UserError
 def comparison(metrics):
     """(name, modality or None, figures) of everything that the run trained, the method itself last."""
     method, unimodal, modalities = metrics["method"], metrics["unimodal"], metrics["modalities"]
-    rows = [(f"{m} alone", m, figures) for m, figures in unimodal.items()]
+    rows = []
+    for m, figures in unimodal.items():
+        epochs = f", {figures['epochs']} epochs" if "epochs" in figures else ""  # that lost the race for the anchor
+        rows.append((f"{m} alone{epochs}", m, figures))
     if "ensemble" in metrics:
         rows.append(("ensemble", None, metrics["ensemble"]))
     rows += [(name, None, figures) for name, figures in metrics["baselines"].items()]
@@ -111,7 +114,7 @@ def compare(axes, bars, hue):
     for y, (name, modality, figures) in enumerate(bars):
         last = y == 0
         axes.barh(y, figures["test_acc"], color=hue.get(modality, INK if last else MUTED), height=0.68,
-                  alpha=0.5 if name.endswith("alone") else 1)  # fmt: skip
+                  alpha=0.5 if " alone" in name else 1)  # fmt: skip
         end = figures["test_acc"]
         if figures.get("rule") != "mean" and "by_rule" in figures:
             plain = figures["by_rule"]["mean"]["test_acc"]

@@ -21,7 +21,9 @@ class Run:
 
     def __init__(self, folder, options, data, device):
         self.folder, self.options, self.device = folder, options, device
-        self.data = data.to(device)
+        self.engine = choose_engine(options.engine, device)
+        self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
+        self.data = data.to(device) if self.resident else data
         self.labels = {"val": data.val.labels, "test": data.test.labels}
         self.rows = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
@@ -30,7 +32,10 @@ class Run:
         return derive_seed(self.options.seed, *key)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
+
+    def optimizer(self, weights):
+        return torch.optim.AdamW(weights, fused=True, capturable=self.device.type == "cuda")
 
     def elapsed(self):
         return time.perf_counter() - self.began
@@ -63,6 +68,19 @@ class Run:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise unwritable(log, error) from None
+
+
+def choose_engine(option, device):
+    if device.type == "cuda":
+        return "eager" if option == "eager" else "graph"
+    if option == "graph":
+        print(f"--engine graph: eager steps, for CUDA graphs need a GPU and this is {device}")
+    return "eager"
+
+
+def fits(data, device):
+    """Whether the data may live on the device: there is room for as much again, and more."""
+    return device.type == "cpu" or data.nbytes() < torch.cuda.mem_get_info(device)[0] / 3
 
 
 def write_json(path, value):

@@ -23,7 +23,8 @@ except ModuleNotFoundError as missing:
     print(f'train.py: {missing.name} is not installed: pip install -e ".[train]"', file=sys.stderr)
     sys.exit(2)
 
-MOVABLE = ("device", "data_root")  # these may differ when a run is resumed: it may have moved to another machine
+# These may differ when a run is resumed: it may have moved to another machine.
+MOVABLE = ("device", "data_root", "data", "engine", "compile")
 
 
 def main(argv=None):
@@ -36,6 +37,7 @@ def main(argv=None):
         if options.anchor != "auto":
             choose("anchor", options.anchor, data.modalities)
         set_threads(data, options.batch_size)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
         if folder is None:
             folder = new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}")
             write_json(folder / "config.json", vars(options) | environment(device))
@@ -91,7 +93,8 @@ def parse(argv):
     add("--batch-size", 64, "samples of a step", type=number(int, 1))
     add("--lr", 3e-3, "first learning rate of AdamW; it falls to 0 along a cosine", type=number(float, above=0))
     add("--seed", 0, "of initial weights and order of samples; all see the same dataset", type=number(int, 0))
-    add("--anchor", "auto", "modality to freeze as the anchor; auto: best on validation", metavar="NAME")
+    add("--anchor", "auto", "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best"
+        " on validation")  # fmt: skip
     add("--controller", "dynamic", "weights of L_con and L_com: dynamic, from the losses' gradients; or static")
     add("--alpha", None, "the two weights of the static controller", type=two_weights, metavar="CON,COM")
     add("--align-every", "epoch", "when it measures: every epoch, or every N steps", type=schedule, metavar="epoch|N")
@@ -99,8 +102,14 @@ def parse(argv):
     add("--fusion", "auto", f"fusion rule: {', '.join(rules)}; auto: best on validation")
     add("--follower-init", "scratch", "weights that followers start from: scratch, or anchor-phase (trained alone)")
     add("--baselines", None, "methods to train beside it, or none (default: joint for udi)", type=names, metavar="A,B")
+    add("--race", None, "choose the anchor after this fraction of its epochs, and train no other modality to the end",
+        type=number(float, above=0, below=1), metavar="F")  # fmt: skip
     add("--device", "auto", "auto (a GPU if there is one), cpu, cuda or cuda:i")
-    add("--amp", False, "mixed precision, bfloat16", action="store_true")
+    add("--engine", "auto", "how steps run: eager, graph (whole steps as CUDA graphs) or auto (graph on a GPU)")
+    add("--data", "auto", "where samples live: device, host (prefetched), or auto: on the device if they fit")
+    add("--amp", "none", "mixed precision: bf16 or none", nargs="?", const="bf16", metavar="bf16")
+    add("--tf32", False, "float32 convolutions and matrix products by TF32 on a GPU", action="store_true")
+    add("--compile", False, "encoders by torch.compile", action="store_true")
     add("--out", None, "the run folder to make (default: a new one under runs/)", metavar="DIR")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
     given = vars(parser.parse_args(argv))
@@ -115,12 +124,17 @@ def parse(argv):
     choose("CLUB normalisation", options.club_norm, ("layer", "none"))
     choose("fusion rule", options.fusion, ("auto", *rules))
     choose("initialisation of followers", options.follower_init, ("scratch", "anchor-phase"))
+    choose("engine", options.engine, ("auto", "eager", "graph"))
+    choose("place of data", options.data, ("auto", "device", "host"))
+    choose("mixed precision", options.amp, ("none", "bf16"))
     if options.baselines is None:
         options.baselines = ["joint"] if options.method == "udi" else []
     for name in options.baselines:
         choose("baseline", name, methods)
     if (options.controller == "static") != (options.alpha is not None):
         raise UserError("--controller static needs --alpha CON,COM, and --alpha needs --controller static")
+    if options.race and options.anchor != "auto":
+        raise UserError("--race chooses the anchor: it needs --anchor auto")
     return options, None
 
 
@@ -143,7 +157,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def number(kind, least=None, above=None):
+def number(kind, least=None, above=None, below=math.inf):
     """An argument type: a finite number of this kind within its bounds."""
 
     def parse(text):
@@ -151,8 +165,10 @@ def number(kind, least=None, above=None):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
+        low = (least is not None and value < least) or (above is not None and value <= above)
+        if not math.isfinite(value) or low or value >= below:
             bound = f"of at least {least}" if least is not None else f"above {above}"
+            bound += f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'} {bound}")
         return value
 

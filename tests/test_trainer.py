@@ -151,6 +151,158 @@ def test_same_seed_same_figures():
     assert log("a") != log("c")
 
 
+# --- ways to run ---
+
+
+def losses(folder):
+    return [{n: row[n] for n in ("loss", "val_loss", "com", "alpha_com") if n in row} for row in log(folder)]
+
+
+def assert_same_training(a, b, rtol):
+    """The same losses, epoch by epoch, to the rounding that differs between two ways to compute them."""
+    assert len(losses(a)) == len(losses(b)) > 0
+    for ours, theirs in zip(losses(a), losses(b), strict=True):
+        assert ours == pytest.approx(theirs, rel=rtol, abs=rtol)
+
+
+def test_samples_from_the_host(three_views):
+    """Prefetched in a thread: bit for bit what samples on the device give."""
+    options = ["--dataset", three_views, "--epochs", "2"]
+    for place in ("device", "host"):
+        assert train.main([*options, "--data", place, "--out", place]) == 0
+    assert losses("host") == losses("device")
+
+
+def test_uncached_anchor(monkeypatch):
+    """An anchor whose input is augmented runs in every step; where augmenting changes nothing, so must that."""
+    options = ["--epochs", "4", "--align-every", "1", "--baselines", "none"]
+    assert train.main([*options, "--out", "cached"]) == 0
+    runs = []
+
+    @data.datasets.register("augmented")
+    def augmented(data_root):
+        digits = data.cgdigits(data_root)
+        digits.modalities["gray"].augment = lambda x: runs.append(len(x)) or x
+        return digits
+
+    try:
+        assert train.main([*options, "--dataset", "augmented", "--out", "uncached"]) == 0
+    finally:
+        del data.datasets["augmented"]
+    assert len(runs) == 2 * 4 * 16  # in the anchor's own training, and for the follower
+    assert_same_training("cached", "uncached", 1e-4)
+
+
+def test_augmentation_is_for_training_and_resumes(three_views):
+    """Random changes depend on seed and step alone: a resumed run draws the same; validation sees none."""
+    views = data.datasets[three_views]
+
+    @data.datasets.register("noisy")
+    def noisy(data_root):
+        dataset = views(data_root)
+        dataset.modalities["clean"].augment = lambda x: x + torch.randn_like(x)
+        return dataset
+
+    try:
+        options = ["--dataset", "noisy", "--method", "ensemble", "--out"]
+        assert train.main([*options, "whole", "--epochs", "4"]) == 0
+        assert train.main([*options, "again", "--epochs", "4"]) == 0
+        assert log("again") == log("whole")
+        digits = noisy(None)
+        batch = digits.train.rows(torch.arange(9), ["clean"])
+        assert torch.equal(digits.modalities["clean"].input(batch), batch["clean"])
+        assert not torch.equal(digits.modalities["clean"].input(batch, training=True), batch["clean"])
+    finally:
+        del data.datasets["noisy"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_graphs(amp):
+    """Whole-step CUDA graphs train as eager steps do."""
+    options = ["--epochs", "9", "--align-every", "7", "--amp", amp, "--device", "cuda"]
+    for engine in ("eager", "graph"):
+        assert train.main([*options, "--engine", engine, "--out", engine]) == 0
+    assert_same_training("graph", "eager", 1e-3 if amp == "none" else 5e-2)
+
+
+@pytest.mark.gpu
+def test_step_that_cannot_be_captured(three_views, capsys):
+    """A step that waits for the GPU falls back to eager steps, with a line of reason."""
+    views = data.datasets[three_views]
+
+    @data.datasets.register("waiting")
+    def waiting(data_root):
+        dataset = views(data_root)
+        dataset.modalities["clean"].augment = lambda x: x + 0 * x.sum().item()
+        return dataset
+
+    try:
+        options = ["--dataset", "waiting", "--epochs", "2", "--device", "cuda"]
+        assert train.main([*options, "--out", "graph"]) == 0
+        assert "anchor-clean: eager steps" in capsys.readouterr().out
+        assert train.main([*options, "--engine", "eager", "--out", "eager"]) == 0
+    finally:
+        del data.datasets["waiting"]
+    assert_same_training("graph", "eager", 1e-3)
+
+
+def test_graphs_need_a_gpu(capsys):
+    options = ["--epochs", "1", "--method", "joint", "--device", "cpu", "--engine", "graph"]
+    assert train.main([*options, "--out", "run"]) == 0
+    assert capsys.readouterr().out.count("CUDA graphs need a GPU") == 1
+
+
+def test_named_anchor_trains_no_other_modality(three_views):
+    options = ["--dataset", three_views, "--epochs", "2", "--anchor", "noisy", "--baselines", "none"]
+    assert train.main([*options, "--out", "run"]) == 0
+    metrics = result("run")
+    assert metrics["anchor"] == "noisy" and metrics["anchor_selection"]["by"] == "option"
+    assert set(metrics["unimodal"]) == {"noisy"} and "ensemble" not in metrics
+    assert list(metrics["modalities"]) == ["clean", "noisy", "worse"]
+    assert [row["modality"] for row in log("run")] == ["noisy", "noisy", "clean", "clean", "worse", "worse"]
+    assert train.main([*options, "--follower-init", "anchor-phase", "--out", "warm"]) == 0
+    assert set(result("warm")["unimodal"]) == {"clean", "noisy", "worse"}
+
+
+def test_race(three_views, tmp_path):
+    """The anchor is chosen after a fraction of the epochs; only the winner is trained to the end."""
+    options = ["--dataset", three_views, "--epochs", "6", "--race", "0.3", "--baselines", "none"]
+    assert train.main([*options, "--out", "run"]) == 0
+    metrics = result("run")
+    rows = [row["modality"] for row in log("run") if row["phase"] == "anchor"]
+    assert metrics["anchor"] == "clean" and rows == ["clean"] * 6 + ["noisy"] * 2 + ["worse"] * 2
+    assert {m: figures.get("epochs") for m, figures in metrics["unimodal"].items()} == {
+        "clean": None, "noisy": 2, "worse": 2,
+    }  # fmt: skip
+    assert metrics["anchor_selection"]["margin"] > 0 and "ensemble" not in metrics
+    assert train.main(["--resume", "run"]) == 0  # the winner's later epochs do not enter the choice
+    assert result("run")["anchor_selection"] == metrics["anchor_selection"]
+
+
+def test_follower_starts_from_its_own_anchor_phase():
+    options, _ = train.parse([])
+    run = run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu"))
+    gray, color = (Alone(run, modality) for modality in ("gray", "color"))
+    follower = udi.Follower(run, "color", udi.Anchor(run, gray), color)
+    for a, b in zip(follower.model.parameters(), color.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_memory_does_not_grow():
+    """Of the process, over epochs of UDI: what it needed at most is the same after 4 epochs and after 24."""
+    code = "import resource, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for epochs in ("4", "24"):
+        options = ["--epochs", epochs, "--align-every", "2", "--baselines", "none", "--out", epochs]
+        path = os.pathsep.join((str(ROOT), str(TRAIN.parent)))
+        end = subprocess.run([sys.executable, "-c", code, *options], text=True, capture_output=True,
+                             env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+        assert end.returncode == 0, end.stderr
+        peaks.append(int(end.stdout.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 30, f"{peaks} MiB"
+
+
 # --- resume ---
 
 
@@ -241,6 +393,11 @@ def test_damaged_checkpoint(capsys):
         ("--align-every 0", ["'0'", "at least 1"]),
         ("--epochs 0", ["--epochs", "at least 1"]),
         ("--batch-size -3", ["--batch-size", "at least 1"]),
+        ("--race 1", ["--race", "above 0 and below 1"]),
+        ("--race 0.5 --anchor gray", ["--race", "--anchor auto"]),
+        ("--engine fast", ["eager", "graph", "auto"]),
+        ("--data disk", ["device", "host", "auto"]),
+        ("--amp fp16", ["'fp16'", "bf16"]),
         ("--lr 0", ["--lr", "above 0"]),
         ("--lr inf", ["--lr", "'inf'"]),
         ("--seed x", ["--seed", "integer"]),
@@ -301,7 +458,19 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("method", "dataset", "data-root", "epochs", "batch-size", "lr", "seed", "anchor", "controller"):
         assert f"--{option} " in text
-    for option in ("alpha", "align-every", "club-norm", "fusion", "follower-init", "baselines", "device", "amp", "out"):
+    for option in (
+        "alpha",
+        "align-every",
+        "club-norm",
+        "fusion",
+        "follower-init",
+        "baselines",
+        "race",
+        "device",
+        "amp",
+    ):
+        assert f"--{option} " in text
+    for option in ("engine", "data", "tf32", "compile", "out"):
         assert f"--{option} " in text
     assert "default: 30" in text
 
@@ -355,7 +524,7 @@ def test_real_mnist():
     mnist = data.cgmnist(root)
     assert [len(split) for split in (mnist.train, mnist.val, mnist.test)] == [55_000, 5_000, 10_000]
     assert all(split.stored["pixels"].dtype == torch.uint8 for split in (mnist.train, mnist.val, mnist.test))
-    gray = mnist.modalities["gray"].batch(mnist.train, slice(None))
+    gray = mnist.modalities["gray"].input(mnist.train.rows(slice(None), ["pixels"]))
     assert gray.shape == (55_000, 1, 28, 28) and abs(gray.mean()) < 0.01 and abs(gray.std() - 1) < 0.01
 
 
@@ -368,7 +537,7 @@ def test_colors_tell_the_digit_in_training_only():
         return (guess == split.labels).double().mean()
 
     assert nearest(digits.train) > 0.6 > 0.2 > max(nearest(digits.val), nearest(digits.test))
-    batch = digits.modalities["color"].batch(digits.train, torch.arange(5))
+    batch = digits.modalities["color"].input(digits.train.rows(torch.arange(5), ["pixels", "color"]))
     assert batch.shape == (5, 3, 8, 8) and 0 <= batch.min() and batch.max() <= 1
 
 
@@ -377,43 +546,42 @@ def test_colors_tell_the_digit_in_training_only():
 
 @pytest.fixture
 def follower():
-    """A follower after a few steps, and its run."""
+    """A follower after a few steps, and a batch that it has not seen."""
     options, _ = train.parse(["--out", "unused", "--batch-size", "32"])
     run = run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu"))
-    alone = {modality: Alone(run, modality) for modality in run.data.modalities}
-    follower = udi.Follower(run, "color", alone["color"], alone["gray"])
-    order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(0))
+    follower = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+    split = run.data.train
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     for number in range(1, 6):
-        follower.step(order[:32], number)
-    return follower, order[32:64]
+        follower.step(split.rows(order[:32], split.stored), **follower.flags(number))
+    return follower, split.rows(order[32:64], split.stored)
 
 
-def plain_losses(follower, index):
+def plain_losses(follower, batch):
     """The three losses in plain torch, q as it is."""
-    train_split = follower.run.data.train
+    anchor = follower.anchor
     with torch.no_grad():
-        x, z = follower.anchor(follower.anchor_view.batch(train_split, index))
+        x, z = anchor.model(anchor.view.input(batch))
         mu, logvar = follower.q.get_mu_logvar(torch.nn.functional.layer_norm(x, x.shape[1:]))
-    y, logits = follower.model(follower.view.batch(train_split, index))
+    y, logits = follower.model(follower.view.input(batch))
     p, q = z.softmax(-1), logits.softmax(-1)
     m = (p + q) / 2
     con = (p * (p / m).log() + q * (q / m).log()).sum(-1).mean() / 2
     y = torch.nn.functional.layer_norm(y, y.shape[1:])
     negative = (y[None] - mu[:, None]).square().mean(1)
     com = ((negative - (y - mu).square()) / logvar.exp()).mean() / 2
-    return [cross_entropy(logits, train_split.labels[index]), con, com]
+    return [cross_entropy(logits, batch["labels"]), con, com]
 
 
 @pytest.mark.parametrize("align", [True, False])
 def test_follower_step_is_the_plain_formula(follower, align):
     """Losses, weights and update against flattened gradients in plain torch, on a controller step and on another."""
-    follower, index = follower
-    number = udi.Q_WARMUP * follower.controller.every + (0 if align else 1)
+    follower, batch = follower
     follower.controller.alpha.copy_(torch.tensor([1.0, 0.3, 0.7]))
     follower.optimizer.param_groups[0]["lr"] = 0.0  # keeps the parameters where the plain formula needs them
-    figures = follower.step(index, number)
+    figures = follower.step(batch, align=align, fitted=True)
 
-    losses = plain_losses(follower, index)  # after the step, for q is fitted in it before it is used
+    losses = plain_losses(follower, batch)  # after the step, for q is fitted in it before it is used
     for name, loss in zip(("cls", "con", "com"), losses, strict=True):
         torch.testing.assert_close(figures[name], loss.detach())
     grads = [torch.autograd.grad(x, follower.weights, retain_graph=True, allow_unused=True) for x in losses]
@@ -430,14 +598,14 @@ def test_follower_step_is_the_plain_formula(follower, align):
 
 
 def test_step_leaves_the_anchor_alone_and_fits_q(follower):
-    follower, index = follower
-    anchor = [p.clone() for p in follower.anchor.parameters()]
-    before = follower.step(index, 1)["q_nll"]
+    follower, batch = follower
+    anchor = [p.clone() for p in follower.anchor.model.parameters()]
+    before = follower.step(batch, align=False, fitted=False)["q_nll"]
     for _ in range(20):
-        after = follower.step(index, 1)["q_nll"]
+        after = follower.step(batch, align=False, fitted=False)["q_nll"]
     assert after < before
-    assert all(torch.equal(a, b) for a, b in zip(anchor, follower.anchor.parameters(), strict=True))
-    assert all(p.grad is None and not p.requires_grad for p in follower.anchor.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(anchor, follower.anchor.model.parameters(), strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in follower.anchor.model.parameters())
 
 
 @pytest.mark.parametrize("schedule, steps", [("epoch", [0, 16, 32]), ("12", [0, 12, 24, 36])])
@@ -458,19 +626,17 @@ def test_no_complementary_weight_before_q_is_fitted():
 
 
 def test_anchor_near_tie_goes_to_the_surer():
-    labels = torch.arange(10) % 2
-    sure = 5 * torch.nn.functional.one_hot(labels, 2).float()
-    options, _ = train.parse([])
-    digits = data.cgdigits(None)
-    run = run_module.Run(Path("unused"), options, digits, torch.device("cpu"))
-    run.labels = {"val": labels}
-    anchor, selection = udi.choose_anchor(run, {"vague": {"val": sure / 5}, "sure": {"val": sure}})
-    assert (anchor, selection["by"], selection["margin"]) == ("sure", "predictive entropy", 0)
-    wrong = sure.clone()
-    wrong[0] = wrong[0].flip(0)
-    assert udi.choose_anchor(run, {"sure": {"val": wrong}, "vague": {"val": sure / 5}})[0] == "vague"
-    options.anchor = "vague"
-    assert udi.choose_anchor(run, {"vague": {"val": sure / 5}, "sure": {"val": sure}})[0] == "vague"
+    def log(*epochs):
+        names = ("epoch", "val_acc", "val_loss", "val_entropy", "diverged")
+        return [dict(zip(names, (i, *figures, False), strict=True)) for i, figures in enumerate(epochs, start=1)]
+
+    vague, sure = log((0.9, 0.5, 0.8), (0.8, 0.6, 0.7)), log((0.5, 0.4, 0.1), (0.897, 0.5, 0.2))
+    anchor, selection = udi.choose_anchor("auto", {"vague": vague, "sure": sure})
+    assert (anchor, selection["by"]) == ("sure", "predictive entropy")
+    assert selection["margin"] == pytest.approx(-0.003) and selection["modalities"]["vague"]["epoch"] == 1
+    anchor, selection = udi.choose_anchor("auto", {"vague": vague, "sure": sure[:1]})
+    assert (anchor, selection["by"]) == ("vague", "validation accuracy")
+    assert udi.choose_anchor("vague", {"vague": vague, "sure": sure})[0] == "vague"
 
 
 def test_collapse_is_reported(monkeypatch, capsys):

@@ -5,14 +5,16 @@ Anchor phase: every modality alone; the best is frozen. Follower phase: every ot
 from its labels and from the anchor, which gets nothing back.
 """
 
+import math
 import sys
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, layer_norm
 
-from fit import fit, outputs
-from fusion import accuracy, fuse, scores
+from feed import Feed
+from fit import Task, best_epoch, fit, outputs, update
+from fusion import fuse, scores
 from models import FEATURES, Classifier, encoder_for
 from udi_kernels import CLUB, alignment_weights, club_mi, gramian, js_div, weighted_sum
 
@@ -21,43 +23,72 @@ from .unimodal import train_alone
 
 NEAR_TIE = 0.005  # validation accuracies this near each other leave the anchor's choice to predictive entropy
 Q_WARMUP = 100  # steps in which q is only fitted: the bound of an unfitted q is noise that can wreck a follower
+CACHE_LIMIT = 2**30  # bytes of the anchor's outputs above which they are kept in bfloat16
 
 
-class Follower:
+class Anchor:
+    """The frozen anchor's features and logits of the training samples: computed once, unless its input is augmented."""
+
+    def __init__(self, run, task):
+        self.run, self.view, self.reads = run, task.view, task.reads
+        self.model = task.model.requires_grad_(False).eval()
+        self.cache = None if self.view.augment else self.compute_all()
+
+    def outputs(self, batch):
+        if self.cache is None:
+            return self.compute(batch)
+        return tuple(t[batch["index"]] for t in self.cache)
+
+    @torch.no_grad()
+    def compute(self, batch):
+        with self.run.autocast():
+            return self.model(self.view.input(batch, training=True))
+
+    def compute_all(self):
+        train = self.run.data.train
+        feed = Feed(self.run, train, self.reads)
+        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
+        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
+
+
+class Follower(Task):
     phase = "follower"
 
-    def __init__(self, run, modality, alone, anchor):
-        self.run, self.modality, self.name = run, modality, f"{self.phase}-{modality}"
-        self.view, self.anchor_view = run.data.modalities[modality], anchor.view
-        self.anchor = anchor.model.requires_grad_(False).eval()
-        torch.manual_seed(run.seed(self.name))
-        self.model = Classifier(encoder_for(self.view, run.data.train), run.data.classes).to(run.device)
-        if run.options.follower_init == "anchor-phase":
+    def __init__(self, run, modality, anchor, alone=None):
+        """Starts from scratch, or from the weights of ``alone``."""
+        super().__init__(run, modality)
+        self.view, self.anchor = run.data.modalities[modality], anchor
+        if anchor.cache is None:
+            self.reads = (modality, *anchor.reads)
+        self.model = Classifier(encoder_for(self.view, run), run.data.classes).to(run.device)
+        if alone:
             self.model.load_state_dict(alone.model.state_dict())
         self.weights = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, fused=True)
+        self.optimizer = run.optimizer(self.weights)
         self.q = CLUB(FEATURES, FEATURES, hidden_size=128).to(run.device)
-        self.q_optimizer = torch.optim.AdamW(self.q.parameters(), fused=True)
+        self.q_weights = list(self.q.parameters())
+        self.q_optimizer = run.optimizer(self.q_weights)
         self.controller = Controller(run).to(run.device)
-        self.optimizers = [self.optimizer, self.q_optimizer]
         self.parts = {
             "model": self.model, "optimizer": self.optimizer,
             "q": self.q, "q_optimizer": self.q_optimizer, "controller": self.controller,
         }  # fmt: skip
 
-    def step(self, index, number):
-        train, alpha = self.run.data.train, self.controller.alpha
+    def flags(self, number):
+        return {"align": self.controller.due(number), "fitted": number >= Q_WARMUP}
+
+    def step(self, batch, align, fitted):
+        """``align``: measure the losses' weights anew; ``fitted``: q is good enough for its bound to be lowered."""
+        alpha = self.controller.alpha
         with self.run.autocast():
-            with torch.no_grad():
-                anchor_features, anchor_logits = self.anchor(self.anchor_view.batch(train, index))
-            features, logits = self.model(self.view.batch(train, index))
+            anchor_features, anchor_logits = self.anchor.outputs(batch)
+            features, logits = self.model(self.view.input(batch, training=True))
             x, y = self.normalise(anchor_features), self.normalise(features)
 
             # q(y|x) is fitted to this batch, the features fixed; ...
             q_loss = self.q.learning_loss(x, y.detach())
-        self.q_optimizer.zero_grad()
-        q_loss.backward()
-        self.q_optimizer.step()
+        update(self.q_optimizer, self.q_weights, torch.autograd.grad(q_loss, self.q_weights))
 
         # ... then the bound is lowered in the follower's features, q fixed. Taken per dimension it is of the order of
         # the other losses; below zero it bounds nothing, and must not be lowered further.
@@ -65,33 +96,31 @@ class Follower:
             with torch.no_grad():
                 mu, logvar = self.q.get_mu_logvar(x)
             bound = club_mi(mu, logvar, y) / FEATURES
-            cls = cross_entropy(logits, train.labels[index])
+            cls = cross_entropy(logits, batch["labels"])
             con = js_div(logits, anchor_logits)
-        com = bound.relu() * (number >= Q_WARMUP)
+        com = bound.relu() * fitted
 
-        if self.controller.due(number):
+        if align:
             # The gradients that set the weights make this step's update too.
             grads = [
                 torch.autograd.grad(loss, self.weights, retain_graph=True, allow_unused=True)
                 for loss in (cls, con, com)
             ]
             alpha.copy_(alignment_weights(gramian(grads)))
-            update = weighted_sum(grads, alpha)
+            grad = weighted_sum(grads, alpha)
         else:
-            update = torch.autograd.grad(torch.stack((cls, con, com)) @ alpha, self.weights)
-        for weight, grad in zip(self.weights, update, strict=True):
-            weight.grad = grad
-        self.optimizer.step()
+            grad = torch.autograd.grad(torch.stack((cls, con, com)) @ alpha, self.weights)
+        update(self.optimizer, self.weights, grad)
         figures = {"loss": torch.stack((cls, con, com)) @ alpha, "cls": cls, "con": con, "com": bound, "q_nll": q_loss}
-        return figures | {"alpha_con": alpha[1], "alpha_com": alpha[2] * (number >= Q_WARMUP)}
+        return figures | {"alpha_con": alpha[1], "alpha_com": alpha[2] * fitted}
 
     def normalise(self, features):
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
         return layer_norm(features, features.shape[1:]) if self.run.options.club_norm == "layer" else features
 
-    def logits(self, split, index):
+    def logits(self, batch):
         with self.run.autocast():
-            return self.model(self.view.batch(split, index))[1]
+            return self.model(self.view.input(batch))[1]
 
 
 class Controller(nn.Module):
@@ -109,59 +138,86 @@ class Controller(nn.Module):
         return self.every is not None and number % self.every == 0
 
 
-def choose_anchor(run, logits):
-    """The modality that leads on validation, and by what it was chosen; near ties go to the surer one."""
-    merits = {}
-    for modality, z in logits.items():
-        log_p = z["val"].log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
-        merits[modality] = {"val_acc": accuracy(log_p, run.labels["val"]), "val_entropy": entropy}
+def anchor_phase(run):
+    """Trains modalities alone: their tasks by name, the anchor's name, and how it was chosen."""
+    options = run.options
+    only_anchor = options.anchor != "auto" and options.follower_init == "scratch"
+    heat = math.ceil(options.race * options.epochs) if options.race else options.epochs
+    tasks = train_alone(run, [options.anchor] if only_anchor else None, heat)
+    anchor, selection = choose_anchor(options.anchor, {m: run.rows[task.name][:heat] for m, task in tasks.items()})
+    figures = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
+    print(f"anchor: {anchor}, by {selection['by']} (validation: {figures})", flush=True)
+    if heat < options.epochs:
+        fit([tasks[anchor]], run)
+    return tasks, anchor, selection
+
+
+def choose_anchor(option, rows):
+    """The modality that leads on validation, and by what it was chosen; near ties go to the surer one.
+
+    ``rows``: the log of each modality. Each counts as in its best epoch there.
+    """
+    best = {m: best_epoch(log) for m, log in rows.items()}
+    merits = {m: {name: row[name] for name in ("epoch", "val_acc", "val_entropy")} for m, row in best.items()}
     ranked = sorted(merits, key=lambda m: -merits[m]["val_acc"])
-    margin = merits[ranked[0]]["val_acc"] - merits[ranked[1]]["val_acc"]
-    by, anchor = "validation accuracy", ranked[0]
-    if run.options.anchor != "auto":
-        by, anchor = "option", run.options.anchor
-    elif margin <= NEAR_TIE:
-        near = [m for m in ranked if merits[ranked[0]]["val_acc"] - merits[m]["val_acc"] <= NEAR_TIE]
+    lead = merits[ranked[0]]["val_acc"]
+    near = [m for m in ranked if lead - merits[m]["val_acc"] <= NEAR_TIE]
+    if option != "auto":
+        by, anchor = "option", option
+    elif len(near) > 1:
         by, anchor = "predictive entropy", min(near, key=lambda m: merits[m]["val_entropy"])
+    else:
+        by, anchor = "validation accuracy", ranked[0]
+    rivals = [merits[m]["val_acc"] for m in merits if m != anchor]
+    margin = merits[anchor]["val_acc"] - max(rivals) if rivals else None
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
-def collapsed(rows, alone_val_acc, classes):
-    """Why a follower counts as collapsed, or None: it ended with less than half of the skill it has alone."""
+def collapsed(rows, alone, classes):
+    """Why a follower counts as collapsed, or None: it ended with less than half of the skill it had, or has alone."""
     if rows[-1]["diverged"]:
         return f"its loss was not finite in epoch {rows[-1]['epoch']}"
-    chance = 1 / classes
-    if rows[-1]["val_acc"] - chance < 0.5 * (alone_val_acc - chance):
-        return f"its validation accuracy ended at {rows[-1]['val_acc']:.3f}, alone it reaches {alone_val_acc:.3f}"
+    chance, end = 1 / classes, rows[-1]["val_acc"]
+    where, skill = ("alone it reaches", alone) if alone else ("it had reached", best_epoch(rows)["val_acc"])
+    if end - chance < 0.5 * (skill - chance) or end <= chance:
+        return f"its validation accuracy ended at {end:.3f}, {where} {skill:.3f}"
     return None
 
 
 @methods.register("udi")
 def udi(run):
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
-    tasks = train_alone(run)
+    tasks, name, selection = anchor_phase(run)
     alone = {modality: outputs(task, run) for modality, task in tasks.items()}
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
-    anchor, selection = choose_anchor(run, alone)
-    print(f"anchor: {anchor}, by {selection['by']}")
+    epochs = {m: len(run.rows[task.name]) for m, task in tasks.items() if m != name}
+    unfinished = {m: n for m, n in epochs.items() if run.options.race and n < run.options.epochs}
+    for modality, n in unfinished.items():
+        unimodal[modality]["epochs"] = n
 
-    logits, collapses = dict(alone), {}
-    for modality in tasks:
-        if modality != anchor:
-            follower = fit(Follower(run, modality, tasks[modality], tasks[anchor]), run)
-            logits[modality] = outputs(follower, run)
-            reason = collapsed(run.rows[follower.name], unimodal[modality]["val_acc"], run.data.classes)
-            if reason:
-                collapses[modality] = reason
-                print(f"warning: follower {modality} collapsed: {reason}", file=sys.stderr)
-    return {
-        "anchor": anchor,
+    anchor, logits, collapses = Anchor(run, tasks[name]), {}, {}
+    for modality in run.data.modalities:
+        if modality == name:
+            logits[modality] = alone[modality]
+            continue
+        init = tasks[modality] if run.options.follower_init == "anchor-phase" else None
+        follower = Follower(run, modality, anchor, init)
+        fit([follower], run)
+        logits[modality] = outputs(follower, run)
+        skill = unimodal[modality]["val_acc"] if modality in tasks else None
+        reason = collapsed(run.rows[follower.name], skill, run.data.classes)
+        if reason:
+            collapses[modality] = reason
+            print(f"warning: follower {modality} collapsed: {reason}", file=sys.stderr)
+    metrics = {
+        "anchor": name,
         "anchor_selection": selection,
         "controller": run.options.controller,
         "modalities": {modality: scores(z, run.labels) for modality, z in logits.items()},
         "unimodal": unimodal,
         "collapsed": collapses,
         "fused": fuse(run.options.fusion, logits, run.labels),
-        "ensemble": fuse(run.options.fusion, alone, run.labels),
     }
+    if len(alone) == len(logits) and not unfinished:
+        metrics["ensemble"] = fuse(run.options.fusion, alone, run.labels)
+    return metrics

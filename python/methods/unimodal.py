@@ -3,37 +3,37 @@
 import torch
 from torch.nn.functional import cross_entropy
 
-from fit import fit
+from fit import Task, fit, update
 from models import Classifier, encoder_for
 
 
-class Alone:
+class Alone(Task):
     phase = "anchor"
 
     def __init__(self, run, modality):
-        self.run, self.modality, self.name = run, modality, f"{self.phase}-{modality}"
+        super().__init__(run, modality)
         self.view = run.data.modalities[modality]
-        torch.manual_seed(run.seed(self.name))
-        self.model = Classifier(encoder_for(self.view, run.data.train), run.data.classes).to(run.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-        self.optimizers = [self.optimizer]
+        self.model = Classifier(encoder_for(self.view, run), run.data.classes).to(run.device)
+        self.weights = list(self.model.parameters())
+        self.optimizer = run.optimizer(self.weights)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
-    def step(self, index, number):
-        train = self.run.data.train
+    def step(self, batch):
         with self.run.autocast():
-            _, logits = self.model(self.view.batch(train, index))
-            loss = cross_entropy(logits, train.labels[index])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+            _, logits = self.model(self.view.input(batch, training=True))
+            loss = cross_entropy(logits, batch["labels"])
+        update(self.optimizer, self.weights, torch.autograd.grad(loss, self.weights))
         return {"loss": loss}
 
-    def logits(self, split, index):
+    def logits(self, batch):
         with self.run.autocast():
-            return self.model(self.view.batch(split, index))[1]
+            return self.model(self.view.input(batch))[1]
 
 
-def train_alone(run):
-    """Every modality alone: its task, by name."""
-    return {modality: fit(Alone(run, modality), run) for modality in run.data.modalities}
+def train_alone(run, modalities=None, epochs=None):
+    """These modalities (all by default), each alone: their tasks, by name. A GPU trains them side by side."""
+    tasks = {modality: Alone(run, modality) for modality in modalities or run.data.modalities}
+    together = [list(tasks.values())] if run.device.type == "cuda" else [[task] for task in tasks.values()]
+    for group in together:
+        fit(group, run, epochs)
+    return tasks
