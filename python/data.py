@@ -29,7 +29,8 @@ class Split:
 
     def rows(self, index, names):
         """A batch: these samples' labels and stored tensors of these names, and what samples they are."""
-        return {"index": index, "labels": self.labels[index]} | {name: self.stored[name][index] for name in names}
+        tensors = {"labels": self.labels} | {name: self.stored[name] for name in names}
+        return {"index": index} | {name: t.index_select(0, index) for name, t in tensors.items()}
 
     def to(self, device):
         return Split(self.labels.to(device), {name: t.to(device) for name, t in self.stored.items()})
@@ -102,9 +103,7 @@ def colored_and_gray(train, val, test, mean, std):
 
     modalities = {
         "gray": Modality("cnn", ("pixels",), lambda pixels: (pixels[:, None] / 255 - mean) / std),
-        "color": Modality(
-            "cnn", ("pixels", "color"), lambda pixels, color: pixels[:, None] / 255 * color[:, :, None, None]
-        ),
+        "color": Modality("cnn", ("pixels", "color"), lambda x, color: x[:, None] * (color / 255)[:, :, None, None]),
     }
     return Dataset(10, modalities, split(*train, True), split(*val, False), split(*test, False))
 

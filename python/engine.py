@@ -11,11 +11,14 @@ class Eager:
 
     def __init__(self, task, feed, seed):
         self.task, self.feed, self.seed = task, feed, seed
+        # torch.manual_seed would take 130 us, to look for other devices too.
+        index = feed.device.index or 0
+        self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
         self.names, self.totals, self.steps = None, None, 0
 
     def step(self, batch, number):
         # A step's random numbers depend on its number alone, whatever ran before it or runs beside it.
-        torch.manual_seed(self.seed + number)
+        self.generator.manual_seed(self.seed + number)
         self.run(batch, self.task.flags(number))
         self.steps += 1
 
@@ -25,6 +28,11 @@ class Eager:
         if self.totals is None:
             self.names, self.totals = list(figures), torch.zeros_like(values)
         self.totals += values
+
+    def drew_random(self):
+        """Whether the last step drew random numbers."""
+        fresh = torch.Generator(self.feed.device).manual_seed(self.generator.initial_seed())
+        return not torch.equal(self.generator.get_state(), fresh.get_state())
 
     def means(self):
         """The figures' means over the steps since the last call."""

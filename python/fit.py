@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import math
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn.functional import nll_loss
@@ -53,27 +55,52 @@ def update(optimizer, weights, grads):
 def fit(tasks, run, epochs=None):
     """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
 
-    Several tasks take turns step by step, each on a stream of its own: a GPU overlaps them.
+    Several tasks are trained side by side.
     """
     epochs = epochs or run.options.epochs
     stages = [Stage(task, run) for task in tasks]
     total = sum(max(0, epochs - s.epoch) * s.steps for s in stages)
-    label = " + ".join(s.label for s in stages)
-    with tqdm(total=total, desc=label, disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=" + ".join(s.label for s in stages), disable=None, leave=False) as bar:
         while active := [s for s in stages if s.epoch < epochs and not s.diverged]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
             began = time.perf_counter()
-            batches = [s.begin() for s in active]
-            for number in range(active[0].steps):
-                for stage, feed in zip(active, batches, strict=True):
-                    with stage.stream():
-                        stage.engine.step(next(feed), stage.epoch * stage.steps + number)
-                bar.update(len(active))
+            train_epoch(active, max(1, torch.get_num_threads() // len(stages)), bar)
             for stage in active:
                 stage.end(began, len(active))
             bar.set_postfix({s.task.modality or "val_acc": f"{s.rows[-1]['val_acc']:.3f}" for s in active})
     for stage in stages:
         stage.finish()
+
+
+def train_epoch(stages, threads, bar):
+    """An epoch of each stage: in turn, step by step, which a GPU overlaps, for each stage has a stream of its own;
+    on a CPU at the same time, each with so many threads. Stages that draw random numbers do so in turn there too.
+    """
+    steps = [stage.epoch_steps() for stage in stages]
+    in_turn = len(stages) == 1 or stages[0].run.device.type != "cpu" or torch.get_num_threads() == 1
+    if not in_turn:
+        for stage, ours in zip(stages, steps, strict=True):
+            next(ours)
+            in_turn |= stage.engine.drew_random()
+    if in_turn:
+        for _ in zip(*steps, strict=True):
+            bar.update(len(stages))
+        return
+
+    stopped = threading.Event()
+
+    def train(ours):
+        for _ in ours:
+            bar.update()
+            if stopped.is_set():
+                return
+
+    with ThreadPoolExecutor(len(stages), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        try:
+            list(pool.map(train, steps))
+        except BaseException:
+            stopped.set()
+            raise
 
 
 class Stage:
@@ -113,15 +140,20 @@ class Stage:
     def stream(self):
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def begin(self):
-        """Starts an epoch: its batches."""
+    def epoch_steps(self):
+        """Trains an epoch; yields after each step."""
         options, train = self.run.options, self.run.data.train
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
         order = torch.randperm(len(train), generator=shuffle)[: self.steps * self.batch]
         self.task.model.train()
         with self.stream():
             self.lr.fill_(options.lr * (1 + math.cos(math.pi * self.epoch / options.epochs)) / 2)
-            return iter(self.feed.batches(order, self.batch))
+            batches = iter(self.feed.batches(order, self.batch))
+        first = self.epoch * self.steps
+        for number in range(first, first + self.steps):
+            with self.stream():
+                self.engine.step(next(batches), number)
+            yield
 
     def end(self, began, shared):
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""

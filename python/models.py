@@ -15,13 +15,16 @@ encoders = Registry("encoder")
 
 @encoders.register("cnn")
 def cnn(shape):
-    """Two convolutions, for images of 8x8 and more; small ones keep their resolution longer."""
+    """Two convolutions, for images of 8x8 and more; small ones keep their resolution longer.
+
+    ReLU comes after pooling: the same function, on a quarter of the elements.
+    """
     channels, height, width = shape
     late = 2 if min(height, width) >= 16 else 1
     flat = 32 * (height // 2 // late) * (width // 2 // late)
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(late),
+        nn.Conv2d(channels, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(late), nn.ReLU(),
         nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU(),
     )  # fmt: skip
 
@@ -30,6 +33,33 @@ def cnn(shape):
 def mlp(shape):
     """One hidden layer, for samples of any shape."""
     return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), 128), nn.ReLU(), nn.Linear(128, FEATURES), nn.ReLU())
+
+
+@encoders.register("resnet18")
+def resnet18(shape):
+    """ResNet-18 (He et al. 2016), for images of 32x32 and more, spectrograms too."""
+
+    def conv(inputs, outputs, size, stride=1):
+        layer = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        return nn.Sequential(layer, nn.BatchNorm2d(outputs))
+
+    class Block(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            stride = 1 if inputs == outputs else 2
+            self.body = nn.Sequential(
+                conv(inputs, outputs, 3, stride), nn.ReLU(inplace=True), conv(outputs, outputs, 3)
+            )
+            self.shortcut = nn.Identity() if stride == 1 else conv(inputs, outputs, 1, stride)
+
+        def forward(self, x):
+            return (self.body(x) + self.shortcut(x)).relu_()
+
+    stem = conv(shape[0], 64, 7, 2), nn.ReLU(True), nn.MaxPool2d(3, 2, padding=1)
+    widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+    blocks = [Block(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, FEATURES))
 
 
 def encoder_for(modality, run):
@@ -53,6 +83,18 @@ class Classifier(nn.Module):
     def forward(self, x):
         features = self.encoder(x)
         return features, self.head(features)
+
+
+class ConditionalGaussian(nn.Module):
+    """q(y|x) of CLUB, a diagonal Gaussian: mean and log-variance, the latter between -1 and 1, one hidden layer."""
+
+    def __init__(self, x_dim, y_dim, hidden):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(x_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * y_dim))
+
+    def forward(self, x):
+        mu, logvar = self.layers(x).chunk(2, dim=1)
+        return mu, logvar.tanh()
 
 
 class ConcatClassifier(nn.Module):

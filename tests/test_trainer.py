@@ -18,16 +18,18 @@ pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip instal
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "python" / "train.py"
-sys.path.insert(0, str(TRAIN.parent))
+sys.path[:0] = [str(TRAIN.parent), str(ROOT / "benchmarks")]
 
 import data  # noqa: E402
+import eager_udi  # noqa: E402
+import fit  # noqa: E402
 import fusion  # noqa: E402
 import models  # noqa: E402
 import run as run_module  # noqa: E402
 import train  # noqa: E402
 import udi_kernels  # noqa: E402
 from methods import methods, udi  # noqa: E402
-from methods.unimodal import Alone  # noqa: E402
+from methods.unimodal import Alone, train_alone  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +128,7 @@ def test_metrics(method):
     assert set(metrics["seconds"]) >= {"anchor_phase", "follower_phase", "total"}
     stages = {"udi": 3, "joint": 1, "ensemble": 2}[method]
     rows = log("run")
-    assert [row["epoch"] for row in rows] == [1, 2] * stages
+    assert sorted(row["epoch"] for row in rows) == [1] * stages + [2] * stages
     if method == "udi":
         follower = [row for row in rows if row["phase"] == "follower"]
         assert {row["modality"] for row in follower} == {"color"} and metrics["anchor"] == "gray"
@@ -191,6 +193,56 @@ def test_uncached_anchor(monkeypatch):
         del data.datasets["augmented"]
     assert len(runs) == 2 * 4 * 16  # in the anchor's own training, and for the follower
     assert_same_training("cached", "uncached", 1e-4)
+
+
+def test_side_by_side_in_threads(three_views, monkeypatch):
+    """Modalities trained at the same time train as they do one by one; those that draw random numbers take turns."""
+    torch.set_num_threads(4)
+    options, _ = train.parse(["--epochs", "3", "--batch-size", "8", "--dataset", three_views])
+    together = run_module.Run(Path("together"), options, data.datasets[three_views](None), torch.device("cpu"))
+    together.folder.mkdir()
+    train_alone(together)
+    apart = run_module.Run(Path("apart"), options, data.datasets[three_views](None), torch.device("cpu"))
+    apart.folder.mkdir()
+    torch.set_num_threads(1)
+    for modality in apart.data.modalities:
+        train_alone(apart, [modality])
+    assert together.rows.keys() == apart.rows.keys()
+    for stage, rows in together.rows.items():
+        for ours, theirs in zip(rows, apart.rows[stage], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+    torch.set_num_threads(4)
+    monkeypatch.setattr(fit, "ThreadPoolExecutor", None)
+    modality = together.data.modalities["clean"]
+    modality.augment = torch.nn.functional.dropout
+    random = run_module.Run(Path("random"), options, together.data, torch.device("cpu"))
+    random.folder.mkdir()
+    train_alone(random)
+    modality.augment = None
+    with pytest.raises(TypeError):
+        (random.folder / "checkpoints").rename("done")
+        train_alone(random)
+
+
+def test_error_beside_another_stage(three_views, monkeypatch):
+    """What goes wrong in one thread ends the others too, and the run."""
+    torch.set_num_threads(2)
+    step, steps = Alone.step, []
+
+    def failing(self, batch):
+        steps.append(self.modality)
+        if self.modality == "noisy" and steps.count("noisy") == 3:
+            raise RuntimeError("lost")
+        return step(self, batch)
+
+    monkeypatch.setattr(Alone, "step", failing)
+    options, _ = train.parse(["--batch-size", "1", "--dataset", three_views])
+    run = run_module.Run(Path("run"), options, data.datasets[three_views](None), torch.device("cpu"))
+    run.folder.mkdir()
+    with pytest.raises(RuntimeError, match="lost"):
+        train_alone(run, ["noisy", "clean"])
+    assert steps.count("clean") < 400
 
 
 def test_augmentation_is_for_training_and_resumes(three_views):
@@ -260,7 +312,8 @@ def test_named_anchor_trains_no_other_modality(three_views):
     assert metrics["anchor"] == "noisy" and metrics["anchor_selection"]["by"] == "option"
     assert set(metrics["unimodal"]) == {"noisy"} and "ensemble" not in metrics
     assert list(metrics["modalities"]) == ["clean", "noisy", "worse"]
-    assert [row["modality"] for row in log("run")] == ["noisy", "noisy", "clean", "clean", "worse", "worse"]
+    rows = [(row["phase"], row["modality"]) for row in log("run")]
+    assert sorted(rows) == [("anchor", "noisy")] * 2 + [("follower", "clean")] * 2 + [("follower", "worse")] * 2
     assert train.main([*options, "--follower-init", "anchor-phase", "--out", "warm"]) == 0
     assert set(result("warm")["unimodal"]) == {"clean", "noisy", "worse"}
 
@@ -287,6 +340,23 @@ def test_follower_starts_from_its_own_anchor_phase():
     follower = udi.Follower(run, "color", udi.Anchor(run, gray), color)
     for a, b in zip(follower.model.parameters(), color.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("align", ["epoch", "3"])
+def test_plain_pytorch_trains_the_same(monkeypatch, align):
+    """Both phases against UDI in plain torch: all pairs, concatenated gradients, the anchor run in every step."""
+    monkeypatch.setattr(udi, "Q_WARMUP", 5)
+    monkeypatch.setattr(eager_udi, "Q_WARMUP", 5)
+    argv = ["--epochs", "3", "--align-every", align, "--baselines", "none", "--out", "run"]
+    assert train.main(argv) == 0
+    options, _ = train.parse(argv)
+    plain = eager_udi.EagerUDI(run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu")))
+    plain.fit()
+    ours = [row["loss"] for row in log("run")]
+    assert len(ours) == 9
+    assert ours == pytest.approx([row["loss"] for rows in plain.rows.values() for row in rows], rel=1e-3)
+    assert any(row.get("alpha_con", 0) > 0 for row in log("run"))
+    assert align == "epoch" or any(row.get("alpha_com", 0) > 0 for row in log("run"))
 
 
 def test_memory_does_not_grow():
@@ -524,7 +594,7 @@ def test_real_mnist():
     mnist = data.cgmnist(root)
     assert [len(split) for split in (mnist.train, mnist.val, mnist.test)] == [55_000, 5_000, 10_000]
     assert all(split.stored["pixels"].dtype == torch.uint8 for split in (mnist.train, mnist.val, mnist.test))
-    gray = mnist.modalities["gray"].input(mnist.train.rows(slice(None), ["pixels"]))
+    gray = mnist.modalities["gray"].input(mnist.train.rows(torch.arange(55_000), ["pixels"]))
     assert gray.shape == (55_000, 1, 28, 28) and abs(gray.mean()) < 0.01 and abs(gray.std() - 1) < 0.01
 
 
@@ -562,7 +632,7 @@ def plain_losses(follower, batch):
     anchor = follower.anchor
     with torch.no_grad():
         x, z = anchor.model(anchor.view.input(batch))
-        mu, logvar = follower.q.get_mu_logvar(torch.nn.functional.layer_norm(x, x.shape[1:]))
+        mu, logvar = follower.q(torch.nn.functional.layer_norm(x, x.shape[1:]))
     y, logits = follower.model(follower.view.input(batch))
     p, q = z.softmax(-1), logits.softmax(-1)
     m = (p + q) / 2

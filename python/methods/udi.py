@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, layer_norm
 from feed import Feed
 from fit import Task, best_epoch, fit, outputs, update
 from fusion import fuse, scores
-from models import FEATURES, Classifier, encoder_for
-from udi_kernels import CLUB, alignment_weights, club_mi, gramian, js_div, weighted_sum
+from models import FEATURES, Classifier, ConditionalGaussian, encoder_for
+from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
 from . import methods
 from .unimodal import train_alone
@@ -64,16 +64,11 @@ class Follower(Task):
         self.model = Classifier(encoder_for(self.view, run), run.data.classes).to(run.device)
         if alone:
             self.model.load_state_dict(alone.model.state_dict())
-        self.weights = list(self.model.parameters())
-        self.optimizer = run.optimizer(self.weights)
-        self.q = CLUB(FEATURES, FEATURES, hidden_size=128).to(run.device)
-        self.q_weights = list(self.q.parameters())
-        self.q_optimizer = run.optimizer(self.q_weights)
+        self.q = ConditionalGaussian(FEATURES, FEATURES, hidden=128).to(run.device)
+        self.weights, self.q_weights = list(self.model.parameters()), list(self.q.parameters())
+        self.optimizer = run.optimizer(self.weights + self.q_weights)
         self.controller = Controller(run).to(run.device)
-        self.parts = {
-            "model": self.model, "optimizer": self.optimizer,
-            "q": self.q, "q_optimizer": self.q_optimizer, "controller": self.controller,
-        }  # fmt: skip
+        self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
 
     def flags(self, number):
         return {"align": self.controller.due(number), "fitted": number >= Q_WARMUP}
@@ -84,21 +79,17 @@ class Follower(Task):
         with self.run.autocast():
             anchor_features, anchor_logits = self.anchor.outputs(batch)
             features, logits = self.model(self.view.input(batch, training=True))
-            x, y = self.normalise(anchor_features), self.normalise(features)
-
-            # q(y|x) is fitted to this batch, the features fixed; ...
-            q_loss = self.q.learning_loss(x, y.detach())
-        update(self.q_optimizer, self.q_weights, torch.autograd.grad(q_loss, self.q_weights))
-
-        # ... then the bound is lowered in the follower's features, q fixed. Taken per dimension it is of the order of
-        # the other losses; below zero it bounds nothing, and must not be lowered further.
-        with self.run.autocast():
-            with torch.no_grad():
-                mu, logvar = self.q.get_mu_logvar(x)
-            bound = club_mi(mu, logvar, y) / FEATURES
             cls = cross_entropy(logits, batch["labels"])
             con = js_div(logits, anchor_logits)
-        com = bound.relu() * fitted
+
+            # q(y|x) is fitted with the features fixed, the bound is lowered in the features with q fixed: a q that has
+            # not been fitted to this batch yet, so what it knows by heart does not count as information. Taken per
+            # dimension the bound is of the order of the other losses; below zero it bounds nothing.
+            x, y = self.normalise(anchor_features), self.normalise(features)
+            mu, logvar = self.q(x)
+            q_nll = club_nll(mu, logvar, y.detach())
+            bound = club_mi(mu.detach(), logvar.detach(), y) / FEATURES
+            com = bound.relu() if fitted else 0 * bound
 
         if align:
             # The gradients that set the weights make this step's update too.
@@ -107,12 +98,14 @@ class Follower(Task):
                 for loss in (cls, con, com)
             ]
             alpha.copy_(alignment_weights(gramian(grads)))
-            grad = weighted_sum(grads, alpha)
+            grad = [*weighted_sum(grads, alpha), *torch.autograd.grad(q_nll, self.q_weights)]
         else:
-            grad = torch.autograd.grad(torch.stack((cls, con, com)) @ alpha, self.weights)
-        update(self.optimizer, self.weights, grad)
-        figures = {"loss": torch.stack((cls, con, com)) @ alpha, "cls": cls, "con": con, "com": bound, "q_nll": q_loss}
-        return figures | {"alpha_con": alpha[1], "alpha_com": alpha[2] * fitted}
+            one = alpha[0]
+            grad = torch.autograd.grad((cls, con, com, q_nll), self.weights + self.q_weights, (*alpha, one))
+        update(self.optimizer, self.weights + self.q_weights, grad)
+        loss = torch.stack((cls, con, com)).detach() @ alpha
+        figures = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
+        return figures | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
 
     def normalise(self, features):
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
@@ -195,15 +188,14 @@ def udi(run):
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
-    anchor, logits, collapses = Anchor(run, tasks[name]), {}, {}
-    for modality in run.data.modalities:
-        if modality == name:
-            logits[modality] = alone[modality]
-            continue
-        init = tasks[modality] if run.options.follower_init == "anchor-phase" else None
-        follower = Follower(run, modality, anchor, init)
-        fit([follower], run)
-        logits[modality] = outputs(follower, run)
+    anchor, warm = Anchor(run, tasks[name]), run.options.follower_init == "anchor-phase"
+    modalities = [modality for modality in run.data.modalities if modality != name]
+    followers = {m: Follower(run, m, anchor, tasks[m] if warm else None) for m in modalities}
+    fit(list(followers.values()), run)
+    trained = {m: outputs(follower, run) for m, follower in followers.items()}
+    logits = {m: alone[m] if m == name else trained[m] for m in run.data.modalities}
+    collapses = {}
+    for modality, follower in followers.items():
         skill = unimodal[modality]["val_acc"] if modality in tasks else None
         reason = collapsed(run.rows[follower.name], skill, run.data.classes)
         if reason:

@@ -31,9 +31,7 @@ class Alone(Task):
 
 
 def train_alone(run, modalities=None, epochs=None):
-    """These modalities (all by default), each alone: their tasks, by name. A GPU trains them side by side."""
+    """These modalities (all by default), each alone: their tasks, by name."""
     tasks = {modality: Alone(run, modality) for modality in modalities or run.data.modalities}
-    together = [list(tasks.values())] if run.device.type == "cuda" else [[task] for task in tasks.values()]
-    for group in together:
-        fit(group, run, epochs)
+    fit(list(tasks.values()), run, epochs)
     return tasks

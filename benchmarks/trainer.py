@@ -1,0 +1,205 @@
+"""The trainer's speed: UDI against joint training, and against UDI in plain PyTorch, on the same data and encoders.
+
+    python benchmarks/trainer.py [--encoder cnn|resnet18] [--epochs N] [--samples N] [--out DIR] [--help]
+
+Runs take turns, and each figure is the median of its rounds. Data is random, of MNIST's shapes (cnn), or 224x224 RGB
+with spectrograms of that size (resnet18): the time does not depend on it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "python"))
+
+import data  # noqa: E402
+import train  # noqa: E402
+from eager_udi import EagerUDI  # noqa: E402
+from fit import Stage  # noqa: E402
+from methods import methods  # noqa: E402
+from methods.udi import Q_WARMUP, Anchor, Follower  # noqa: E402
+from methods.unimodal import Alone  # noqa: E402
+from run import Run  # noqa: E402
+
+RUNS = {
+    "joint training": ["--method", "joint"],
+    "UDI, named anchor": ["--anchor", "first"],
+    "UDI, anchor by race": ["--race", "0.2"],
+    "UDI, anchor auto": [],
+    "UDI in plain PyTorch": [],
+}
+
+
+def dataset(encoder, samples):
+    """Random samples; a twelfth as many for validation, and for test."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(size, *shapes):
+        def draw(shape):
+            return torch.randint(256, (size, *shape), dtype=torch.uint8, generator=generator)
+
+        return torch.randint(10, (size,), generator=generator), [draw(shape) for shape in shapes]
+
+    sizes = samples, samples // 12, samples // 12
+    if encoder == "cnn":
+        splits = [(pixels, labels) for labels, (pixels,) in (split(size, (28, 28)) for size in sizes)]
+        return data.colored_and_gray(*splits, mean=0.5, std=0.3)
+    shapes = {"rgb": (3, 224, 224), "spectrogram": (1, 224, 224)}
+    modalities = {m: data.Modality("resnet18", (m,), lambda x: x / 255) for m in shapes}
+    parts = (split(size, *shapes.values()) for size in sizes)
+    return data.Dataset(
+        10, modalities, *(data.Split(labels, dict(zip(shapes, views, strict=True))) for labels, views in parts)
+    )
+
+
+def new_run(arguments, options, samples):
+    argv = ["--epochs", arguments.epochs, "--batch-size", arguments.batch_size, "--amp", arguments.amp, *options]
+    argv += ["--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
+    argv = [next(iter(samples.modalities)) if a == "first" else str(a) for a in argv]
+    options, _ = train.parse([*argv, "--baselines", "none"])
+    return Run(Path(tempfile.mkdtemp()), options, samples, train.find_device(arguments.device))
+
+
+def whole_run(name, run):
+    """Seconds, and seconds per epoch by stage."""
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if name == "UDI in plain PyTorch":
+            engine = EagerUDI(run)
+            engine.fit()
+        else:
+            engine = run
+            methods.find(run.options.method)(run)
+    seconds = time.perf_counter() - began
+    stages = {stage: statistics.median(row["seconds"] for row in rows) for stage, rows in engine.rows.items()}
+    return {"seconds": seconds, "epoch_seconds": stages}
+
+
+def steps(run, rounds=30):
+    """Median seconds of a follower's step, of one with the controller, and of the encoder's own training step."""
+    first, second = run.data.modalities
+    stages = [Stage(task, run) for task in (Alone(run, second), Follower(run, second, Anchor(run, Alone(run, first))))]
+    kinds = {"encoder alone": (stages[0], 1), "follower": (stages[1], Q_WARMUP + 1), "controller": (stages[1], 0)}
+    if run.options.align_every == "epoch":
+        kinds["controller"] = stages[1], -(-Q_WARMUP // stages[1].steps) * stages[1].steps
+    index = torch.arange(stages[0].batch)
+    seconds = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, (stage, number) in kinds.items():
+            stage.task.model.train()
+            with stage.stream():
+                (batch,) = stage.feed.batches(index, stage.batch)
+                synchronize(run.device)
+                began = time.perf_counter()
+                stage.engine.step(batch, number)
+                synchronize(run.device)
+                seconds[kind].append(time.perf_counter() - began)
+    stage, number = kinds["follower"]
+    result = {kind: statistics.median(values) for kind, values in seconds.items()}
+    return result | {"operators": operators(stage, number, index), "steps_per_epoch": stage.steps}
+
+
+def operators(stage, number, index):
+    """What a follower's step launches when it runs eagerly: kernels on a GPU, operators that call no other on a CPU."""
+    gpu = stage.run.device.type == "cuda"
+    (batch,) = stage.feed.batches(index, stage.batch)
+    activities = [torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        stage.task.step(stage.feed.complete(batch), **stage.task.flags(number))
+        synchronize(stage.run.device)
+    cuda = torch.autograd.DeviceType.CUDA
+    if gpu:
+        return sum(event.device_type == cuda for event in profile.events())
+    return sum(
+        event.name.startswith(("aten::", "udi_kernels::")) and not event.cpu_children for event in profile.events()
+    )
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def report(result):
+    """The table, in Markdown."""
+    runs, step, batch = result["runs"], result["step"], result["batch_size"]
+    joint = runs["joint training"]["seconds"]
+    lines = ["| run | whole run | against joint training | seconds per epoch |", "|---|---:|---:|---|"]
+    for name, figures in runs.items():
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in figures["epoch_seconds"].items())
+        lines.append(f"| {name} | {figures['seconds']:.1f} s | {figures['seconds'] / joint:.2f}× | {stages} |")
+    plain, ours = runs["UDI in plain PyTorch"]["seconds"], runs["UDI, anchor auto"]["seconds"]
+    # The controller's step comes once an epoch.
+    extra = step["follower"] - step["encoder alone"] + (step["controller"] - step["follower"]) / step["steps_per_epoch"]
+    lines += [
+        "",
+        f"UDI with anchor auto is {plain / ours:.2f}× as fast as in plain PyTorch.",
+        f"A follower's step takes {1e3 * step['follower']:.2f} ms ({batch / step['follower']:.0f} samples/s; "
+        f"{step['operators']} launches), {1e3 * step['controller']:.2f} ms with the controller; the encoder's own "
+        f"training step {1e3 * step['encoder alone']:.2f} ms. Losses, q's fit and controller (once an epoch): "
+        f"{100 * extra / step['follower']:.1f}% of the follower's step.",
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", choices=("cnn", "resnet18"), default="cnn")
+    parser.add_argument("--epochs", type=int, default=5, help="of each phase (default: 5)")
+    parser.add_argument("--samples", type=int, help="for training (default: 12000 for cnn, 512 for resnet18)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken (default: 3)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", default="auto", help="auto, eager or graph")
+    parser.add_argument("--amp", default="none", help="bf16 or none")
+    parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for trainer-ENCODER.json and .md")
+    arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
+
+    samples = dataset(arguments.encoder, arguments.samples or {"cnn": 12_000, "resnet18": 512}[arguments.encoder])
+    rounds = []
+    with tqdm(total=arguments.rounds * len(RUNS), disable=None) as bar:
+        for _ in range(arguments.rounds):
+            rounds.append({})
+            for name, options in RUNS.items():
+                bar.set_description(name)
+                rounds[-1][name] = whole_run(name, new_run(arguments, options, samples))
+                bar.update()
+
+    def median(name):
+        stages = {
+            s: statistics.median(r[name]["epoch_seconds"][s] for r in rounds) for s in rounds[0][name]["epoch_seconds"]
+        }
+        return {"seconds": statistics.median(r[name]["seconds"] for r in rounds), "epoch_seconds": stages}
+
+    run = new_run(arguments, [], samples)
+    result = {name: value for name, value in vars(arguments).items() if name != "out"}
+    result |= {
+        "samples": len(samples.train),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "runs": {name: median(name) for name in RUNS},
+        "step": steps(run),
+    }
+    print(report(result))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"trainer-{arguments.encoder}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / f"trainer-{arguments.encoder}.md").write_text(report(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
