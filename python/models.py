@@ -66,11 +66,15 @@ def encoder_for(modality, run):
     """Images keep their channels last in memory: pooling and, in reduced precision, convolutions are quicker so."""
     shape = modality.shape(run.data.train)
     encoder = encoders.find(modality.encoder)(shape)
-    if len(shape) == 3:
-        encoder.to(memory_format=torch.channels_last)
+    return encoder.to(memory_format=torch.channels_last) if len(shape) == 3 else encoder
+
+
+def place(model, run):
+    """The model on the run's device, compiled if the run wants that."""
+    model.to(run.device)
     if run.options.compile:
-        encoder.compile(dynamic=False)
-    return encoder
+        model.compile()
+    return model
 
 
 class Classifier(nn.Module):

@@ -33,9 +33,14 @@ from methods.unimodal import Alone, train_alone  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test has a working directory of its own, and leaves torch's threads as they were."""
+def elsewhere(tmp_path, monkeypatch, request):
+    """Every test has a working directory of its own, runs on the CPU unless it is for a GPU, and leaves torch's
+    threads as they were.
+    """
     monkeypatch.chdir(tmp_path)
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -167,9 +172,10 @@ def assert_same_training(a, b, rtol):
         assert ours == pytest.approx(theirs, rel=rtol, abs=rtol)
 
 
-def test_samples_from_the_host(three_views):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_samples_from_the_host(three_views, device):
     """Prefetched in a thread: bit for bit what samples on the device give."""
-    options = ["--dataset", three_views, "--epochs", "2"]
+    options = ["--dataset", three_views, "--epochs", "2", "--device", device]
     for place in ("device", "host"):
         assert train.main([*options, "--data", place, "--out", place]) == 0
     assert losses("host") == losses("device")
@@ -279,6 +285,16 @@ def test_graphs(amp):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
+def test_defaults_on_a_gpu(capsys):
+    """Both phases, side by side and as graphs; no step falls back."""
+    assert train.main(["--device", "cuda", "--out", "run"]) == 0
+    assert "eager" not in capsys.readouterr().out
+    metrics = result("run")
+    assert metrics["anchor"] == "gray" and metrics["fused"]["test_acc"] >= 0.95
+
+
+@pytest.mark.gpu
 def test_step_that_cannot_be_captured(three_views, capsys):
     """A step that waits for the GPU falls back to eager steps, with a line of reason."""
     views = data.datasets[three_views]
@@ -297,6 +313,15 @@ def test_step_that_cannot_be_captured(three_views, capsys):
     finally:
         del data.datasets["waiting"]
     assert_same_training("graph", "eager", 1e-3)
+
+
+def test_compiled_encoders():
+    options = ["--epochs", "1", "--method", "joint"]
+    assert train.main([*options, "--out", "plain"]) == 0
+    torch._dynamo.utils.counters.clear()
+    assert train.main([*options, "--compile", "--out", "compiled"]) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # training and validation
+    assert_same_training("compiled", "plain", 1e-3)
 
 
 def test_graphs_need_a_gpu(capsys):

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from fit import Task, fit, outputs, update
 from fusion import scores
-from models import ConcatClassifier, encoder_for
+from models import ConcatClassifier, encoder_for, place
 
 from . import methods
 
@@ -16,7 +16,7 @@ class Joint(Task):
     def __init__(self, run):
         super().__init__(run)
         encoders = {name: encoder_for(view, run) for name, view in run.data.modalities.items()}
-        self.model = ConcatClassifier(encoders, run.data.classes).to(run.device)
+        self.model = place(ConcatClassifier(encoders, run.data.classes), run)
         self.weights = list(self.model.parameters())
         self.optimizer = run.optimizer(self.weights)
         self.parts = {"model": self.model, "optimizer": self.optimizer}

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, layer_norm
 from feed import Feed
 from fit import Task, best_epoch, fit, outputs, update
 from fusion import fuse, scores
-from models import FEATURES, Classifier, ConditionalGaussian, encoder_for
+from models import FEATURES, Classifier, ConditionalGaussian, encoder_for, place
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
 from . import methods
@@ -61,7 +61,7 @@ class Follower(Task):
         self.view, self.anchor = run.data.modalities[modality], anchor
         if anchor.cache is None:
             self.reads = (modality, *anchor.reads)
-        self.model = Classifier(encoder_for(self.view, run), run.data.classes).to(run.device)
+        self.model = place(Classifier(encoder_for(self.view, run), run.data.classes), run)
         if alone:
             self.model.load_state_dict(alone.model.state_dict())
         self.q = ConditionalGaussian(FEATURES, FEATURES, hidden=128).to(run.device)

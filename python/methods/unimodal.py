@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fit import Task, fit, update
-from models import Classifier, encoder_for
+from models import Classifier, encoder_for, place
 
 
 class Alone(Task):
@@ -13,7 +13,7 @@ class Alone(Task):
     def __init__(self, run, modality):
         super().__init__(run, modality)
         self.view = run.data.modalities[modality]
-        self.model = Classifier(encoder_for(self.view, run), run.data.classes).to(run.device)
+        self.model = place(Classifier(encoder_for(self.view, run), run.data.classes), run)
         self.weights = list(self.model.parameters())
         self.optimizer = run.optimizer(self.weights)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
