@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_check.py DIR [--minutes 9] [--only STAGE ...]
 
-Installs, builds, tests, sanitizes, inspects, measures and reports; a stage that fails does not stop the next. Leaves in
-DIR: check.log, tests.xml, results.json, table.md and plots. Exit code 1 if a stage failed. Without a GPU it does the
-same on the CPU, with the quick selection of benchmarks, and says which stages did not run.
+Installs, builds, tests, sanitizes, inspects, measures kernels and trainer, and reports; a stage that fails does not
+stop the next. Leaves in DIR: check.log, tests.xml, results.json, table.md, plots and the trainer's figures. Exit code 1
+if a stage failed. Without a GPU it does the same on the CPU, with the quick selection of benchmarks, and says which
+stages did not run.
 """
 
 import argparse
@@ -68,6 +69,13 @@ def stages(out, deadline):
     for tool in ("memcheck", "racecheck"):
         yield tool, missing or [*sanitize, tool, *python, "-c", EXERCISE], 60
     yield "inspect", [*python, ROOT / "benchmarks" / "inspect_kernels.py"], 90
+    trainer = [*python, ROOT / "benchmarks" / "trainer.py", "--out", out, "--rounds", "1" if not gpu else "2"]
+    yield "trainer", [*trainer, *([] if gpu else ["--epochs", "2", "--samples", "3000"])], 120
+    yield (
+        "resnet18",
+        [*trainer, "--encoder", "resnet18", "--samples", "1024", "--epochs", "2"] if gpu else "no GPU",
+        120,
+    )
     budget = max(60, deadline - time.monotonic() - 40)  # the last case, the tables and the plots need time too
     yield "benchmarks", [*measure, f"--budget={budget:.0f}"], budget + 30
     yield "report", [*python, ROOT / "benchmarks" / "report.py", out / "results.json", "--out", out], 60

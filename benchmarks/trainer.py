@@ -107,7 +107,19 @@ def steps(run, rounds=30):
                 seconds[kind].append(time.perf_counter() - began)
     stage, number = kinds["follower"]
     result = {kind: statistics.median(values) for kind, values in seconds.items()}
-    return result | {"operators": operators(stage, number, index), "steps_per_epoch": stage.steps}
+    result |= {"operators": operators(stage, number, index), "steps_per_epoch": stage.steps}
+    return result | {"gpu_busy": gpu_busy(stage) if run.device.type == "cuda" else None}
+
+
+def gpu_busy(stage):
+    """The share of a follower's epoch in which a kernel ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        began = time.perf_counter()
+        for _ in stage.epoch_steps():
+            pass
+        synchronize(stage.run.device)
+        seconds = time.perf_counter() - began
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
 
 
 def operators(stage, number, index):
@@ -150,6 +162,8 @@ def report(result):
         f"training step {1e3 * step['encoder alone']:.2f} ms. Losses, q's fit and controller (once an epoch): "
         f"{100 * extra / step['follower']:.1f}% of the follower's step.",
     ]
+    if step["gpu_busy"]:
+        lines.append(f"A kernel runs in {100 * step['gpu_busy']:.0f}% of a follower's epoch.")
     return "\n".join(lines)
 
 
