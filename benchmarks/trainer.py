@@ -63,8 +63,16 @@ def dataset(encoder, samples):
     )
 
 
-def new_run(arguments, options, samples):
-    argv = ["--epochs", arguments.epochs, "--batch-size", arguments.batch_size, "--amp", arguments.amp, *options]
+def new_run(arguments, options, samples, epochs=None):
+    argv = [
+        "--epochs",
+        epochs or arguments.epochs,
+        "--batch-size",
+        arguments.batch_size,
+        "--amp",
+        arguments.amp,
+        *options,
+    ]
     argv += ["--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
     argv = [next(iter(samples.modalities)) if a == "first" else str(a) for a in argv]
     options, _ = train.parse([*argv, "--baselines", "none"])
@@ -184,7 +192,11 @@ def main():
 
     samples = dataset(arguments.encoder, arguments.samples or {"cnn": 12_000, "resnet18": 512}[arguments.encoder])
     rounds = []
-    with tqdm(total=arguments.rounds * len(RUNS), disable=None) as bar:
+    with tqdm(total=(1 + arguments.rounds) * len(RUNS), disable=None) as bar:
+        for name, options in RUNS.items():
+            bar.set_description(f"warm-up: {name}")
+            whole_run(name, new_run(arguments, options, samples, epochs=1))
+            bar.update()
         for _ in range(arguments.rounds):
             rounds.append({})
             for name, options in RUNS.items():

@@ -71,6 +71,8 @@ class Graphs(Eager):
 
     def capture(self, batch, flags):
         graph, static = torch.cuda.CUDAGraph(), {name: t.clone() for name, t in batch.items()}
-        with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+        # Thread-local: a thread may be allocating the next batch meanwhile.
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             super().run(static, flags)
         return graph, static

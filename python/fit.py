@@ -66,7 +66,8 @@ def fit(tasks, run, epochs=None):
             began = time.perf_counter()
             train_epoch(active, max(1, torch.get_num_threads() // len(stages)), bar)
             for stage in active:
-                stage.end(began, len(active))
+                with stage.stream():
+                    stage.end(began, len(active))
             bar.set_postfix({s.task.modality or "val_acc": f"{s.rows[-1]['val_acc']:.3f}" for s in active})
     for stage in stages:
         stage.finish()
@@ -157,9 +158,8 @@ class Stage:
 
     def end(self, began, shared):
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
-        with self.stream():
-            means = self.engine.means()
-            logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
+        means = self.engine.means()
+        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
         log_p = logits.log_softmax(-1)
         val = {
             "val_acc": accuracy(logits, labels),

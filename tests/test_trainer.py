@@ -281,7 +281,7 @@ def test_graphs(amp):
     options = ["--epochs", "9", "--align-every", "7", "--amp", amp, "--device", "cuda"]
     for engine in ("eager", "graph"):
         assert train.main([*options, "--engine", engine, "--out", engine]) == 0
-    assert_same_training("graph", "eager", 1e-3 if amp == "none" else 5e-2)
+    assert_same_training("graph", "eager", 1e-2 if amp == "none" else 5e-2)
 
 
 @pytest.mark.gpu
