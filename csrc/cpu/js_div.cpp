@@ -18,7 +18,7 @@ namespace {
 // Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
 // packed, a row a lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
-constexpr int64_t kChunk = 128;  // elements, eight a lane, summed in the compute type before they join a double
+constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute type before they join a double
 
 // Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m).
 enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
