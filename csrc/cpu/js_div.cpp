@@ -7,6 +7,7 @@
 // expm1. Large logits lose nothing, because the maximum and the logarithm of the sum are never added up.
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <limits>
 #include <memory>
 
@@ -47,7 +48,7 @@ inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool pac
   }
   std::array<Vec<T>, n> result;
   for (int i = 0; i < n; ++i)
-    result[i] = __builtin_convertvector(packed ? total[i] : Doubles{} + sum(total[i]), Vec<T>);
+    result[i] = __builtin_convertvector(packed ? total[i] : across(total[i], std::plus<Doubles>()), Vec<T>);
   return result;
 }
 
@@ -82,7 +83,7 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
     max_q = max(a, max_q);
     max_p = max(b, max_p);
   });
-  if (!packed) max_q = V{} + max(max_q), max_p = V{} + max(max_p);
+  if (!packed) max_q = across(max_q, max<V>), max_p = across(max_p, max<V>);
   auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     V q = exp_negative((a - max_q) * k.inverse_temperature), p = exp_negative((b - max_p) * k.inverse_temperature);
     store(exps_q + i, q);

@@ -71,11 +71,16 @@ inline auto sum(V v) {
   return v[0];
 }
 
-template <class V>
-inline auto max(V v) {
-  auto m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+// f of all lanes, in every lane.
+template <int half = kLanes / 2, class V, class F, int... lane>
+inline V across(V v, F f, std::integer_sequence<int, lane...> lanes) {
+  v = f(v, V(__builtin_shufflevector(v, v, (lane ^ half)...)));
+  if constexpr (half > 1) v = across<half / 2>(v, f, lanes);
+  return v;
+}
+template <class V, class F>
+inline V across(V v, F f) {
+  return across(v, f, std::make_integer_sequence<int, kLanes>());
 }
 
 inline Floats widen(Short h, BFloat16*) { return bits<Floats>(__builtin_convertvector(h, Int) << 16); }
