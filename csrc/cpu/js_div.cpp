@@ -7,6 +7,9 @@
 // expm1. Large logits lose nothing, because the maximum and the logarithm of the sum are never added up.
 #include <algorithm>
 #include <array>
+#include <functional>
+#include <limits>
+#include <memory>
 
 #include "ops.h"
 
@@ -16,7 +19,7 @@ namespace {
 // Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
 // packed, a row a lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
-constexpr int64_t kChunk = 128;  // elements, eight a lane, summed in the compute type before they join a double
+constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute type before they join a double
 
 // Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m).
 enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
@@ -28,24 +31,24 @@ struct Constants {
 
 // f(x, y, offset, lanes) for every 16 elements of two rows; what lies beyond the end reads as probability 0.
 template <class T, class F>
-inline void for_each(const T* x, const T* y, int64_t size, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) f(load(x + i), load(y + i), i, kLanes);
-  if (int rest = size - i) f(load(x + i, rest, -INFINITY), load(y + i, rest, -INFINITY), i, rest);
+inline void for_each(const T* x, const T* y, int64_t begin, int64_t end, F f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) f(load(x + i), load(y + i), i, kLanes);
+  if (int rest = end - i) f(load(x + i, rest, -INFINITY), load(y + i, rest, -INFINITY), i, rest);
 }
 
-// Sums n terms, which f(x, y, sums) adds, over a row: each lane its own (packed) or all lanes together.
+// Sums n terms, which f(x, y, offset, sums) adds, over a row: each lane its own (packed) or all lanes together.
 template <int n, class T, class F>
 inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool packed, F f) {
   std::array<Doubles, n> total{};
   for (int64_t begin = 0; begin < size; begin += kChunk) {
     std::array<Vec<T>, n> chunk{};
-    for_each(x + begin, y + begin, std::min(kChunk, size - begin), [&](auto a, auto b, int64_t, int) { f(a, b, chunk); });
+    for_each(x, y, begin, std::min(begin + kChunk, size), [&](auto a, auto b, int64_t i, int) { f(a, b, i, chunk); });
     for (int i = 0; i < n; ++i) total[i] += __builtin_convertvector(chunk[i], Doubles);
   }
   std::array<Vec<T>, n> result;
   for (int i = 0; i < n; ++i)
-    result[i] = __builtin_convertvector(packed ? total[i] : Doubles{} + sum(total[i]), Vec<T>);
+    result[i] = __builtin_convertvector(packed ? total[i] : across(total[i], std::plus<Doubles>()), Vec<T>);
   return result;
 }
 
@@ -54,40 +57,47 @@ struct Terms {
   V q, p, log_qm, log_pm;
 };
 
-// log_sums: log(sum_p / sum_q).
-template <class V, class S>
-inline Terms<V> terms(V x, V y, const V* stats, V log_sums, Constants<S> k) {
-  const V lowest = V{} - S(1e30);  // takes -inf out of the difference; NaN stays
-  V zq = (x - stats[kMaxQ]) * k.inverse_temperature, zp = (y - stats[kMaxP]) * k.inverse_temperature;
-  zq = zq < lowest ? lowest : zq;
-  zp = zp < lowest ? lowest : zp;
-  V d = zp - zq - log_sums, below = d < 0 ? d : V{}, above = d < 0 ? V{} : d;  // NaN goes to `above`
-  V ratio, ratio_m1, high = exp(d < 0 ? zq : zp) * (d < 0 ? stats[kInvQ] : stats[kInvP]);
-  exp_expm1(below - above, ratio, ratio_m1);
-  V low = high * ratio, L = log1p((d < 0 ? V{} + k.beta : V{} + (1 - k.beta)) * ratio_m1);
-  return {d < 0 ? high : low, d < 0 ? low : high, -above - L, below - L};
+// log_sums: log(sum_p / sum_q). exponential(d < 0, x, y) is e^zq where d < 0 and e^zp elsewhere, of x = T zq, y = T zp.
+template <class V, class S, class F>
+inline Terms<V> terms(V x, V y, const V* stats, V log_sums, Constants<S> k, F exponential) {
+  x -= stats[kMaxQ], y -= stats[kMaxP];
+  // The clamps take infinities out of the differences; NaN stays.
+  V d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
+  auto below = d < 0;  // NaN is not
+  V minus = max(splat<S>(-87), below ? d : -d);
+  V ratio, ratio_m1, high = exponential(below, x, y) * (below ? stats[kInvQ] : stats[kInvP]);
+  exp_expm1(minus, ratio, ratio_m1);
+  V low = high * ratio, L = log1p((below ? splat(k.beta) : splat(1 - k.beta)) * ratio_m1), log_low = minus - L;
+  return {below ? high : low, below ? low : high, below ? -L : log_low, below ? log_low : -L};
 }
 
-// Fills `stats`, returns the loss: in every lane its own row's (packed), or all the same.
+// Fills `stats`, returns the loss: in every lane its own row's (packed), or all the same. `exps`: room for both rows'
+// exponentials, each of `size` rounded up to whole vectors.
 template <class T>
-Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, Vec<T>* stats) {
+Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
+               Vec<T>* stats) {
   using V = Vec<T>;
+  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
   V max_q = V{} - INFINITY, max_p = max_q;
-  for_each(x, y, size, [&](V a, V b, int64_t, int) {
-    max_q = max(max_q, a);
-    max_p = max(max_p, b);
+  for_each(x, y, 0, size, [&](V a, V b, int64_t, int) {
+    max_q = max(a, max_q);
+    max_p = max(b, max_p);
   });
-  if (!packed) max_q = V{} + max(max_q), max_p = V{} + max(max_p);
-  auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, auto& sum) {
-    sum[0] += exp((a - max_q) * k.inverse_temperature);
-    sum[1] += exp((b - max_p) * k.inverse_temperature);
+  if (!packed) max_q = across(max_q, max<V>), max_p = across(max_p, max<V>);
+  auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+    V q = exp_negative((a - max_q) * k.inverse_temperature), p = exp_negative((b - max_p) * k.inverse_temperature);
+    store(exps_q + i, q);
+    store(exps_p + i, p);
+    sum[0] += q;
+    sum[1] += p;
   });
   stats[kMaxQ] = max_q, stats[kInvQ] = 1 / sum_q;
   stats[kMaxP] = max_p, stats[kInvP] = 1 / sum_p;
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
-  auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, auto& sum) {
-    auto t = terms(a, b, stats, log_sums, k);
+  auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+    auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
+    auto t = terms(a, b, stats, log_sums, k, exponential);
     V q = t.q * t.log_qm, p = t.p * t.log_pm;
     sum[0] += q;
     sum[1] += p;
@@ -104,8 +114,9 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   using V = Vec<T>;
   V scale_q = grad * ((1 - k.beta) * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
-  for_each(x, y, size, [&](V a, V b, int64_t i, int n) {
-    auto s = terms(a, b, stats, log_sums, k);
+  auto exponential = [&](auto below, V a, V b) { return exp_negative((below ? a : b) * k.inverse_temperature); };
+  for_each(x, y, 0, size, [&](V a, V b, int64_t i, int n) {
+    auto s = terms(a, b, stats, log_sums, k, exponential);
     auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
     if (grad_x) put(grad_x, scale_q * s.q * (s.log_qm - stats[kDivQ]));
     if (grad_y) put(grad_y, scale_p * s.p * (s.log_pm - stats[kDivP]));
@@ -141,13 +152,14 @@ void unpack(const compute_t<T>* from, Rows<T> to, int64_t row, int rows, int64_t
   }
 }
 
-// f(first row, rows in the block) for all blocks, in parallel.
-template <class F>
+// f(first row, rows in the block, room for 4 rows) for all blocks, in parallel.
+template <class S, class F>
 void for_each_block(int64_t rows, int64_t classes, F f) {
   int64_t height = classes <= kPackedClasses ? kLanes : 1;
   int64_t grain = 1 + 4096 / (height * classes);  // below this many elements a second thread does not pay
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)));
+    std::unique_ptr<S[]> room(new S[4 * (height * classes + kLanes)]);
+    for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)), room.get());
   });
 }
 
@@ -155,15 +167,15 @@ template <class T>
 void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k,
                   compute_t<T>* stats, compute_t<T>* loss) {
   using S = compute_t<T>;
-  for_each_block(rows, classes, [&](int64_t row, int height) {
+  for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
     Vec<T> block[kStats], block_loss;
     if (classes <= kPackedClasses) {
-      S a[kPackedClasses * kLanes], b[kPackedClasses * kLanes];
-      pack(x, row, height, classes, a);
-      pack(y, row, height, classes, b);
-      block_loss = forward(a, b, classes * kLanes, true, k, block);
+      int64_t size = classes * kLanes;
+      pack(x, row, height, classes, room);
+      pack(y, row, height, classes, room + size);
+      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block);
     } else {
-      block_loss = forward(x[row], y[row], classes, false, k, block);
+      block_loss = forward(x[row], y[row], classes, false, k, room, block);
     }
     for (int lane = 0; lane < height; ++lane) {
       loss[row + lane] = block_loss[lane];
@@ -177,7 +189,7 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constant
                    const compute_t<T>* stats, Factor<compute_t<T>> grad, Factor<compute_t<T>> weight,
                    compute_t<T> scale, Rows<T> grad_x, Rows<T> grad_y) {
   using S = compute_t<T>;
-  for_each_block(rows, classes, [&](int64_t row, int height) {
+  for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
     Vec<T> block[kStats] = {}, g{};
     for (int lane = 0; lane < kLanes; ++lane) {
       int64_t r = row + (lane < height ? lane : 0);  // one row: the same in every lane
@@ -185,7 +197,7 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constant
       g[lane] = grad[r] * weight[r] * scale;
     }
     if (classes <= kPackedClasses) {
-      S a[kPackedClasses * kLanes], b[kPackedClasses * kLanes];
+      S *a = room, *b = room + classes * kLanes;
       pack(x, row, height, classes, a);
       pack(y, row, height, classes, b);
       // The gradients replace the logits that they come from.

@@ -53,11 +53,14 @@ inline To bits(From from) {
 
 template <class S>
 inline Vec<S> splat(S x) {
-  return Vec<S>{} + x;
+  return x - Vec<S>{};  // x + 0 is an addition for the compiler, because of -0
 }
 
 template <class V>
-inline V max(V a, V b) {
+inline V max(V a, V b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Floats>) return Floats(_mm512_max_ps(__m512(a), __m512(b)));  // GCC makes two of it
+#endif
   return a > b ? a : b;
 }
 
@@ -68,11 +71,16 @@ inline auto sum(V v) {
   return v[0];
 }
 
-template <class V>
-inline auto max(V v) {
-  auto m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+// f of all lanes, in every lane.
+template <int half = kLanes / 2, class V, class F, int... lane>
+inline V across(V v, F f, std::integer_sequence<int, lane...> lanes) {
+  v = f(v, V(__builtin_shufflevector(v, v, (lane ^ half)...)));
+  if constexpr (half > 1) v = across<half / 2>(v, f, lanes);
+  return v;
+}
+template <class V, class F>
+inline V across(V v, F f) {
+  return across(v, f, std::make_integer_sequence<int, kLanes>());
 }
 
 inline Floats widen(Short h, BFloat16*) { return bits<Floats>(__builtin_convertvector(h, Int) << 16); }
@@ -182,17 +190,16 @@ inline Floats exp_reduced(Floats x, Int& n) {
   n = bits<Int>(shifted) - 0x4b400000;
   Floats f = shifted - 0x1.8p23f;
   Floats r = x - f * 0.693359375f - f * -2.12194440e-4f;  // ln 2 in two parts, the first exact times n
-  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  Floats p = 1.394649735e-3f * r + 8.366610855e-3f;  // minimax: 1.3e-8 of e^r - 1
+  p = p * r + 4.166628048e-2f;
+  p = p * r + 1.666654348e-1f;
+  p = p * r + 0.5f;
   return p * (r * r) + r;
 }
 
 inline Floats exp2(Int n) { return bits<Floats>((n + 127) << 23); }
 
-// e^x within 1 ulp for every float, subnormal results, infinities and NaN included.
+// e^x within 1.05 ulp for every float, subnormal results, infinities and NaN included.
 inline Floats exp(Floats x) {
   x = x < -105.f ? splat(-105.f) : x;  // written so that NaN passes
   x = x > 89.f ? splat(89.f) : x;
@@ -202,38 +209,49 @@ inline Floats exp(Floats x) {
   return p * exp2(half) * exp2(n - half);
 }
 
-// e^x, and e^x - 1 with the relative accuracy of a small result, for x <= 0; below e^-80 e^x is 0.
-inline void exp_expm1(Floats x, Floats& e, Floats& em1) {
-  Floats clamped = x < -80.f ? splat(-80.f) : x;
+// e^x for x <= 0, in half the time: what is below e^-87, about the smallest normal number, is 0.
+inline Floats exp_negative(Floats x) {
   Int n;
-  Floats p = exp_reduced(clamped, n), scale = exp2(n);
-  e = x < -80.f ? Floats{} : p * scale + scale;
+  Floats p = exp_reduced(x, n), scale = exp2(n);
+  return x <= -87.f ? Floats{} : p * scale + scale;
+}
+
+// The same for -87 <= x <= 0, and e^x - 1 with the relative accuracy of a small result.
+inline void exp_expm1(Floats x, Floats& e, Floats& em1) {
+  Int n;
+  Floats p = exp_reduced(x, n), scale = exp2(n);
+  e = x <= -87.f ? Floats{} : p * scale + scale;
   em1 = p * scale + (scale - 1.f);
 }
 
-// ln x within 1 ulp for positive normal floats; NaN passes.
+// The exponent of x, for a mantissa between 2/3 and 4/3, in the upper bits; and 2 to its negative.
+inline Int exponent(Floats x) { return (bits<Int>(x) - 0x3f2aaaab) & int32_t(0xff800000); }
+inline Floats inverse_power(Int exponent) { return bits<Floats>(0x3f800000 - exponent); }
+
+// ln (1 + m) + exponent ln 2 for |m| <= 1/3, with the relative accuracy of a small m.
+inline Floats log_reduced(Floats m, Int exponent) {
+  Floats p = -1.331173331e-1f * m + 1.400622725e-1f;  // minimax: 5e-9
+  p = p * m - 1.207815185e-1f;
+  p = p * m + 1.400082558e-1f;
+  p = p * m - 1.668950319e-1f;
+  p = p * m + 2.001077086e-1f;
+  p = p * m - 2.499950677e-1f;
+  p = p * m + 3.333320916e-1f;
+  p = p * m - 0.5f;
+  return __builtin_convertvector(exponent, Floats) * (0.693147181f * 0x1p-23f) + (p * (m * m) + m);
+}
+
+// ln x within 1 ulp for normal floats up to 2^127.
 inline Floats log(Floats x) {
-  Int i = bits<Int>(x) - 0x3f3504f3;  // sqrt(1/2)
-  Floats e = __builtin_convertvector(i >> 23, Floats);
-  Floats m = bits<Floats>((i & 0x7fffff) + 0x3f3504f3) - 1.f;
-  Floats p = 7.0376836292e-2f * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  Floats square = m * m;
-  Floats y = p * m * square + e * -2.12194440e-4f - 0.5f * square;
-  y = m + y + e * 0.693359375f;
-  return x == x ? y : x;
+  Int n = exponent(x);
+  return log_reduced(x * inverse_power(n) - 1.f, n);
 }
 
 // ln(1 + x) for -1 < x <= 0, with the relative accuracy of a small result.
 inline Floats log1p(Floats x) {
-  Floats a = 1.f + x;
-  return log(a) + (x - (a - 1.f));  // what the addition rounded off
+  Int n = exponent(1.f + x);
+  Floats scale = inverse_power(n);  // the rounding of 1 + x decides the exponent only
+  return log_reduced(x * scale + (scale - 1.f), n);
 }
 
 #define UDI_LANE_BY_LANE(f)                                 \
@@ -245,6 +263,8 @@ UDI_LANE_BY_LANE(exp)
 UDI_LANE_BY_LANE(log)
 UDI_LANE_BY_LANE(log1p)
 #undef UDI_LANE_BY_LANE
+
+inline Doubles exp_negative(Doubles x) { return exp(x); }
 
 inline void exp_expm1(Doubles x, Doubles& e, Doubles& em1) {
   for (int i = 0; i < kLanes; ++i) e[i] = std::exp(x[i]), em1[i] = std::expm1(x[i]);
