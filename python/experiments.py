@@ -1,6 +1,7 @@
 """Studies: many training runs, and what they say together, as tables and plots."""
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -70,10 +71,9 @@ def parse(argv):
         epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("study", metavar="NAME", help="what to study, one of those below")
-    parser.add_argument("--seeds", type=seeds, metavar="N|A,B,...", help="the first N seeds, or these (default: 5 or as"
-        " the study says)")  # fmt: skip
-    parser.add_argument("--jobs", type=number(int, 1), metavar="N", help="runs at once (default: one a GPU, or one a"
-        " core)")  # fmt: skip
+    parser.add_argument("--seeds", type=seeds, metavar="N", help="0 to N-1, or a list such as 0,3,7 (default: 5 or the"
+        " study's own number)")  # fmt: skip
+    parser.add_argument("--jobs", type=number(int, 1), metavar="N", help="runs at once (default: one a GPU or core)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: results/NAME)")
     parser.add_argument("--report", action="store_true", help="only write table and plots anew, from results.json")
     options, extra = parser.parse_known_args(argv)
@@ -126,7 +126,11 @@ class Job:
         self.saved["options"] = self.settled
         write_json(self.file, self.saved)
         command = [sys.executable, self.study.program, *self.options, "--resume" if begun else "--out", self.out]
-        with open(self.folder / "stdout.txt", "w") as out, open(self.folder / "stderr.txt", "w") as err:
+        with open(self.folder / "stdout.txt", "a") as out, open(self.folder / "stderr.txt", "w") as err:
+            try:  # The process inherits this lock: nobody starts it again beside one that outlived a killed study.
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder} is in use by another process: let it end, or end it") from None
             # In a session of its own, Ctrl-C reaches it once, through stop(), and not from the terminal too.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=os.environ | slot, start_new_session=True
@@ -240,5 +244,6 @@ def publish(study, results, folder):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill ends a study as Ctrl-C does
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # kill, or a closed terminal, ends a study as Ctrl-C does
+        signal.signal(ending, signal.default_int_handler)
     sys.exit(main())

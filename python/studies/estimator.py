@@ -12,7 +12,6 @@ SETTINGS = {
     "linear": "--depth 0",
     "2 hidden layers": "--depth 2",
     "width 64": "--width 64",
-    "width 128": "--width 128",
     "lr 0.001": "--lr 0.001",
     "lr 0.02": "--lr 0.02",
     "750 steps": "--steps 750",
@@ -77,6 +76,7 @@ class Estimator(Study):
                 right.plot(errors, [y] * len(errors), "o", color=color, alpha=0.8, label=label)
         right.axvspan(-100 * NEAR, 100 * NEAR, color=MUTED, alpha=0.15, linewidth=0)
         right.set_xscale("symlog", linthresh=10)
+        right.set_xticks([-100, -10, 0, 10, 100], ["-100", "-10", "0", "10", "100"])
         right.set_yticks(range(len(names)), names, fontsize=9)
         right.invert_yaxis()
         right.set_xlabel("error of the fitted CLUB, % (logarithmic beyond 10)")
@@ -138,5 +138,5 @@ def lowered(encoders):
     lines = [["", "before", "after"]]
     for name in encoders[0]["before"]:
         values = ([metrics[when][name] for metrics in encoders] for when in ("before", "after"))
-        lines.append([name, *(show(dict(enumerate(v)), 1, 3) for v in values)])
+        lines.append([name, *(show(v, digits=3) for v in values)])
     return lines

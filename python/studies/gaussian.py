@@ -54,7 +54,7 @@ def parse(argv=None):
     add("--depth", number(int, 0), 1, "hidden layers of q's two networks; CLUB has one")
     add("--width", number(int, 1), 256, "units of a hidden layer; half of CLUB's hidden_size")
     add("--lr", number(float, above=0), 5e-3, "first learning rate of Adam; it falls to 0 along a cosine")
-    add("--steps", number(int, 1), 3000, "of q")
+    add("--steps", number(int, 1), 3000, "of q; an encoder takes half as many")
     add("--batch-size", number(int, 1), 256, "samples of a step")
     add("--repeats", number(int, 1), 1, "steps on each batch")
     add("--samples", number(int, 0), 0, "samples to fit q to, again and again; 0: fresh ones in every batch")
@@ -100,7 +100,7 @@ def batches(draw, size, pool=None, repeats=1):
 
 
 def fit(parameters, loss, data, steps, lr):
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _, batch in zip(range(steps), data, strict=False):
         optimizer.zero_grad()
@@ -126,7 +126,7 @@ def estimate(dim, rho2, options):
     return {"dim": dim, "rho2": rho2} | truth | fitted
 
 
-def minimise(options, dim=16, rho2=0.6, steps=1500, warmup=100):
+def minimise(options, dim=16, rho2=0.6, warmup=100):
     """An encoder y of z is taught to tell nothing about x, of which half of z tells rho²: dependence before and after.
 
     The other half of z is free to be told. The encoder's output has mean 0 and variance 1, so it cannot vanish.
@@ -142,7 +142,7 @@ def minimise(options, dim=16, rho2=0.6, steps=1500, warmup=100):
     q_optimizer = torch.optim.Adam(q.parameters(), lr=3e-3)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     encoder.train()
-    for step in range(steps):
+    for step in range(options.steps // 2):
         x, z = draw(options.batch_size)
         y = encoder(z)
         for _ in range(3):
@@ -173,13 +173,13 @@ def dependence(encoder, draw, dim, options):
     x, y, free = encode(HELD_OUT)
     q = make_q(dim, options.depth, options.width)
     data = ((x, y) for x, y, _ in batches(encode, options.batch_size))
-    fit(q.parameters(), q.learning_loss, data, 1500, options.lr)
+    fit(q.parameters(), q.learning_loss, data, options.steps // 2, options.lr)
 
     def r2(source, target):
         """Held-out variance of one of (x, y, free) that a fresh network explains by another; mean over dimensions."""
         network = layers(dim, dim, 1, 256)
         data = ((batch[source], batch[target]) for batch in batches(encode, options.batch_size))
-        fit(network.parameters(), lambda a, b: mse_loss(network(a), b), data, 1000, 3e-3)
+        fit(network.parameters(), lambda a, b: mse_loss(network(a), b), data, options.steps // 3, 3e-3)
         a, b = (x, y, free)[source], (x, y, free)[target]
         with torch.no_grad():
             return 1 - ((network(a) - b).square().mean(0) / b.var(0)).mean().item()
