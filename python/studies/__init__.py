@@ -67,9 +67,9 @@ class Study:
         yield Row("prediction", variant.name, metrics["fused"], collapsed=why)
         for m, scores in metrics["modalities"].items():
             if m in metrics["unimodal"]:
-                yield Row(m, f"{m} alone", metrics["unimodal"][m], baseline=True)
+                yield Row(f"follower {m}", f"{m} alone", metrics["unimodal"][m], baseline=True)
             if metrics["anchor"] not in (None, m):
-                yield Row(m, f"{variant.name}: follower", scores, collapsed=collapsed.get(m, ""))
+                yield Row(f"follower {m}", variant.name, scores, collapsed=collapsed.get(m, ""))
 
     def notes(self, runs):
         """Further lines of table.md, from the runs' records."""

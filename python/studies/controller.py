@@ -32,7 +32,7 @@ class Controller(Study):
     def rows(self, variant, run):
         for row in super().rows(variant, run):
             for log in followers([run]):
-                if log[0]["modality"] == row.section and not row.baseline:
+                if row.section == f"follower {log[0]['modality']}" and not row.baseline:
                     weights = {name: fmean(column(log, name)) for name in WEIGHTS}
                     row.figures = row.figures | weights | {"drop": worst_drop(column(log, "val_acc"))}
             yield row

@@ -23,7 +23,7 @@ from run import write_json
 from train import Parser, number
 from udi_kernels import CLUB, club_mi
 
-HELD_OUT = 50_000  # fresh samples on which everything is measured
+HELD_OUT = 100_000  # fresh samples on which everything is measured
 
 
 def main(argv=None):
@@ -52,8 +52,8 @@ def parse(argv=None):
     add("--dims", numbers(int, 1), [2, 16, 64], "dimensions of x and of y")
     add("--rho2", numbers(float, above=0), [0.1, 0.3, 0.6], "squared correlations, below 1")
     add("--depth", number(int, 0), 1, "hidden layers of q's two networks; CLUB has one")
-    add("--width", number(int, 1), 256, "units of a hidden layer; half of CLUB's hidden_size")
-    add("--lr", number(float, above=0), 5e-3, "first learning rate of Adam; it falls to 0 along a cosine")
+    add("--width", number(int, 1), 128, "units of a hidden layer; half of CLUB's hidden_size")
+    add("--lr", number(float, above=0), 1e-2, "first learning rate of Adam; it falls to 0 along a cosine")
     add("--steps", number(int, 1), 3000, "of q; an encoder takes half as many")
     add("--batch-size", number(int, 1), 256, "samples of a step")
     add("--repeats", number(int, 1), 1, "steps on each batch")

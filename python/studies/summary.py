@@ -6,6 +6,7 @@ from scipy.stats import t
 
 from report import INK, MODALITY_COLORS, MUTED
 
+REACH = 10  # percentage points below the best mean; what lies farther off is a number at the edge of its plot
 FOOTNOTE = """\
 Accuracies in percent: mean ± standard deviation over the seeds. Difference: in test accuracy to the best baseline,
 paired by seed, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
@@ -58,9 +59,10 @@ def tables(study, runs):
     parts = []
     for (condition, section), rows in gather(study, runs).items():
         best = best_baseline(rows)
-        lines = [["", *study.columns, "difference", "seeds", "collapsed"]]
+        columns = {head: c for head, c in study.columns.items() if any(column(r, c[0]) for r in rows.values())}
+        lines = [["", *columns, "difference", "seeds", "collapsed"]]
         for name, by_seed in rows.items():
-            figures = [(column(by_seed, key).values(), scale) for key, scale in study.columns.values()]
+            figures = [(column(by_seed, key).values(), scale) for key, scale in columns.values()]
             cells = [show(values, scale) if values else "" for values, scale in figures]
             collapsed = "" if is_baseline(by_seed) else str(sum(bool(row.collapsed) for row in by_seed.values()))
             lines.append([name, *cells, against(by_seed, rows, best, name), str(len(by_seed)), collapsed])
@@ -118,20 +120,28 @@ def draw(study, runs, path):
     figure = new_figure(9, 0.9 * len(tables) + 0.42 * sum(heights))
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=[n + 0.8 for n in heights])[:, 0]
     for axes, ((condition, section), rows) in zip(panels, tables.items(), strict=True):
-        best = best_baseline(rows)
-        for y, by_seed in enumerate(rows.values()):
-            color = MUTED if is_baseline(by_seed) else INK
+        means = {name: 100 * spread(column(by_seed, "test_acc").values())[0] for name, by_seed in rows.items()}
+        floor = max(means.values()) - REACH
+        for y, (name, by_seed) in enumerate(rows.items()):
+            color, mean = MUTED if is_baseline(by_seed) else INK, means[name]
+            if mean < floor:
+                axes.text(0.005, y, f"\N{LEFTWARDS ARROW} {mean:.1f}", va="center", color=color, fontsize=9,
+                          transform=axes.get_yaxis_transform())  # fmt: skip
+                continue
             values = {seed: 100 * x for seed, x in column(by_seed, "test_acc").items()}
-            mean, half = spread(values.values())[0], interval(values.values()) or 0
+            half = interval(values.values()) or 0
             axes.plot([mean, mean], [y - 0.3, y + 0.3], color=color, linewidth=2)
             axes.barh(y, 2 * half, left=mean - half, height=0.5, color=color, alpha=0.2)
             for kind, marker in ((False, "o"), (True, "x")):
                 points = [x for seed, x in values.items() if bool(by_seed[seed].collapsed) == kind]
                 axes.plot(points, [y] * len(points), marker, color=MODALITY_COLORS[0], markersize=4, alpha=0.8)
-        if best:
-            axes.axvline(100 * spread(column(rows[best], "test_acc").values())[0], color=MUTED, linestyle=":")
+        best = best_baseline(rows)
+        if best and means[best] >= floor:
+            axes.axvline(means[best], color=MUTED, linestyle=":", zorder=0)
+        axes.use_sticky_edges = False
+        axes.margins(x=0.08)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_title(title(condition, section), loc="left", fontsize=11)
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
