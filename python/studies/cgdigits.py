@@ -1,0 +1,8 @@
+from . import Study, Variant, studies
+
+
+@studies.register("cgdigits")
+class CGDigits(Study):
+    """What do all methods reach on small digits whose color is a shortcut in training?"""
+
+    variants = [Variant("udi", "--dataset cgdigits --baselines joint")]

@@ -1,0 +1,8 @@
+from . import Study, Variant, studies
+
+
+@studies.register("cgmnist")
+class CGMNIST(Study):
+    """What do all methods reach on the colored-and-gray MNIST (give --data-root), where UDI's paper reports 99.11%?"""
+
+    variants = [Variant("udi", "--dataset cgmnist --baselines joint")]
