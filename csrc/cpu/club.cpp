@@ -3,6 +3,8 @@
 // With w = e^-logvar, value_i = 1/2 sum_d w [Var(y) + (mean(y) - mu)^2 - (y - mu)^2]. The sums over rows of y, y^2, w,
 // w mu and w y (2 mu - y) give mean and gradients in one pass. The value does not change when y and mu move together,
 // so both are taken relative to a point inside the data: without that, cancellation eats the result.
+#include <memory>
+
 #include "ops.h"
 
 namespace udi {
@@ -12,6 +14,7 @@ constexpr int64_t kRowChunks = 16;  // partial sums of a column; fixed, so that 
 constexpr int64_t kMinRows = 64;    // of a chunk
 constexpr int64_t kColumns = 256;   // columns of a task: five accumulators each stay in the first-level cache
 constexpr int64_t kGroup = 8;       // rows summed in one float before they join the double
+constexpr double kScale = 256;     // w is summed over this: e^87 times some rows times mu overflows
 constexpr int64_t kGrain = 16384;   // below this many elements a second thread does not pay
 
 // Rows of `stats`, all but the first relative to it: sums over rows, divided by N in the end.
@@ -52,78 +55,111 @@ void for_each_row(int64_t rows, int64_t columns, F f) {
   });
 }
 
-// The mean of up to 32 rows spread over y: near the middle of the data whatever its order and its outliers.
+// Sums over some rows of a block of columns, of y and mu relative to the shift.
 template <class T>
-void find_shift(const Inputs<T>& in, compute_t<T>* shift) {
-  int64_t rows = std::min<int64_t>(in.n, 32);
-  for_each_lanes(in.d, [&](int64_t c, int lanes) {
-    Vec<T> total{};
-    for (int64_t i = 0; i < rows; ++i) total += load_some(in.y[i * in.n / rows] + c, lanes);
-    store_some(shift + c, Vec<T>(total / compute_t<T>(rows)), lanes);
-  });
+struct Part {
+  compute_t<T> shift[kColumns];
+  double sums[kSums][kColumns];
+};
+
+// Turns sums over `rows` rows relative to a + delta into those relative to a.
+inline void move(Doubles* sums, Doubles delta, double rows) {
+  sums[kCross] += delta * (2 * sums[kSumWMu] + delta * sums[kSumW]);
+  sums[kSumWMu] += delta * sums[kSumW];
+  sums[kYY] += delta * (2 * sums[kY] + delta * rows);
+  sums[kY] += delta * rows;
 }
 
-// The five sums over rows [r0, r1) of columns [c0, c1), each row times its factor in the sums over w.
+// to[0..16) += x, by halves: GCC 12 moves a vector wider than a register through memory.
+template <class V>
+inline void add(double* to, V x) {
+  typedef double Half __attribute__((vector_size(kLanes * 4)));
+  auto half = [&](double* at, auto x) {
+    Half sum;
+    std::memcpy(&sum, at, sizeof sum);
+    sum += __builtin_convertvector(x, Half);
+    std::memcpy(at, &sum, sizeof sum);
+  };
+  half(to, __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
+  half(to + kLanes / 2, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+
+// The five sums over rows [r0, r1) of columns [c0, c1), each row times its factor in the sums over w. The shift is the
+// mean of the first rows, which are in cache then.
 template <class T>
-void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, const compute_t<T>* shift, int64_t r0, int64_t r1,
-                 int64_t c0, int64_t c1, double (*sums)[kColumns]) {
+void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                 Part<T>& part) {
   for (int64_t group = r0; group < r1; group += kGroup) {
+    const int64_t end = std::min(group + kGroup, r1), ahead = end + kGroup <= r1 ? kGroup : 0;
     for_each_lanes(c1 - c0, [&](int64_t c, int lanes) {
-      Vec<T> acc[kSums] = {}, s = load_some(shift + c0 + c, lanes);
-      for (int64_t r = group; r < std::min(group + kGroup, r1); ++r) {
-        Vec<T> y = load_some(in.y[r] + c0 + c, lanes) - s, mu = load_some(in.mu[r] + c0 + c, lanes) - s;
-        Vec<T> w = factor[r] * exp(-load_some(in.logvar[r] + c0 + c, lanes));
+      Vec<T> acc[kSums] = {}, shift{};
+      if (group == r0) {
+        for (int64_t r = group; r < end; ++r) shift += load_some(in.y[r] + c0 + c, lanes);
+        store(part.shift + c, Vec<T>(shift / compute_t<T>(end - group)));
+        for (auto& sum : part.sums) store(sum + c, Doubles{});
+      }
+      shift = load(part.shift + c);
+      for (int64_t r = group; r < end; ++r) {
+        for (auto* rows : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*rows)[r + ahead] + c0 + c, 0, 2);
+        Vec<T> y = load_some(in.y[r] + c0 + c, lanes) - shift, mu = load_some(in.mu[r] + c0 + c, lanes) - shift;
+        Vec<T> w = compute_t<T>(1. / kScale) * factor[r] * exp(-load_some(in.logvar[r] + c0 + c, lanes));
         acc[kY] += y;
         acc[kYY] += y * y;
         acc[kSumW] += w;
         acc[kSumWMu] += w * mu;
         acc[kCross] += w * y * (2 * mu - y);
       }
-      for (int i = 0; i < kSums; ++i) store(sums[i] + c, load(sums[i] + c) + __builtin_convertvector(acc[i], Doubles));
+      for (int i = 0; i < kSums; ++i) add(part.sums[i] + c, acc[i]);
     });
   }
 }
 
-// finish(c0, c1, sums) for every block of columns, with its sums over all rows.
+// finish(column, lanes, shift, sums) for every 16 columns, with their sums over all rows.
 template <class T, class F>
-void reduce_columns(const Inputs<T>& in, Factor<compute_t<T>> factor, const compute_t<T>* shift, F finish) {
-  using Block = double[kSums][kColumns];
+void reduce_columns(const Inputs<T>& in, Factor<compute_t<T>> factor, F finish) {
   int64_t blocks = (in.d + kColumns - 1) / kColumns, chunk = std::max(kMinRows, (in.n + kRowChunks - 1) / kRowChunks);
   int64_t chunks = (in.n + chunk - 1) / chunk, size = 1 + chunk * std::min(in.d, kColumns);
-  std::vector<double> scratch(blocks * chunks * kSums * kColumns);
-  auto* parts = reinterpret_cast<Block*>(scratch.data());
+  auto parts = std::make_unique_for_overwrite<Part<T>[]>(blocks * chunks);
   torch::stable::parallel_for(0, blocks * chunks, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       int64_t c0 = task / chunks * kColumns, r0 = task % chunks * chunk;
-      column_sums(in, factor, shift, r0, std::min(r0 + chunk, in.n), c0, std::min(c0 + kColumns, in.d), parts[task]);
+      column_sums(in, factor, r0, std::min(r0 + chunk, in.n), c0, std::min(c0 + kColumns, in.d), parts[task]);
     }
   });
-  for (int64_t block = 0; block < blocks; ++block) {
-    auto& sums = parts[block * chunks];
-    for (int64_t k = 1; k < chunks; ++k)
-      for (int s = 0; s < kSums; ++s)
-        for (int64_t c = 0; c < kColumns; ++c) sums[s][c] += parts[block * chunks + k][s][c];
-    finish(block * kColumns, std::min((block + 1) * kColumns, in.d), sums);
-  }
+  for_each_lanes(in.d, [&](int64_t c, int lanes) {
+    const Part<T>* part = &parts[c / kColumns * chunks];
+    int64_t at = c % kColumns;
+    Doubles total[kSums] = {}, shift = __builtin_convertvector(load(part->shift + at), Doubles);
+    for (int64_t row = 0; row < in.n; row += chunk, ++part) {
+      Doubles sums[kSums];
+      for (int i = 0; i < kSums; ++i) sums[i] = (i < kSumW ? 1 : kScale) * load(part->sums[i] + at);
+      move(sums, __builtin_convertvector(load(part->shift + at), Doubles) - shift, std::min(chunk, in.n - row));
+      for (int i = 0; i < kSums; ++i) total[i] += sums[i];
+    }
+    finish(c, lanes, shift, total);
+  });
 }
 
 // Writes the statistics, returns the sum of all values.
 template <class T>
 double statistics(const Inputs<T>& in, compute_t<T>* stats) {
-  double total = 0, n = in.n;
-  find_shift(in, stats);
-  reduce_columns(in, {}, stats, [&](int64_t c0, int64_t c1, auto& sums) {
-    for (int64_t c = c0; c < c1; ++c) {
-      auto s = [&](Sum which) { return sums[which][c - c0]; };
-      double mean = s(kY) / n, var = std::max(s(kYY) / n - mean * mean, 0.);
-      total += 0.5 * ((var + mean * mean) * s(kSumW) + s(kCross) - 2 * mean * s(kSumWMu));
-      stats[kMeanY * in.d + c] = mean;
-      stats[kVarY * in.d + c] = var;
-      stats[kMeanW * in.d + c] = s(kSumW) / n;
-      stats[kMeanWMu * in.d + c] = s(kSumWMu) / n;
-    }
+  Doubles total{};
+  double n = in.n;
+  reduce_columns(in, {}, [&](int64_t c, int lanes, Doubles shift, Doubles* sums) {
+    auto write = [&](Stat stat, Doubles x) {
+      store_some(stats + stat * in.d + c, __builtin_convertvector(x, Vec<T>), lanes);
+    };
+    Doubles centre = __builtin_convertvector(__builtin_convertvector(shift + sums[kY] / n, Vec<T>), Doubles);
+    move(sums, shift - centre, n);
+    Doubles mean = sums[kY] / n, var = max(Doubles{}, sums[kYY] / n - mean * mean);  // in this order NaN passes
+    total += 0.5 * ((var + mean * mean) * sums[kSumW] + sums[kCross] - 2 * mean * sums[kSumWMu]);
+    write(kShift, centre);
+    write(kMeanY, mean);
+    write(kVarY, var);
+    write(kMeanW, sums[kSumW] / n);
+    write(kMeanWMu, sums[kSumWMu] / n);
   });
-  return total;
+  return sum(total);
 }
 
 // y - shift, mu - shift, y - mean, w and w [Var + (mean - mu)^2 - (y - mu)^2] of 16 elements.
@@ -189,13 +225,13 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     const S* stat = static_cast<const S*>(stats.data_ptr());
     Factor<S> g(grad);
     S scale = reduction == kMean ? S(1. / in.n) : S(1);
+    const double n = in.n;
     std::vector<S> mean_w(in.d), mean_wmu(in.d);
     if (need_y && reduction == kNone) {
-      reduce_columns(in, g, stat, [&](int64_t c0, int64_t c1, auto& sums) {
-        for (int64_t c = c0; c < c1; ++c) {
-          mean_w[c] = sums[kSumW][c - c0] / in.n;
-          mean_wmu[c] = sums[kSumWMu][c - c0] / in.n;
-        }
+      reduce_columns(in, g, [&](int64_t c, int lanes, Doubles shift, Doubles* sums) {
+        move(sums, shift - __builtin_convertvector(load_some(stat + c, lanes), Doubles), n);
+        store_some(mean_w.data() + c, __builtin_convertvector(sums[kSumW] / n, Vec<T>), lanes);
+        store_some(mean_wmu.data() + c, __builtin_convertvector(sums[kSumWMu] / n, Vec<T>), lanes);
       });
     } else if (need_y) {
       for (int64_t c = 0; c < in.d; ++c) {
