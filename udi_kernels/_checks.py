@@ -4,6 +4,8 @@ import torch
 
 from ._ops import REDUCTIONS
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def tensors(op, **named):
     """Every argument is a floating-point tensor on one device."""
@@ -11,7 +13,7 @@ def tensors(op, **named):
     for name, t in named.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        if t.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         if first is None:
             first, device = name, t.device
