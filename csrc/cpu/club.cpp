@@ -30,6 +30,15 @@ struct Inputs {
       : mu(mu), logvar(logvar), y(y), n(mu.size(0)), d(mu.size(1)) {}
 };
 
+// One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
+template <class T>
+struct Row {
+  const T *mu, *logvar, *y;
+  int64_t d;
+
+  Row(const Inputs<T>& in, int64_t r) : mu(in.mu[r]), logvar(in.logvar[r]), y(in.y[r]), d(in.d) {}
+};
+
 template <class T>
 inline Vec<T> load_some(const T* from, int n) {
   return n == kLanes ? load(from) : load(from, n, compute_t<T>(0));
@@ -167,13 +176,13 @@ template <class T>
 struct Element {
   Vec<T> y, mu, centred, w, value;
 
-  Element(const Inputs<T>& in, const compute_t<T>* stats, int64_t row, int64_t c, int lanes) {
-    auto stat = [&](Stat s) { return load_some(stats + s * in.d + c, lanes); };
+  Element(Row<T> row, const compute_t<T>* stats, int64_t c, int lanes) {
+    auto stat = [&](Stat s) { return load_some(stats + s * row.d + c, lanes); };
     Vec<T> shift = stat(kShift), mean = stat(kMeanY);
-    y = load_some(in.y[row] + c, lanes) - shift;
-    mu = load_some(in.mu[row] + c, lanes) - shift;
+    y = load_some(row.y + c, lanes) - shift;
+    mu = load_some(row.mu + c, lanes) - shift;
     centred = y - mean;
-    w = exp(-load_some(in.logvar[row] + c, lanes));
+    w = exp(-load_some(row.logvar + c, lanes));
     value = w * (stat(kVarY) + centred * (2 * (mu - mean) - centred));
   }
 };
@@ -194,9 +203,10 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
       return;
     }
     for_each_row(in.n, in.d, [&](int64_t r) {
+      const Row<T> of(in, r);
       Vec<T> row{};
       for_each_lanes(in.d, [&](int64_t c, int lanes) {
-        Vec<T> value = Element<T>(in, stat, r, c, lanes).value;
+        Vec<T> value = Element<T>(of, stat, c, lanes).value;
         for (int i = lanes; i < kLanes; ++i) value[i] = 0;
         row += value;
       });
@@ -242,15 +252,17 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     Rows<T> out_mu = need_mu ? Rows<T>(grad_mu) : Rows<T>(), out_y = need_y ? Rows<T>(grad_y) : Rows<T>();
     Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
     for_each_row(in.n, in.d, [&](int64_t r) {
-      S row = g[r] * scale;
-      for_each_lanes(in.d, [&](int64_t c, int lanes) {
-        Element<T> e(in, stat, r, c, lanes);
-        if (out_y) {
-          Vec<T> w = load_some(mean_w.data() + c, lanes), wmu = load_some(mean_wmu.data() + c, lanes);
-          store_some(out_y[r] + c, Vec<T>(row * e.w * (e.mu - e.y) + (e.y * w - wmu)), lanes);
+      const Row<T> of(in, r);
+      const S row = g[r] * scale, *mean = stat, *w = mean_w.data(), *wmu = mean_wmu.data();
+      T *to_mu = out_mu[r], *to_logvar = out_logvar[r], *to_y = out_y[r];
+      for_each_lanes(of.d, [&](int64_t c, int lanes) {
+        Element<T> e(of, mean, c, lanes);
+        if (to_y) {
+          Vec<T> common = e.y * load_some(w + c, lanes) - load_some(wmu + c, lanes);
+          store_some(to_y + c, Vec<T>(row * e.w * (e.mu - e.y) + common), lanes);
         }
-        if (out_mu) store_some(out_mu[r] + c, Vec<T>(row * e.w * e.centred), lanes);
-        if (out_logvar) store_some(out_logvar[r] + c, Vec<T>(S(-0.5) * row * e.value), lanes);
+        if (to_mu) store_some(to_mu + c, Vec<T>(row * e.w * e.centred), lanes);
+        if (to_logvar) store_some(to_logvar + c, Vec<T>(S(-0.5) * row * e.value), lanes);
       });
     });
   });
