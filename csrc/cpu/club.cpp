@@ -94,20 +94,20 @@ inline void add(double* to, V x) {
 }
 
 // The five sums over rows [r0, r1) of columns [c0, c1), each row times its factor in the sums over w. The shift is the
-// mean of the first rows, which are in cache then.
+// median of three rows: inside the data whatever its order, and no outlier moves it.
 template <class T>
 void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
                  Part<T>& part) {
   for (int64_t group = r0; group < r1; group += kGroup) {
     const int64_t end = std::min(group + kGroup, r1), ahead = end + kGroup <= r1 ? kGroup : 0;
     for_each_lanes(c1 - c0, [&](int64_t c, int lanes) {
-      Vec<T> acc[kSums] = {}, shift{};
       if (group == r0) {
-        for (int64_t r = group; r < end; ++r) shift += load_some(in.y[r] + c0 + c, lanes);
-        store(part.shift + c, Vec<T>(shift / compute_t<T>(end - group)));
+        Vec<T> a = load_some(in.y[r0] + c0 + c, lanes), b = load_some(in.y[(r0 + r1) / 2] + c0 + c, lanes);
+        Vec<T> last = load_some(in.y[r1 - 1] + c0 + c, lanes), above = max(a, b);
+        store(part.shift + c, max(a < b ? a : b, above < last ? above : last));
         for (auto& sum : part.sums) store(sum + c, Doubles{});
       }
-      shift = load(part.shift + c);
+      Vec<T> acc[kSums] = {}, shift = load(part.shift + c);
       for (int64_t r = group; r < end; ++r) {
         for (auto* rows : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*rows)[r + ahead] + c0 + c, 0, 2);
         Vec<T> y = load_some(in.y[r] + c0 + c, lanes) - shift, mu = load_some(in.mu[r] + c0 + c, lanes) - shift;
