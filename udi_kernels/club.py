@@ -33,7 +33,7 @@ def club_mi(mu, logvar, y, *, reduction="mean"):
     _check("club_mi", mu, logvar, y)
     code = _checks.reduction("club_mi", reduction)
     mu, logvar, y = _checks.promote(mu, logvar, y)
-    if not served("losses", mu.device.type, mu.dtype):
+    if not served("losses", _checks.device_type(mu), mu.dtype):
         return reference.club_mi(mu, logvar, y, reduction=reduction)
     return _ClubMI.apply(_checks.rows(mu), _checks.rows(logvar), _checks.rows(y), code)
 
@@ -45,7 +45,7 @@ def club_nll(mu, logvar, y):
     """
     _check("club_nll", mu, logvar, y)
     mu, logvar, y = _checks.promote(mu, logvar, y)
-    if not served("losses", mu.device.type, mu.dtype):
+    if not served("losses", _checks.device_type(mu), mu.dtype):
         return reference.club_nll(mu, logvar, y)
     return _ClubNLL.apply(_checks.rows(mu), _checks.rows(logvar), _checks.rows(y))
 
@@ -85,17 +85,18 @@ class CLUB(nn.Module):
 
 def _check(op, mu, logvar, y):
     _checks.tensors(op, mu=mu, logvar=logvar, y=y)
-    if mu.dim() != 2:
-        raise ValueError(f"{op}: mu must have shape (N, D), got {tuple(mu.shape)}")
+    shape = mu.shape
+    if len(shape) != 2:
+        raise ValueError(f"{op}: mu must have shape (N, D), got {tuple(shape)}")
     for name, t in (("logvar", logvar), ("y", y)):
-        if t.shape != mu.shape:
-            raise ValueError(f"{op}: {name} must have mu's shape {tuple(mu.shape)}, got {tuple(t.shape)}")
+        if t.shape != shape:
+            raise ValueError(f"{op}: {name} must have mu's shape {tuple(shape)}, got {tuple(t.shape)}")
 
 
 class _ClubMI(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, logvar, y, reduction):
-        loss, stats = ops.club_mi_fwd(mu, logvar, y, reduction)
+        loss, stats = ops.club_mi_fwd.default(mu, logvar, y, reduction)
         ctx.save_for_backward(mu, logvar, y, stats)
         ctx.reduction = reduction
         return loss
@@ -107,18 +108,18 @@ class _ClubMI(torch.autograd.Function):
         if torch.is_grad_enabled():
             f = partial(reference.club_mi, reduction=_checks.REDUCTIONS[ctx.reduction])
             return *differentiable_backward(f, inputs, needs, grad), None
-        return *kernel_backward(ops.club_mi_bwd, (grad, *inputs, stats, ctx.reduction), needs), None
+        return *kernel_backward(ops.club_mi_bwd.default, (grad, *inputs, stats, ctx.reduction), needs), None
 
 
 class _ClubNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, logvar, y):
         ctx.save_for_backward(mu, logvar, y)
-        return ops.club_nll_fwd(mu, logvar, y)
+        return ops.club_nll_fwd.default(mu, logvar, y)
 
     @staticmethod
     def backward(ctx, grad):
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():
             return tuple(differentiable_backward(reference.club_nll, inputs, needs, grad))
-        return tuple(kernel_backward(ops.club_nll_bwd, (grad, *inputs), needs))
+        return tuple(kernel_backward(ops.club_nll_bwd.default, (grad, *inputs), needs))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import cycle
+from operator import attrgetter
 
 import torch
 
@@ -26,6 +27,12 @@ def gramian(grads):
     Raises:
         TypeError, ValueError: naming the first gradient that does not fit.
     """
+    tensors = _unchecked(grads)
+    if tensors:
+        try:
+            return ops.gramian.default(tensors, len(grads), False)
+        except RuntimeError:
+            pass  # what follows says which gradient does not fit, or copies those that are not dense
     g = _Gradients("gramian", grads)
     return ops.gramian(g.tensors, g.k, g.stacked) if g.native else reference.gramian(g.lists())
 
@@ -74,6 +81,14 @@ def weighted_sum(grads, weights, *, out=None):
     Raises:
         TypeError, ValueError: naming what does not fit.
     """
+    tensors = _unchecked(grads) if out is None else None
+    if tensors and _plain(weights, len(grads)):
+        out = [torch.empty_like(t) for t in grads[0]]
+        try:
+            ops.weighted_sum.default(out, tensors, weights, False)
+            return out
+        except RuntimeError:
+            out = None
     g = _Gradients("weighted_sum", grads)
     weights = g.check_weights(weights)
     out = g.new_outputs() if out is None else g.check_outputs(out)
@@ -307,6 +322,35 @@ class _Gradients:
         for t, value in zip(out, reference.weighted_sum(self.lists(), weights), strict=True):
             if t is not None:
                 t.zero_() if value is None else t.copy_(value)
+
+
+def _unchecked(grads):
+    """K lists of tensors as the ops take them, or None if they need a closer look.
+
+    The ops compare the gradients of a parameter by themselves, before they compute anything, in a fifth of the time
+    that it takes here (30 and 170 us for 3 x 62 tensors); only, their errors name no gradient.
+    """
+    if torch.compiler.is_compiling() or type(grads) not in (list, tuple) or not {*map(type, grads)} <= {list, tuple}:
+        return None
+    tensors = [g for row in grads for g in row]
+    if {*map(type, tensors)} != {torch.Tensor} or len({*map(len, grads)}) > 1:
+        return None
+    refused = ("is_meta", "requires_grad") if torch.is_grad_enabled() else ("is_meta",)
+    if any(any(map(attrgetter(name), tensors)) for name in refused):
+        return None
+    return tensors if served("gradients", tensors[0].device.type, tensors[0].dtype) else None
+
+
+def _plain(weights, k):
+    """Whether the op takes these weights as they are."""
+    return (
+        type(weights) is torch.Tensor
+        and weights.dtype == torch.float32
+        and weights.shape == (k,)
+        and weights.is_contiguous()
+        and not weights.is_meta
+        and not weights.requires_grad
+    )
 
 
 def _dense(shape, stride):

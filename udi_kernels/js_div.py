@@ -58,8 +58,7 @@ def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="
 
     if input.dtype != target.dtype:
         input, target = _checks.promote(input, target)
-    device = "cpu" if input.is_cpu else input.device.type  # which formats a string, 3 µs
-    if not served("losses", device, input.dtype):
+    if not served("losses", _checks.device_type(input), input.dtype):
         return reference.js_div(input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction)
     if len(shape) != 2:
         input, target = input.reshape(-1, shape[-1]), target.reshape(-1, shape[-1])
