@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT / "python"))
 import data  # noqa: E402
 import train  # noqa: E402
 from eager_udi import EagerUDI  # noqa: E402
+from experiments import describe, hardware  # noqa: E402
 from fit import Stage  # noqa: E402
 from methods import methods  # noqa: E402
 from methods.udi import Q_WARMUP, Anchor, Follower  # noqa: E402
@@ -155,7 +155,15 @@ def report(result):
     """The table, in Markdown."""
     runs, step, batch = result["runs"], result["step"], result["batch_size"]
     joint = runs["joint training"]["seconds"]
-    lines = ["| run | whole run | against joint training | seconds per epoch |", "|---|---:|---:|---|"]
+    machine = result["hardware"]
+    on = f"{machine['gpus'][0]}" if result["device"] != "cpu" else f"{machine['cpu']}, {result['threads']} threads"
+    lines = [
+        f"{result['encoder']}, {result['samples']} samples, batch {batch}, {result['epochs']} epochs of each phase, "
+        f"amp {result['amp']}; {on}; torch {result['torch']}, commit {result['commit']}; medians of "
+        f"{result['rounds']} rounds.",
+        "",
+    ]
+    lines += ["| run | whole run | against joint training | seconds per epoch |", "|---|---:|---:|---|"]
     for name, figures in runs.items():
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in figures["epoch_seconds"].items())
         lines.append(f"| {name} | {figures['seconds']:.1f} s | {figures['seconds'] / joint:.2f}× | {stages} |")
@@ -214,9 +222,11 @@ def main():
     result = {name: value for name, value in vars(arguments).items() if name != "out"}
     result |= {
         "samples": len(samples.train),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine(),
+        "device": str(run.device),
+        "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "commit": describe(),
         "runs": {name: median(name) for name in RUNS},
         "step": steps(run),
     }
