@@ -14,7 +14,7 @@ constexpr int64_t kRowChunks = 16;  // partial sums of a column; fixed, so that 
 constexpr int64_t kMinRows = 64;    // of a chunk
 constexpr int64_t kColumns = 256;   // columns of a task: five accumulators each stay in the first-level cache
 constexpr int64_t kGroup = 8;       // rows summed in one float before they join the double
-constexpr double kScale = 256;     // w is summed over this: e^87 times some rows times mu overflows
+constexpr double kScale = 256;      // w is summed over this: e^87 times some rows times mu overflows
 constexpr int64_t kGrain = 16384;   // below this many elements a second thread does not pay
 
 // Rows of `stats`, all but the first relative to it: sums over rows, divided by N in the end.
