@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+from importlib.util import find_spec
 
 
 class UserError(Exception):
@@ -13,17 +14,24 @@ class Registry(dict):
 
     def __init__(self, kind):
         super().__init__()
-        self.kind = kind
+        self.kind, self.needs = kind, {}
 
-    def register(self, name):
+    def register(self, name, needs=(), extra=None):
+        """``needs``: modules without which it is of no use, that this extra of the package installs."""
+
         def add(thing):
-            self[name] = thing
+            self[name], self.needs[name] = thing, (needs, extra)
             return thing
 
         return add
 
     def find(self, name):
-        return self[choose(self.kind, name, self)]
+        thing = self[choose(self.kind, name, self)]
+        modules, extra = self.needs[name]
+        missing = [module for module in modules if find_spec(module) is None]
+        if missing:
+            raise UserError(f'{self.kind} {name} needs {", ".join(missing)}: pip install -e ".[{extra}]"')
+        return thing
 
 
 def choose(kind, name, names):

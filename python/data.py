@@ -7,12 +7,12 @@ and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all s
 import gzip
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from common import Registry, UserError
+from common import Registry, UserError, derive_seed
 
 datasets = Registry("dataset")
 
@@ -86,6 +86,7 @@ COLORS = torch.tensor(
     ]
 ) / 255  # fmt: skip
 COLOR_VARIANCE = 0.03
+HALVES = {"left": 0.1, "right": 0.3}  # of splitdigits, and the noise of each: standard deviation, of pixels' range
 
 
 def colored_and_gray(train, val, test, mean, std):
@@ -108,27 +109,91 @@ def colored_and_gray(train, val, test, mean, std):
     return Dataset(10, modalities, split(*train, True), split(*val, False), split(*test, False))
 
 
+def split_in_halves(train, val, test, mean, std):
+    """The left and the right half of each digit, with independent noise, in all splits alike: each has what the other
+    lacks.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def split(pixels, labels):
+        halves = zip(HALVES.items(), pixels.chunk(2, dim=2), strict=True)
+        return Split(labels, {name: noisy(half, noise, generator) for (name, noise), half in halves})
+
+    modalities = {name: Modality("cnn", (name,), lambda half: (half[:, None] / 255 - mean) / std) for name in HALVES}
+    return Dataset(10, modalities, split(*train), split(*val), split(*test))
+
+
+def noisy(pixels, std, generator):
+    """uint8 pixels plus Gaussian noise, ``std`` of the pixels' range; clipped and rounded to pixels again.
+
+    As corrupted images are made in ImageNet-C (Hendrycks & Dietterich 2019, arXiv 1903.12261).
+    """
+    noise = torch.randn(pixels.shape, generator=generator)
+    return (pixels / 255 + std * noise).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def corrupt(data, inputs, labels):
+    """The dataset with noise in its training split, the same in every run; validation and test stay clean.
+
+    ``inputs``: standard deviation of Gaussian noise on all that the modalities read, of pixels as a fraction of their
+    range, of other tensors as a fraction of their own standard deviation. ``labels``: fraction of the labels replaced,
+    each by any other class with the same probability. A lower fraction's wrong labels are among a higher one's.
+    """
+
+    def noised(name, x):
+        generator = torch.Generator().manual_seed(derive_seed("noise", name))
+        if x.dtype == torch.uint8:
+            return noisy(x, inputs, generator)
+        if not x.is_floating_point():
+            raise UserError(f"--noise: {name!r} is neither pixels nor floating point, but {x.dtype}")
+        return x + inputs * x.std() * torch.randn(x.shape, generator=generator)
+
+    train, generator = data.train, torch.Generator().manual_seed(derive_seed("noise"))
+    wrong = torch.randperm(len(train), generator=generator)
+    shift = torch.randint(1, data.classes, wrong.shape, generator=generator)
+    shift[wrong[round(labels * len(train)) :]] = 0
+    stored = {name: noised(name, x) for name, x in train.stored.items()}
+    return replace(data, train=Split((train.labels + shift) % data.classes, stored))
+
+
 @datasets.register("cgdigits")
 def cgdigits(data_root):
-    """Colored-and-gray digits, 8x8, from scikit-learn: 1077 for training, 360 each for validation and test."""
+    """Colored-and-gray digits, 8x8, from scikit-learn."""
+    return colored_and_gray(**digits())
+
+
+@datasets.register("cgmnist")
+def cgmnist(data_root):
+    """Colored-and-gray MNIST, 28x28."""
+    if data_root is None:
+        raise UserError("dataset cgmnist needs --data-root DIR, the folder of MNIST's four idx.gz files")
+    return colored_and_gray(**mnist(data_root))
+
+
+@datasets.register("splitdigits")
+def splitdigits(data_root):
+    """The halves of scikit-learn's digits, 8x4, or with a data root of MNIST's, 28x14."""
+    return split_in_halves(**(mnist(data_root) if data_root else digits()))
+
+
+def digits():
+    """scikit-learn's digits, 8x8: 1077 for training, 360 each for validation and test."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError:
-        raise UserError('dataset cgdigits needs scikit-learn: pip install -e ".[train]"') from None
+        raise UserError('the bundled digits need scikit-learn: pip install -e ".[train]"') from None
     images, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 8, 8)
     labels = torch.from_numpy(labels).long()
     rest, test = train_test_split(torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     train, val = train_test_split(rest, test_size=360, stratify=labels[rest], random_state=0)
-    return colored_and_gray(*((pixels[part], labels[part]) for part in (train, val, test)), mean=0.3053, std=0.3760)
+    train, val, test = ((pixels[part], labels[part]) for part in (train, val, test))
+    return {"train": train, "val": val, "test": test, "mean": 0.3053, "std": 0.3760}
 
 
-@datasets.register("cgmnist")
-def cgmnist(data_root):
-    """Colored-and-gray MNIST, 28x28: 55,000 for training, the last twelfth of the training file for validation."""
-    if data_root is None:
-        raise UserError("dataset cgmnist needs --data-root DIR, the folder of MNIST's four idx.gz files")
+def mnist(data_root):
+    """MNIST, 28x28: 55,000 for training, the last twelfth of the training file for validation."""
     root, files = Path(data_root), {}
     for part in ("train", "t10k"):
         for kind, dims in (("images", 3), ("labels", 1)):
@@ -145,7 +210,7 @@ def cgmnist(data_root):
     pixels, labels = parts["train"]
     cut = len(labels) - len(labels) // 12
     train, val = (pixels[:cut], labels[:cut]), (pixels[cut:], labels[cut:])
-    return colored_and_gray(train, val, parts["t10k"], mean=0.1307, std=0.3081)
+    return {"train": train, "val": val, "test": parts["t10k"], "mean": 0.1307, "std": 0.3081}
 
 
 def read_idx(path, dims):

@@ -26,6 +26,7 @@ class Task:
     """
 
     phase = None
+    capturable = True  # whether a CUDA graph can hold its steps: nothing in them waits for the GPU
 
     def __init__(self, run, modality=None):
         self.run, self.modality = run, modality
@@ -110,10 +111,8 @@ class Stage:
     def __init__(self, task, run):
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
-        train = run.data.train
-        self.batch = min(run.options.batch_size, len(train))
-        self.steps = len(train) // self.batch  # full batches only; the rest of the shuffled samples waits
-        self.feed = Feed(run, train, task.reads)
+        self.batch, self.steps = run.batch, run.steps
+        self.feed = Feed(run, run.data.train, task.reads)
         saved = run.restore(task.name)
         self.rows, self.best = run.rows[task.name], saved["best"] if saved else None
         if saved:
@@ -128,7 +127,8 @@ class Stage:
         self._stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(run.device))
-        self.engine = (Graphs if run.engine == "graph" else Eager)(task, self.feed, run.seed(task.name, "steps"))
+        engine = Graphs if run.engine == "graph" and task.capturable else Eager
+        self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
 
     @property
     def epoch(self):
@@ -194,15 +194,16 @@ def best_epoch(rows):
     return min((row for row in rows if not row["diverged"]), key=lambda row: (-row["val_acc"], row["val_loss"]))
 
 
-def outputs(task, run):
-    """The task's logits on validation and test, as fusion takes them."""
-    return {"val": predict(task, run, run.data.val), "test": predict(task, run, run.data.test)}
+def outputs(task, run, compute=None):
+    """The task's logits, or what else it computes of a batch, on validation and test, as fusion takes them."""
+    return {"val": predict(task, run, run.data.val, compute), "test": predict(task, run, run.data.test, compute)}
 
 
 @torch.no_grad()
-def predict(task, run, split):
-    """Logits (N, C) of the whole split, float32, on the CPU."""
+def predict(task, run, split, compute=None):
+    """Logits (N, C) of the whole split, or what else the task computes of a batch; float32, on the CPU."""
+    compute = compute or task.logits
     task.model.eval()
     feed = Feed(run, split, task.reads)
     batches = feed.batches(torch.arange(len(split)), 1000)
-    return torch.cat([task.logits(feed.complete(batch)) for batch in batches]).float().cpu()
+    return torch.cat([compute(feed.complete(batch)) for batch in batches]).float().cpu()

@@ -101,24 +101,46 @@ class ConditionalGaussian(nn.Module):
         return mu, logvar.tanh()
 
 
-class ConcatClassifier(nn.Module):
-    """All modalities' encoders under one linear head on their concatenated features; returns the logits.
+class JointClassifier(nn.Module):
+    """All modalities' encoders under a linear head; returns (features by modality, logits).
 
-    The head is linear, so the logits are the sum of one share per modality; the bias is shared out evenly.
+    The logits are the sum of one share per modality, which :meth:`shares` tells apart.
     """
 
-    def __init__(self, encoders, classes):
+    def __init__(self, encoders):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
-        self.head = nn.Linear(FEATURES * len(encoders), classes)
 
     def forward(self, inputs):
-        return self.head(torch.cat([encoder(inputs[name]) for name, encoder in self.encoders.items()], dim=1))
+        features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
+        return features, self.fuse(features)
 
-    def shares(self, inputs):
-        weights = self.head.weight.chunk(len(self.encoders), dim=1)
-        bias = self.head.bias / len(self.encoders)
-        return {
-            name: nn.functional.linear(encoder(inputs[name]), weight, bias)
-            for (name, encoder), weight in zip(self.encoders.items(), weights, strict=True)
-        }
+
+class ConcatClassifier(JointClassifier):
+    """One linear head on the concatenated features; its bias is shared out evenly."""
+
+    def __init__(self, encoders, classes):
+        super().__init__(encoders)
+        self.head = nn.Linear(FEATURES * len(encoders), classes)
+
+    def fuse(self, features):
+        return self.head(torch.cat(tuple(features.values()), dim=1))
+
+    def shares(self, features):
+        weights, bias = self.head.weight.chunk(len(features), dim=1), self.head.bias / len(features)
+        pairs = zip(features.items(), weights, strict=True)
+        return {name: nn.functional.linear(x, weight, bias) for (name, x), weight in pairs}
+
+
+class SumClassifier(JointClassifier):
+    """A linear head on each modality's features, their logits summed."""
+
+    def __init__(self, encoders, classes):
+        super().__init__(encoders)
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, classes) for name in encoders})
+
+    def fuse(self, features):
+        return sum(self.shares(features).values())
+
+    def shares(self, features):
+        return {name: self.heads[name](x) for name, x in features.items()}

@@ -16,7 +16,7 @@ def comparison(metrics):
         rows.append(("ensemble", None, metrics["ensemble"]))
     rows += [(name, None, figures) for name, figures in metrics["baselines"].items()]
     if modalities != unimodal:
-        part = {"udi": "follower", "joint": "share"}.get(method, "part")
+        part = "follower" if metrics["anchor"] else "share"
         for m, figures in modalities.items():
             rows.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, figures))
     return [*rows, (method, None, metrics["fused"])]

@@ -25,6 +25,8 @@ class Run:
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device) if self.resident else data
         self.labels = {"val": data.val.labels, "test": data.test.labels}
+        self.batch = min(options.batch_size, len(data.train))
+        self.steps = len(data.train) // self.batch  # of an epoch: full batches only; the other shuffled samples wait
         self.rows = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
 

@@ -14,7 +14,7 @@ try:
 
     import udi_kernels
     from common import UserError, choose
-    from data import datasets
+    from data import corrupt, datasets
     from fusion import rules
     from methods import methods
     from report import draw, need_matplotlib, table
@@ -32,8 +32,12 @@ def main(argv=None):
     try:
         options, folder = parse(sys.argv[1:] if argv is None else argv)
         need_matplotlib()
+        for name in (options.method, *options.baselines):
+            methods.find(name)  # before any is trained: what it needs may be missing
         device = find_device(options.device)
         data = datasets.find(options.dataset)(options.data_root)
+        if options.noise:
+            data = corrupt(data, *options.noise)
         if options.anchor != "auto":
             choose("anchor", options.anchor, data.modalities)
         set_threads(data, options.batch_size)
@@ -89,6 +93,10 @@ def parse(argv):
     add("--method", "udi", f"what to train: {', '.join(methods)}")
     add("--dataset", "cgdigits", f"on what: {', '.join(datasets)}")
     add("--data-root", None, "folder of the dataset's files, where it needs any", metavar="DIR")
+    add("--noise", None, "corrupt the training split (not validation, not test): add Gaussian noise of this standard "
+        "deviation to inputs (a fraction of pixels' range), make this fraction of labels wrong; the same for all seeds",
+        metavar="INPUT,LABEL", type=pair("amounts INPUT,LABEL", number(float, 0), number(float, 0, below=1)),
+    )  # fmt: skip
     add("--epochs", 30, "epochs of each phase", type=number(int, 1))
     add("--batch-size", 64, "samples of a step", type=number(int, 1))
     add("--lr", 3e-3, "first learning rate of AdamW; it falls to 0 along a cosine", type=number(float, above=0))
@@ -96,7 +104,8 @@ def parse(argv):
     add("--anchor", "auto", "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best"
         " on validation")  # fmt: skip
     add("--controller", "dynamic", "weights of L_con and L_com: dynamic, from the losses' gradients; or static")
-    add("--alpha", None, "the two weights of the static controller", type=two_weights, metavar="CON,COM")
+    add("--alpha", None, "the two weights of the static controller",
+        type=pair("weights CON,COM", number(float, 0), number(float, 0)), metavar="CON,COM")  # fmt: skip
     add("--align-every", "epoch", "when it measures: every epoch, or every N steps", type=schedule, metavar="epoch|N")
     add("--club-norm", "layer", "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none")
     add("--fusion", "auto", f"fusion rule: {', '.join(rules)}; auto: best on validation")
@@ -175,11 +184,16 @@ def number(kind, least=None, above=None, below=math.inf):
     return parse
 
 
-def two_weights(text):
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two weights CON,COM such as 0.5,0.5")
-    return [number(float, 0)(part) for part in parts]
+def pair(what, *kinds):
+    """An argument type: two numbers, separated by a comma, each an argument type of its own."""
+
+    def parse(text):
+        parts = text.split(",")
+        if len(parts) != 2:
+            raise argparse.ArgumentTypeError(f"{text!r} is not two {what} such as 0.5,0.5")
+        return [kind(part) for kind, part in zip(kinds, parts, strict=True)]
+
+    return parse
 
 
 def names(text):

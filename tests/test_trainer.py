@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,26 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "python" / "train.py"
 sys.path[:0] = [str(TRAIN.parent), str(ROOT / "benchmarks")]
 
+import common  # noqa: E402
 import data  # noqa: E402
 import eager_udi  # noqa: E402
 import fit  # noqa: E402
 import fusion  # noqa: E402
 import models  # noqa: E402
 import run as run_module  # noqa: E402
+import similarity  # noqa: E402
 import train  # noqa: E402
 import udi_kernels  # noqa: E402
-from methods import methods, udi  # noqa: E402
+from methods import methods, ogm_ge, udi  # noqa: E402
+from methods.gramian import Gramian  # noqa: E402
+from methods.joint import Joint  # noqa: E402
+from methods.joint_sum import JointSum  # noqa: E402
 from methods.unimodal import Alone, train_alone  # noqa: E402
+
+needs_torchjd = pytest.mark.skipif(
+    not all(map(find_spec, ("torchjd", "qpsolvers", "quadprog"))),
+    reason='needs TorchJD: pip install -e ".[experiments]"',
+)
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +131,15 @@ def test_defaults_reach_what_they_promise():
     assert metrics["seconds"]["total"] < 60
 
 
-@pytest.mark.parametrize("method", ["udi", "joint", "ensemble"])
+def make_run(*options):
+    """A run of these options on the CPU, that writes nothing."""
+    options, _ = train.parse(options)
+    return run_module.Run(Path("unused"), options, data.datasets[options.dataset](None), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "method", ["udi", "joint", "joint-sum", "ogm-ge", pytest.param("gramian", marks=needs_torchjd), "ensemble"]
+)
 def test_metrics(method):
     assert train.main(["--method", method, "--epochs", "2", "--baselines", "none", "--out", "run"]) == 0
     metrics = result("run")
@@ -128,10 +147,10 @@ def test_metrics(method):
     assert metrics["device"] in ("cpu", "cuda")
     for m in ("gray", "color"):
         assert set(metrics["modalities"][m]) >= {"val_acc", "test_acc"}
-        assert method == "joint" or 0 <= metrics["unimodal"][m]["test_acc"] <= 1
+        assert method not in ("udi", "ensemble") or 0 <= metrics["unimodal"][m]["test_acc"] <= 1
     assert set(metrics["fused"]) >= {"val_acc", "test_acc", "test_macro_f1", "rule"}
     assert set(metrics["seconds"]) >= {"anchor_phase", "follower_phase", "total"}
-    stages = {"udi": 3, "joint": 1, "ensemble": 2}[method]
+    stages = {"udi": 3, "ensemble": 2}.get(method, 1)
     rows = log("run")
     assert sorted(row["epoch"] for row in rows) == [1] * stages + [2] * stages
     if method == "udi":
@@ -139,6 +158,15 @@ def test_metrics(method):
         assert {row["modality"] for row in follower} == {"color"} and metrics["anchor"] == "gray"
         assert set(follower[0]) >= {"cls", "con", "com", "alpha_con", "alpha_com", "val_acc"}
         assert metrics["modalities"]["gray"] == metrics["unimodal"]["gray"]  # the anchor stays as it was trained
+        assert set(metrics["similarity"]) == {"color"} and 0 <= metrics["similarity"]["color"]["cka"] <= 1
+        assert metrics["similarity"]["color"]["r2"] <= 1
+
+
+def test_every_method_can_be_a_baseline():
+    assert train.main(["--epochs", "1", "--baselines", "joint,joint-sum,ogm-ge,ensemble", "--out", "run"]) == 0
+    baselines = result("run")["baselines"]
+    assert list(baselines) == ["joint", "joint-sum", "ogm-ge", "ensemble"]
+    assert all(0 <= figures["test_acc"] <= 1 for figures in baselines.values())
 
 
 @pytest.mark.parametrize("options", [[], ["--align-every", "3"], ["--controller", "static", "--alpha", "0.5,2"]])
@@ -285,6 +313,24 @@ def test_graphs(amp):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["joint-sum", "ogm-ge"])
+def test_graphs_of_joint_methods(method, capsys):
+    """Captured as a whole, the noise of OGM-GE too."""
+    for engine in ("eager", "graph"):
+        options = ["--method", method, "--epochs", "4", "--device", "cuda", "--engine", engine, "--out", engine]
+        assert train.main(options) == 0
+    assert "cannot be captured" not in capsys.readouterr().out
+    assert_same_training("graph", "eager", 1e-3)
+
+
+@pytest.mark.gpu
+@needs_torchjd
+def test_gramian_on_a_gpu(capsys):
+    """Its steps are not captured, nor is that tried."""
+    assert train.main(["--method", "gramian", "--epochs", "2", "--device", "cuda", "--out", "run"]) == 0
+    assert "cannot be captured" not in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 def test_defaults_on_a_gpu(capsys):
     """Both phases, side by side and as graphs; no step falls back."""
@@ -359,8 +405,7 @@ def test_race(three_views, tmp_path):
 
 
 def test_follower_starts_from_its_own_anchor_phase():
-    options, _ = train.parse([])
-    run = run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu"))
+    run = make_run()
     gray, color = (Alone(run, modality) for modality in ("gray", "color"))
     follower = udi.Follower(run, "color", udi.Anchor(run, gray), color)
     for a, b in zip(follower.model.parameters(), color.model.parameters(), strict=True):
@@ -374,8 +419,7 @@ def test_plain_pytorch_trains_the_same(monkeypatch, align):
     monkeypatch.setattr(eager_udi, "Q_WARMUP", 5)
     argv = ["--epochs", "3", "--align-every", align, "--baselines", "none", "--out", "run"]
     assert train.main(argv) == 0
-    options, _ = train.parse(argv)
-    plain = eager_udi.EagerUDI(run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu")))
+    plain = eager_udi.EagerUDI(make_run(*argv))
     plain.fit()
     ours = [row["loss"] for row in log("run")]
     assert len(ours) == 9
@@ -484,6 +528,9 @@ def test_damaged_checkpoint(capsys):
         ("--controller static --alpha 1", ["two weights"]),
         ("--controller static --alpha 1,-1", ["'-1'", "at least 0"]),
         ("--controller static --alpha 1,nan", ["'nan'"]),
+        ("--noise 0.5", ["--noise", "two amounts INPUT,LABEL"]),
+        ("--noise=-1,0", ["'-1'", "at least 0"]),
+        ("--noise 0,1", ["'1'", "below 1"]),
         ("--align-every never", ["'never'", "integer"]),
         ("--align-every 0", ["'0'", "at least 1"]),
         ("--epochs 0", ["--epochs", "at least 1"]),
@@ -565,7 +612,7 @@ def test_help_explains_every_option(capsys):
         "amp",
     ):
         assert f"--{option} " in text
-    for option in ("engine", "data", "tf32", "compile", "out"):
+    for option in ("engine", "data", "tf32", "compile", "out", "noise"):
         assert f"--{option} " in text
     assert "default: 30" in text
 
@@ -636,14 +683,246 @@ def test_colors_tell_the_digit_in_training_only():
     assert batch.shape == (5, 3, 8, 8) and 0 <= batch.min() and batch.max() <= 1
 
 
+def test_splitdigits(little_mnist):
+    """Two halves of the same digit, noise aside; of 28x28 digits too, which are trained on."""
+    split, whole = data.splitdigits(None), data.cgdigits(None)
+    assert list(split.modalities) == ["left", "right"]
+    for part in ("train", "val", "test"):
+        ours, theirs = getattr(split, part), getattr(whole, part)
+        assert torch.equal(ours.labels, theirs.labels)
+        spread = {}
+        for name, clean in zip(("left", "right"), theirs.stored["pixels"].chunk(2, dim=2), strict=True):
+            half = ours.stored[name]
+            assert half.dtype == torch.uint8 and half.shape == clean.shape == (len(ours), 8, 4)
+            inner = (clean > 100) & (clean < 155)  # where clipping cuts hardly anything off
+            spread[name] = ((half.float() - clean)[inner] / 255).std()
+        assert spread["left"] == pytest.approx(data.HALVES["left"], rel=0.1)
+        assert spread["right"] == pytest.approx(data.HALVES["right"], rel=0.15)
+        again = data.splitdigits(None)
+        assert all(torch.equal(x, getattr(again, part).stored[name]) for name, x in ours.stored.items())
+    left, right = (split.train.stored[name] - whole.train.stored["pixels"][..., :4] for name in ("left", "right"))
+    assert not torch.equal(left, right)
+
+    options = ["--dataset", "splitdigits", "--data-root", str(little_mnist), "--epochs", "1", "--baselines", "none"]
+    assert train.main([*options, "--out", "run"]) == 0
+    assert set(result("run")["modalities"]) == {"left", "right"}
+    mnist = data.splitdigits(little_mnist)
+    assert mnist.modalities["left"].shape(mnist.train) == (1, 28, 14)
+
+
+@pytest.mark.parametrize("name", ["cgdigits", "splitdigits", "three"])
+def test_noise_is_in_the_training_split_only(name, three_views):
+    clean = data.datasets[name](None)
+    noisy, again, more = (data.corrupt(clean, inputs, 0.2) for inputs in (0.3, 0.3, 0.6))
+    assert noisy.val is clean.val and noisy.test is clean.test
+    wrong = noisy.train.labels != clean.train.labels
+    assert wrong.sum() == round(0.2 * len(clean.train))
+    assert 0 <= noisy.train.labels.min() and noisy.train.labels.max() < clean.classes
+    assert torch.equal(noisy.train.labels, again.train.labels)
+    for key, x in clean.train.stored.items():
+        ours, same, further = (d.train.stored[key] for d in (noisy, again, more))
+        assert torch.equal(ours, same) and ours.dtype == x.dtype
+        change, larger = (z.float() - x.float() for z in (ours, further))
+        assert 0 < change.std() < larger.std()
+        if x.dtype == torch.float32:
+            assert change.std() / x.std() == pytest.approx(0.3, rel=0.05)
+    half, none = data.corrupt(clean, 0, 0.1), data.corrupt(clean, 0, 0)
+    assert not (half.train.labels != clean.train.labels)[~wrong].any()
+    assert torch.equal(none.train.labels, clean.train.labels)
+    assert all(torch.equal(none.train.stored[key], x) for key, x in clean.train.stored.items())
+
+
+def test_label_noise_takes_every_other_class():
+    labels = data.cgdigits(None).train.labels
+    noisy = data.corrupt(data.cgdigits(None), 0, 0.9).train.labels
+    pairs = torch.bincount(labels * 10 + noisy, minlength=100).view(10, 10).double()
+    others = pairs[~torch.eye(10, dtype=torch.bool)]
+    assert others.min() > 0 and others.std() < 1.5 * others.mean().sqrt()
+
+
+def test_noise_option():
+    """The same samples for all seeds; a resumed run has them too."""
+    for seed in ("0", "1"):
+        options = ["--noise", "0.2,0.4", "--method", "joint", "--epochs", "2", "--seed", seed, "--out", seed]
+        assert train.main(options) == 0
+    assert train.main(["--method", "joint", "--epochs", "2", "--out", "clean"]) == 0
+    assert log("0")[-1]["loss"] > log("clean")[-1]["loss"] + 0.1
+    assert json.loads(Path("0/config.json").read_text())["noise"] == [0.2, 0.4]
+    assert train.main(["--resume", "0", "--noise", "0.2,0.4"]) == 0
+    assert train.main(["--resume", "0", "--noise", "0.2,0.3"]) == 2
+
+
+# --- the methods beside UDI ---
+
+
+def training_batch(task, size=32):
+    split = task.run.data.train
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return split.rows(order[:size], split.stored)
+
+
+def freeze(task):
+    """Lets a step set the gradients, and leave the weights where a plain formula finds them."""
+    task.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("dataset", ["cgdigits", "three"])
+def test_shares_add_up(dataset, three_views):
+    run = make_run("--dataset", dataset)
+    for task in (Joint(run), JointSum(run)):
+        features, logits = task.forward(training_batch(task))
+        shares = task.model.shares(features)
+        assert list(shares) == list(features) == list(run.data.modalities)
+        torch.testing.assert_close(sum(shares.values()), logits)
+
+
+def test_sum_fusion_is_a_head_for_each_modality():
+    run = make_run()
+    concat, summed = Joint(run), JointSum(run)
+    classes, views = run.data.classes, len(run.data.modalities)
+    extra = sum(w.numel() for w in summed.weights) - sum(w.numel() for w in concat.weights)
+    assert extra == (views - 1) * classes  # a bias for each head
+    batch = training_batch(summed)
+    features, logits = summed.forward(batch)
+    heads = [summed.model.heads[m](features[m]) for m in run.data.modalities]
+    torch.testing.assert_close(logits, heads[0] + heads[1])
+
+    # The same function class: with the heads side by side, and the biases added, concatenation gives the same logits.
+    concat.model.encoders.load_state_dict(summed.model.encoders.state_dict())
+    with torch.no_grad():
+        concat.model.head.weight.copy_(torch.cat([head.weight for head in summed.model.heads.values()], dim=1))
+        concat.model.head.bias.copy_(sum(head.bias for head in summed.model.heads.values()))
+    torch.testing.assert_close(concat.forward(batch)[1], logits)
+
+
+@pytest.mark.parametrize("dataset", ["cgdigits", "three"])
+def test_ogm_ge_step_is_the_plain_formula(dataset, three_views):
+    task = ogm_ge.OGMGE(make_run("--dataset", dataset))
+    batch, names = training_batch(task), list(task.run.data.modalities)
+    with torch.no_grad():  # one modality ahead of the others
+        task.model.head.weight[:, : models.FEATURES] *= 3
+    freeze(task)
+    torch.manual_seed(1)
+    figures = task.step(batch, modulate=True)
+
+    features, logits = task.forward(batch)
+    shares = task.model.shares(features)
+    score = {m: sum(z.softmax(0)[y] for z, y in zip(shares[m], batch["labels"], strict=True)) for m in names}
+    k = {}
+    for m in names:
+        others = [score[n] for n in names if n != m]
+        ratio = score[m] / (sum(others) / len(others))
+        k[m] = 1 - torch.tanh(ogm_ge.ALPHA * ratio) if ratio > 1 else torch.tensor(1.0)
+        torch.testing.assert_close(figures[f"k_{m}"], k[m].detach())
+    assert min(k.values()) < 0.5 and max(k.values()) == 1
+    weights = dict(task.model.named_parameters())
+    grads = torch.autograd.grad(cross_entropy(logits, batch["labels"]), list(weights.values()))
+    torch.manual_seed(1)
+    modulated = 0
+    for (name, weight), grad in zip(weights.items(), grads, strict=True):
+        place, modality = name.split(".")[:2]
+        if place == "encoders" and weight.dim() > 1:
+            grad = k[modality] * grad + grad.std() * torch.randn_like(grad)
+            modulated += 1
+        torch.testing.assert_close(weight.grad, grad)
+    assert modulated == sum(w.dim() > 1 for w in task.model.encoders.parameters())
+
+    figures = task.step(batch, modulate=False)
+    assert all(figures[f"k_{m}"] == 1 for m in names)
+    for weight, grad in zip(weights.values(), grads, strict=True):
+        torch.testing.assert_close(weight.grad, grad)
+
+
+def test_ogm_ge_modulates_the_first_half(monkeypatch):
+    calls, step = [], ogm_ge.OGMGE.step
+    monkeypatch.setattr(ogm_ge.OGMGE, "step", lambda *args, modulate: calls.append(modulate) or step(*args, modulate))
+    assert train.main(["--method", "ogm-ge", "--epochs", "4", "--out", "run"]) == 0
+    assert calls == [True] * 2 * 16 + [False] * 2 * 16
+    rows = log("run")
+    assert all(min(row["k_gray"], row["k_color"]) < 1 for row in rows[:2])
+    assert all(row["k_gray"] == row["k_color"] == 1 for row in rows[2:])
+
+
+@needs_torchjd
+@pytest.mark.parametrize("dataset", ["cgdigits", "three"])
+def test_gramian_step_is_torchjd(dataset, three_views):
+    """Against TorchJD's own aggregation of the stacked, flattened gradients."""
+    from torchjd.aggregation import UPGrad
+
+    task = Gramian(make_run("--dataset", dataset))
+    for _ in range(5):
+        task.step(training_batch(task, 64))
+    freeze(task)
+    batch = training_batch(task)
+    figures = task.step(batch)
+
+    features, logits = task.forward(batch)
+    predictions = [logits, *task.model.shares(features).values()]
+    losses = [cross_entropy(z, batch["labels"]) for z in predictions]
+    assert len(losses) == 1 + len(task.run.data.modalities)
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, task.weights, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    wanted = UPGrad()(torch.stack(rows))
+    update = torch.cat([w.grad.flatten() for w in task.weights])
+    assert (update - wanted).norm() < 1e-4 * wanted.norm()
+    weights = torch.stack([figures[f"weight_{name}"] for name in ("joint", *features)])
+    assert (weights >= 1 / len(losses) - 1e-6).all()
+
+
+def test_gramian_without_torchjd(monkeypatch, capsys):
+    """Refused before anything is trained, as a baseline too."""
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "torchjd" else find_spec(name))
+    for options in (["--method", "gramian"], ["--baselines", "joint,gramian"]):
+        assert train.main(options) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "torchjd" in message and 'pip install -e ".[experiments]"' in message
+    assert not Path("runs").exists()
+
+
+# --- similarity of features ---
+
+
+def test_linear_cka():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(400, 8, generator=generator), torch.randn(400, 5, generator=generator)
+    assert similarity.linear_cka(x, x) == pytest.approx(1)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    assert similarity.linear_cka(x, 3 * x @ rotation + 1) == pytest.approx(1)
+    assert similarity.linear_cka(x, y) < 0.05
+    mixed = torch.cat((x[:, :4], y), dim=1)
+    center = torch.eye(400, dtype=torch.double) - 1 / 400
+    a, b = (center @ z @ z.T @ center for z in (x.double(), mixed.double()))  # by the N x N kernels
+    assert similarity.linear_cka(x, mixed) == pytest.approx(((a * b).sum() / (a.norm() * b.norm())).item())
+    assert similarity.linear_cka(x, mixed) == pytest.approx(similarity.linear_cka(mixed, x))
+    assert similarity.linear_cka(x, torch.ones(400, 3)) == 0
+
+
+def test_cross_prediction():
+    """Of a linear image with noise: 1 - noise / variance, on samples that were not fitted to."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 5, generator=generator)
+    x = {split: torch.randn(4000, 8, generator=generator) + 2 for split in ("val", "test")}
+    y = {split: z @ weight - 7 for split, z in x.items()}
+    assert similarity.cross_prediction(x, y) == pytest.approx(1, abs=1e-3)
+    scale = weight.square().sum(0).mean().sqrt()
+    noisy = {split: z + scale * torch.randn(z.shape, generator=generator) for split, z in y.items()}
+    assert similarity.cross_prediction(x, noisy) == pytest.approx(0.5, abs=0.03)
+    other = {split: torch.randn(4000, 5, generator=generator) for split in x}
+    assert -0.02 < similarity.cross_prediction(x, other) < 0.02
+    constant = {split: torch.ones(4000, 3) for split in x}
+    assert similarity.cross_prediction(x, constant) == 0
+    assert similarity.cross_prediction(constant, other) == 0
+
+
 # --- the parts ---
 
 
 @pytest.fixture
 def follower():
     """A follower after a few steps, and a batch that it has not seen."""
-    options, _ = train.parse(["--out", "unused", "--batch-size", "32"])
-    run = run_module.Run(Path("unused"), options, data.cgdigits(None), torch.device("cpu"))
+    run = make_run("--batch-size", "32")
     follower = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
     split = run.data.train
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))

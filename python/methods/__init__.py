@@ -8,4 +8,4 @@ from common import Registry
 
 methods = Registry("method")
 
-from . import ensemble, joint, udi  # noqa: E402, F401
+from . import ensemble, gramian, joint, joint_sum, ogm_ge, udi  # noqa: E402, F401

@@ -13,13 +13,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy, layer_norm
 
 from feed import Feed
-from fit import Task, best_epoch, fit, outputs, update
+from fit import best_epoch, fit, outputs, update
 from fusion import fuse, scores
-from models import FEATURES, Classifier, ConditionalGaussian, encoder_for, place
+from models import FEATURES, ConditionalGaussian
+from similarity import cross_prediction, linear_cka
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
 from . import methods
-from .unimodal import train_alone
+from .unimodal import Unimodal, train_alone
 
 NEAR_TIE = 0.005  # validation accuracies this near each other leave the anchor's choice to predictive entropy
 Q_WARMUP = 100  # steps in which q is only fitted: the bound of an unfitted q is noise that can wreck a follower
@@ -52,20 +53,19 @@ class Anchor:
         return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
 
 
-class Follower(Task):
+class Follower(Unimodal):
     phase = "follower"
 
     def __init__(self, run, modality, anchor, alone=None):
         """Starts from scratch, or from the weights of ``alone``."""
         super().__init__(run, modality)
-        self.view, self.anchor = run.data.modalities[modality], anchor
+        self.anchor = anchor
         if anchor.cache is None:
             self.reads = (modality, *anchor.reads)
-        self.model = place(Classifier(encoder_for(self.view, run), run.data.classes), run)
         if alone:
             self.model.load_state_dict(alone.model.state_dict())
         self.q = ConditionalGaussian(FEATURES, FEATURES, hidden=128).to(run.device)
-        self.weights, self.q_weights = list(self.model.parameters()), list(self.q.parameters())
+        self.q_weights = list(self.q.parameters())
         self.optimizer = run.optimizer(self.weights + self.q_weights)
         self.controller = Controller(run).to(run.device)
         self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
@@ -78,7 +78,7 @@ class Follower(Task):
         alpha = self.controller.alpha
         with self.run.autocast():
             anchor_features, anchor_logits = self.anchor.outputs(batch)
-            features, logits = self.model(self.view.input(batch, training=True))
+            features, logits = self.forward(batch, training=True)
             cls = cross_entropy(logits, batch["labels"])
             con = js_div(logits, anchor_logits)
 
@@ -111,21 +111,16 @@ class Follower(Task):
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
         return layer_norm(features, features.shape[1:]) if self.run.options.club_norm == "layer" else features
 
-    def logits(self, batch):
-        with self.run.autocast():
-            return self.model(self.view.input(batch))[1]
-
 
 class Controller(nn.Module):
     """The weights (1, a_con, a_com) of the three losses, and the steps at which they are measured anew."""
 
     def __init__(self, run):
         super().__init__()
-        options, train = run.options, run.data.train
+        options = run.options
         static = options.controller == "static"
         self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha if static else (0, 0))]))
-        steps = len(train) // min(options.batch_size, len(train))
-        self.every = None if static else steps if options.align_every == "epoch" else options.align_every
+        self.every = None if static else run.steps if options.align_every == "epoch" else options.align_every
 
     def due(self, number):
         return self.every is not None and number % self.every == 0
@@ -166,6 +161,18 @@ def choose_anchor(option, rows):
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
+def predictions(tasks, run):
+    """Features and logits of each modality, on validation and test, from one pass."""
+    both = {modality: outputs(task, run, task.features_and_logits) for modality, task in tasks.items()}
+    parts = slice(FEATURES), slice(FEATURES, None)
+    return ({m: {split: z[:, part] for split, z in seen.items()} for m, seen in both.items()} for part in parts)
+
+
+def similarity(anchor, follower):
+    """How much of a follower's test features the anchor's have, too."""
+    return {"cka": linear_cka(anchor["test"], follower["test"]), "r2": cross_prediction(anchor, follower)}
+
+
 def collapsed(rows, alone, classes):
     """Why a follower counts as collapsed, or None: it ended with less than half of the skill it had, or has alone."""
     if rows[-1]["diverged"]:
@@ -181,7 +188,7 @@ def collapsed(rows, alone, classes):
 def udi(run):
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
     tasks, name, selection = anchor_phase(run)
-    alone = {modality: outputs(task, run) for modality, task in tasks.items()}
+    features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
     epochs = {m: len(run.rows[task.name]) for m, task in tasks.items() if m != name}
     unfinished = {m: n for m, n in epochs.items() if run.options.race and n < run.options.epochs}
@@ -192,7 +199,7 @@ def udi(run):
     modalities = [modality for modality in run.data.modalities if modality != name]
     followers = {m: Follower(run, m, anchor, tasks[m] if warm else None) for m in modalities}
     fit(list(followers.values()), run)
-    trained = {m: outputs(follower, run) for m, follower in followers.items()}
+    followed, trained = predictions(followers, run)
     logits = {m: alone[m] if m == name else trained[m] for m in run.data.modalities}
     collapses = {}
     for modality, follower in followers.items():
@@ -208,6 +215,7 @@ def udi(run):
         "modalities": {modality: scores(z, run.labels) for modality, z in logits.items()},
         "unimodal": unimodal,
         "collapsed": collapses,
+        "similarity": {modality: similarity(features[name], y) for modality, y in followed.items()},
         "fused": fuse(run.options.fusion, logits, run.labels),
     }
     if len(alone) == len(logits) and not unfinished:

@@ -5,4 +5,4 @@ from . import Study, Variant, studies
 class CGDigits(Study):
     """What do all methods reach on small digits whose color is a shortcut in training?"""
 
-    variants = [Variant("udi", "--dataset cgdigits --baselines joint")]
+    variants = [Variant("udi", "--dataset cgdigits --baselines joint,joint-sum,ogm-ge,gramian")]

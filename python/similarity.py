@@ -1,0 +1,39 @@
+"""How much two modalities' features say the same, of the same samples: features (N, D) and (N, E), CPU tensors."""
+
+import torch
+
+RIDGE = 1e-2  # of the features' mean variance
+
+
+def linear_cka(x, y):
+    """Linear centered kernel alignment |x'y|^2 / (|x'x| |y'y|), in Frobenius norms of centered features, 0 to 1.
+
+    Kornblith et al. 2019, arXiv 1905.00414. Rotations and scale of either side change nothing; features that do not
+    vary are like nothing: 0.
+    """
+    x, y = centered(x), centered(y)
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return ((x.T @ y).square().sum() / scale).item() if scale > 0 else 0.0
+
+
+def cross_prediction(x, y):
+    """R2 of y's test features predicted from x's by ridge regression, which is fitted on validation.
+
+    1: y is a linear image of x; 0 and below: x tells nothing linear of y, or one does not vary. Dimensions count by
+    their variance.
+    ``x``, ``y``: {"val": features, "test": features}.
+    """
+    mean_x, mean_y = (z["val"].double().mean(0) for z in (x, y))
+    a, b = x["val"] - mean_x, y["val"] - mean_y
+    gram, total = a.T @ a, centered(y["test"]).square().sum()
+    if not (gram.any() and total > 0):
+        return 0.0
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    weights = torch.linalg.solve(gram, a.T @ b)  # lstsq would differ in the last bits from run to run
+    error = (y["test"] - mean_y - (x["test"] - mean_x) @ weights).square().sum()
+    return (1 - error / total).item()
+
+
+def centered(x):
+    x = x.double()
+    return x - x.mean(0)
