@@ -14,9 +14,13 @@ class Controller(Study):
     """Do weights that follow the gradients beat fixed ones, and is measuring them once an epoch enough?"""
 
     variants = [
-        Variant("each epoch", "--baselines none"),
-        Variant("each step", "--baselines none --align-every 1"),
-        *(Variant(f"static {alpha}", f"--baselines none --controller static --alpha {alpha}") for alpha in STATIC),
+        Variant(name, f"--baselines none {options} {noise}", condition)
+        for condition, noise in {"": "", "noisy training": "--noise 0.2,0.2"}.items()
+        for name, options in (
+            ("each epoch", ""),
+            ("each step", "--align-every 1"),
+            *((f"static {alpha}", f"--controller static --alpha {alpha}") for alpha in STATIC),
+        )
     ]
     columns = Study.columns | {
         "α con": ("alpha_con", 1),
@@ -42,9 +46,10 @@ class Controller(Study):
 
     def draw_weights(self, runs, path):
         """A panel for each dynamic variant with its weights, and one with all followers' validation accuracy."""
+        clean = [run for run in runs if not run["condition"]]
         logs = {
-            name: followers(r for r in runs if r["variant"] == name)
-            for name in dict.fromkeys(r["variant"] for r in runs)
+            name: followers(r for r in clean if r["variant"] == name)
+            for name in dict.fromkeys(r["variant"] for r in clean)
         }
         dynamic = [name for name in logs if not name.startswith("static")]
         figure = new_figure(10, 3.2 * (len(dynamic) + 1))

@@ -1,0 +1,23 @@
+from . import Study, Variant, studies
+
+NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}
+SETTINGS = {
+    "udi": "",
+    "udi, static 0.5,0.5": "--controller static --alpha 0.5,0.5",
+    "udi, static 1,1": "--controller static --alpha 1,1",
+    "udi, static 1,0": "--controller static --alpha 1,0",
+    "udi, followers warm": "--follower-init anchor-phase",
+}
+
+
+@studies.register("views")
+class Views(Study):
+    """Where each modality carries what the other lacks (halves of a digit), when does UDI beat the other methods?"""
+
+    variants = [
+        Variant(name, f"--dataset splitdigits {noise} {options} --baselines {baselines}", condition)
+        for condition, noise in NOISE.items()
+        for (name, options), baselines in zip(
+            SETTINGS.items(), ("joint,joint-sum,ogm-ge,gramian", "none", "none", "none", "none"), strict=True
+        )
+    ]
