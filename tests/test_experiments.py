@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "python"))
 
 import experiments  # noqa: E402
 from studies import Study, Variant, gaussian, studies, summary  # noqa: E402
+from studies.features import follower_features  # noqa: E402
 
 # Stands for the trainer: seed 1 takes forever while the file "stuck" exists, seed 2 fails while "broken" does.
 STUB = """
@@ -263,7 +264,8 @@ def test_options_of_all_studies():
 
 def test_real_runs():
     """One epoch of the trainer, one process a core; everything that it trained has its line."""
-    assert experiments.main(["cgdigits", "--seeds", "2", "--epochs", "1", "--out", "out"]) == 0
+    argv = ["cgdigits", "--seeds", "2", "--epochs", "1", "--baselines", "joint", "--out", "out"]
+    assert experiments.main(argv) == 0
     for name in ("gray alone", "color alone", "ensemble", "joint", "udi"):
         assert line(table("out"), name)[4] == "2"
     first = json.loads(Path("out/runs/udi-seed0/run/metrics.json").read_text())
@@ -305,6 +307,18 @@ def test_controller_study(tmp_path):
     cells = line(study.tables(runs).split("### follower color")[1], "each epoch")
     assert cells[3:6] == ["0.50 ± 0.00", "0.38 ± 0.00", "10.00 ± 0.00"]
     assert study.draw(runs, tmp_path) == ["accuracy.png", "weights.png"] and (tmp_path / "weights.png").exists()
+
+
+def test_features_study():
+    """Trained for an epoch: the likeness of follower and anchor, and the follower's features as they were kept."""
+    assert experiments.main(["features", "--seeds", "3,", "--epochs", "1", "--out", "out"]) == 0
+    text = table("out")
+    assert "CKA with anchor" in text and "![](features.png)" in text
+    assert Path("out/features.png").stat().st_size > 20_000
+    run = Path("out/runs/with-L_com-seed3/run")
+    modality, features, labels = follower_features(run)
+    assert features.shape == (360, 64) and len(labels) == 360
+    assert modality != json.loads((run / "metrics.json").read_text())["anchor"]
 
 
 def test_estimator_study(tmp_path):
