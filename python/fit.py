@@ -56,16 +56,19 @@ def update(optimizer, weights, grads):
 def fit(tasks, run, epochs=None):
     """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
 
-    Several tasks are trained side by side.
+    Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
+    threads that share its cores.
     """
     epochs = epochs or run.options.epochs
     stages = [Stage(task, run) for task in tasks]
+    cores = torch.get_num_threads() if run.device.type == "cpu" else 1
+    share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
     total = sum(max(0, epochs - s.epoch) * s.steps for s in stages)
     with tqdm(total=total, desc=" + ".join(s.label for s in stages), disable=None, leave=False) as bar:
         while active := [s for s in stages if s.epoch < epochs and not s.diverged]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
             began = time.perf_counter()
-            train_epoch(active, max(1, torch.get_num_threads() // len(stages)), bar)
+            train_epoch(active, share, bar)
             for stage in active:
                 with stage.stream():
                     stage.end(began, len(active))
@@ -75,31 +78,33 @@ def fit(tasks, run, epochs=None):
 
 
 def train_epoch(stages, threads, bar):
-    """An epoch of each stage: in turn, step by step, which a GPU overlaps, for each stage has a stream of its own;
-    on a CPU at the same time, each with so many threads. Stages that draw random numbers do so in turn there too.
+    """An epoch of each stage, step by step in turn; or at the same time, each with so many threads of the CPU.
+
+    Stages that draw random numbers take turns there too, for the generator is one for all.
     """
     steps = [stage.epoch_steps() for stage in stages]
-    in_turn = len(stages) == 1 or stages[0].run.device.type != "cpu" or torch.get_num_threads() == 1
-    if not in_turn:
-        for stage, ours in zip(stages, steps, strict=True):
-            next(ours)
-            in_turn |= stage.engine.drew_random()
-    if in_turn:
+    if threads is None:
         for _ in zip(*steps, strict=True):
             bar.update(len(stages))
         return
 
+    random = False
+    for stage, ours in zip(stages, steps, strict=True):
+        next(ours)
+        bar.update()
+        random |= stage.engine.drew_random()
     stopped = threading.Event()
 
-    def train(ours):
-        for _ in ours:
-            bar.update()
+    def train(group):
+        for done in zip(*group, strict=True):
+            bar.update(len(done))
             if stopped.is_set():
                 return
 
+    # The number of threads, on which rounding depends, is the same whatever runs beside a stage.
     with ThreadPoolExecutor(len(stages), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
-            list(pool.map(train, steps))
+            list(pool.map(train, [steps] if random else [[ours] for ours in steps]))
         except BaseException:
             stopped.set()
             raise

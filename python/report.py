@@ -1,6 +1,7 @@
 """What a run shows of itself: the table on the terminal, and report.png."""
 
 from importlib.util import find_spec
+from itertools import cycle
 
 from common import UserError
 
@@ -75,10 +76,12 @@ def draw(metrics, stages, path):
 
 def accuracies(axes, stages, hue):
     """Validation accuracy by epoch: a modality keeps its color, and is dashed where it is trained alone."""
+    whole = cycle(STYLES)  # methods that train one model of all modalities are told apart by their dashes
     for rows in stages.values():
         phase, modality = rows[0]["phase"], rows[0]["modality"]
         label = f"{modality}, {'alone' if phase == 'anchor' else phase}" if modality else phase
-        style = {"color": hue.get(modality, MUTED), "linestyle": "--" if phase == "anchor" else "-"}
+        dashes = next(whole) if modality is None else "--" if phase == "anchor" else "-"
+        style = {"color": hue.get(modality, MUTED), "linestyle": dashes}
         axes.plot([r["epoch"] for r in rows], column(rows, "val_acc"), label=label, **style)
     axes.set_ylim(0, 1.02)
     finish(axes, "Validation accuracy", "accuracy")

@@ -24,7 +24,6 @@ sys.path[:0] = [str(TRAIN.parent), str(ROOT / "benchmarks")]
 import common  # noqa: E402
 import data  # noqa: E402
 import eager_udi  # noqa: E402
-import fit  # noqa: E402
 import fusion  # noqa: E402
 import models  # noqa: E402
 import run as run_module  # noqa: E402
@@ -229,34 +228,41 @@ def test_uncached_anchor(monkeypatch):
     assert_same_training("cached", "uncached", 1e-4)
 
 
-def test_side_by_side_in_threads(three_views, monkeypatch):
-    """Modalities trained at the same time train as they do one by one; those that draw random numbers take turns."""
-    torch.set_num_threads(4)
+@pytest.mark.parametrize("augment", [None, torch.nn.functional.dropout])
+def test_side_by_side_in_threads(three_views, augment):
+    """Modalities trained at the same time train as they do one by one, also if they draw random numbers."""
     options, _ = train.parse(["--epochs", "3", "--batch-size", "8", "--dataset", three_views])
-    together = run_module.Run(Path("together"), options, data.datasets[three_views](None), torch.device("cpu"))
-    together.folder.mkdir()
-    train_alone(together)
-    apart = run_module.Run(Path("apart"), options, data.datasets[three_views](None), torch.device("cpu"))
-    apart.folder.mkdir()
-    torch.set_num_threads(1)
-    for modality in apart.data.modalities:
-        train_alone(apart, [modality])
-    assert together.rows.keys() == apart.rows.keys()
-    for stage, rows in together.rows.items():
-        for ours, theirs in zip(rows, apart.rows[stage], strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
+    def losses(folder, threads, *groups):
+        dataset = data.datasets[three_views](None)
+        dataset.modalities["clean"].augment = dataset.modalities["worse"].augment = augment
+        run = run_module.Run(Path(folder), options, dataset, torch.device("cpu"))
+        run.folder.mkdir()
+        torch.set_num_threads(threads)
+        for modalities in groups:
+            train_alone(run, modalities)
+        return {(stage, row["epoch"]): row["loss"] for stage, rows in run.rows.items() for row in rows}
+
+    together = losses("together", 6, ["clean", "noisy", "worse"])
+    assert len(together) == 9
+    assert together == losses("again", 6, ["clean", "noisy", "worse"])
+    assert together == pytest.approx(losses("apart", 1, ["worse"], ["clean"], ["noisy"]), rel=1e-5)
+
+
+def test_threads_do_not_depend_on_who_else_is_left(three_views, monkeypatch):
+    """A stage that lags behind after a resume is trained with the threads that it has beside others."""
+    seen = []
+    step = Alone.step
+    monkeypatch.setattr(Alone, "step", lambda *args: seen.append(torch.get_num_threads()) or step(*args))
+    options, _ = train.parse(["--epochs", "2", "--dataset", three_views])
+    run = run_module.Run(Path("run"), options, data.datasets[three_views](None), torch.device("cpu"))
+    run.folder.mkdir()
     torch.set_num_threads(4)
-    monkeypatch.setattr(fit, "ThreadPoolExecutor", None)
-    modality = together.data.modalities["clean"]
-    modality.augment = torch.nn.functional.dropout
-    random = run_module.Run(Path("random"), options, together.data, torch.device("cpu"))
-    random.folder.mkdir()
-    train_alone(random)
-    modality.augment = None
-    with pytest.raises(TypeError):
-        (random.folder / "checkpoints").rename("done")
-        train_alone(random)
+    train_alone(run, ["clean"], epochs=1)
+    assert seen == [4] * run.steps
+    seen.clear()
+    train_alone(run, ["clean", "noisy"])
+    assert len(seen) == 3 * run.steps and set(seen[1 : run.steps]) == {2}
 
 
 def test_error_beside_another_stage(three_views, monkeypatch):
