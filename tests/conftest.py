@@ -1,5 +1,10 @@
+import signal
+
 import pytest
 import torch
+
+# Tests of Ctrl-C need it also where they were started in the background, which ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
