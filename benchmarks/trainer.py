@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -64,16 +65,8 @@ def dataset(encoder, samples):
 
 
 def new_run(arguments, options, samples, epochs=None):
-    argv = [
-        "--epochs",
-        epochs or arguments.epochs,
-        "--batch-size",
-        arguments.batch_size,
-        "--amp",
-        arguments.amp,
-        *options,
-    ]
-    argv += ["--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
+    argv = ["--epochs", epochs or arguments.epochs, "--batch-size", arguments.batch_size, *options]
+    argv += ["--amp", arguments.amp, "--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
     argv = [next(iter(samples.modalities)) if a == "first" else str(a) for a in argv]
     options, _ = train.parse([*argv, "--baselines", "none"])
     return Run(Path(tempfile.mkdtemp()), options, samples, train.find_device(arguments.device))
@@ -90,6 +83,7 @@ def whole_run(name, run):
             engine = run
             methods.find(run.options.method)(run)
     seconds = time.perf_counter() - began
+    shutil.rmtree(run.folder)
     stages = {stage: statistics.median(row["seconds"] for row in rows) for stage, rows in engine.rows.items()}
     return {"seconds": seconds, "epoch_seconds": stages}
 
@@ -100,14 +94,14 @@ def steps(run, rounds=30):
     stages = [Stage(task, run) for task in (Alone(run, second), Follower(run, second, Anchor(run, Alone(run, first))))]
     kinds = {"encoder alone": (stages[0], 1), "follower": (stages[1], Q_WARMUP + 1), "controller": (stages[1], 0)}
     if run.options.align_every == "epoch":
-        kinds["controller"] = stages[1], -(-Q_WARMUP // stages[1].steps) * stages[1].steps
-    index = torch.arange(stages[0].batch)
+        kinds["controller"] = stages[1], -(-Q_WARMUP // run.steps) * run.steps
+    index = torch.arange(run.batch)
     seconds = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, (stage, number) in kinds.items():
             stage.task.model.train()
             with stage.stream():
-                (batch,) = stage.feed.batches(index, stage.batch)
+                (batch,) = stage.feed.batches(index, len(index))
                 synchronize(run.device)
                 began = time.perf_counter()
                 stage.engine.step(batch, number)
@@ -115,7 +109,7 @@ def steps(run, rounds=30):
                 seconds[kind].append(time.perf_counter() - began)
     stage, number = kinds["follower"]
     result = {kind: statistics.median(values) for kind, values in seconds.items()}
-    result |= {"operators": operators(stage, number, index), "steps_per_epoch": stage.steps}
+    result |= {"operators": operators(stage, number, index), "steps_per_epoch": run.steps}
     return result | {"gpu_busy": gpu_busy(stage) if run.device.type == "cuda" else None}
 
 
@@ -133,7 +127,7 @@ def gpu_busy(stage):
 def operators(stage, number, index):
     """What a follower's step launches when it runs eagerly: kernels on a GPU, operators that call no other on a CPU."""
     gpu = stage.run.device.type == "cuda"
-    (batch,) = stage.feed.batches(index, stage.batch)
+    (batch,) = stage.feed.batches(index, len(index))
     activities = [torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         stage.task.step(stage.feed.complete(batch), **stage.task.flags(number))
@@ -213,10 +207,12 @@ def main():
                 bar.update()
 
     def median(name):
+        results = [r[name] for r in rounds]
+        names = dict.fromkeys(stage for r in results for stage in r["epoch_seconds"])  # the anchor may change
         stages = {
-            s: statistics.median(r[name]["epoch_seconds"][s] for r in rounds) for s in rounds[0][name]["epoch_seconds"]
+            s: statistics.median(r["epoch_seconds"][s] for r in results if s in r["epoch_seconds"]) for s in names
         }
-        return {"seconds": statistics.median(r[name]["seconds"] for r in rounds), "epoch_seconds": stages}
+        return {"seconds": statistics.median(r["seconds"] for r in results), "epoch_seconds": stages}
 
     run = new_run(arguments, [], samples)
     result = {name: value for name, value in vars(arguments).items() if name != "out"}
@@ -230,6 +226,7 @@ def main():
         "runs": {name: median(name) for name in RUNS},
         "step": steps(run),
     }
+    shutil.rmtree(run.folder)
     print(report(result))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

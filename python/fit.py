@@ -63,7 +63,7 @@ def fit(tasks, run, epochs=None):
     stages = [Stage(task, run) for task in tasks]
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
-    total = sum(max(0, epochs - s.epoch) * s.steps for s in stages)
+    total = sum(max(0, epochs - s.epoch) * run.steps for s in stages)
     with tqdm(total=total, desc=" + ".join(s.label for s in stages), disable=None, leave=False) as bar:
         while active := [s for s in stages if s.epoch < epochs and not s.diverged]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
@@ -116,7 +116,6 @@ class Stage:
     def __init__(self, task, run):
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
-        self.batch, self.steps = run.batch, run.steps
         self.feed = Feed(run, run.data.train, task.reads)
         saved = run.restore(task.name)
         self.rows, self.best = run.rows[task.name], saved["best"] if saved else None
@@ -148,15 +147,15 @@ class Stage:
 
     def epoch_steps(self):
         """Trains an epoch; yields after each step."""
-        options, train = self.run.options, self.run.data.train
+        options, train, steps = self.run.options, self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
-        order = torch.randperm(len(train), generator=shuffle)[: self.steps * self.batch]
+        order = torch.randperm(len(train), generator=shuffle)[: steps * self.run.batch]
         self.task.model.train()
         with self.stream():
             self.lr.fill_(options.lr * (1 + math.cos(math.pi * self.epoch / options.epochs)) / 2)
-            batches = iter(self.feed.batches(order, self.batch))
-        first = self.epoch * self.steps
-        for number in range(first, first + self.steps):
+            batches = iter(self.feed.batches(order, self.run.batch))
+        first = self.epoch * steps
+        for number in range(first, first + steps):
             with self.stream():
                 self.engine.step(next(batches), number)
             yield

@@ -83,8 +83,8 @@ class Follower(Unimodal):
             con = js_div(logits, anchor_logits)
 
             # q(y|x) is fitted with the features fixed, the bound is lowered in the features with q fixed: a q that has
-            # not been fitted to this batch yet, so what it knows by heart does not count as information. Taken per
-            # dimension the bound is of the order of the other losses; below zero it bounds nothing.
+            # not just been fitted to this very batch, which would raise the bound. Taken per dimension the bound is of
+            # the order of the other losses; below zero it bounds nothing.
             x, y = self.normalise(anchor_features), self.normalise(features)
             mu, logvar = self.q(x)
             q_nll = club_nll(mu, logvar, y.detach())
