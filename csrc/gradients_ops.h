@@ -6,11 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include "gradients.h"
+#include "stable.h"
 
 namespace udi {
 namespace {

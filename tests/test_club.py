@@ -166,7 +166,10 @@ def test_opcheck(device):
     inputs = [t[::2] for t in draw(18, 21, device=device)]
     club_mi(*inputs)  # loads the kernels
     every = [(True, True, True), (False, False, True), (True, True, False)]
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    torch.library.opcheck(ops.club_nll.default, tuple(leaves))
     for reduction in range(3):
+        torch.library.opcheck(ops.club_mi.default, (*leaves, reduction))
         torch.library.opcheck(ops.club_mi_fwd.default, (*inputs, reduction))
         loss, stats = ops.club_mi_fwd(*inputs, reduction)
         for needs in every:

@@ -173,6 +173,10 @@ def test_gradcheck_and_double_backward(device):
     x, y = (t.requires_grad_() for t in logits(4, 5, torch.float64, device))
     assert torch.autograd.gradcheck(partial(js_div, beta=0.3, temperature=1.7), (x, y))
     assert torch.autograd.gradgradcheck(partial(js_div, beta=0.3, temperature=1.7), (x, y))
+    (first,) = torch.autograd.grad(js_div(x, y.detach()), x, create_graph=True)  # where only one needs a gradient
+    (again,) = torch.autograd.grad(reference.js_div(x, y.detach()), x, create_graph=True)
+    ours, theirs = (torch.autograd.grad(g.square().sum(), x)[0] for g in (first, again))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_dtypes_devices_and_autocast(device):
@@ -227,6 +231,7 @@ def test_opcheck(shape, device):
     for a, b in ((x, y), (x[::2], y[::2])):
         for reduction in range(3):
             weight = w[: len(a)] if reduction < 2 else None
+            torch.library.opcheck(ops.js_div.default, (a.detach().requires_grad_(), b, weight, 0.4, 2.0, reduction))
             torch.library.opcheck(ops.js_div_fwd.default, (a, b, weight, 0.4, 2.0, reduction))
             loss, stats = ops.js_div_fwd(a, b, weight, 0.4, 2.0, reduction)
             for needs in ((True, False), (False, True), (True, True)):

@@ -28,10 +28,7 @@ CPU_FLAGS = {
     "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mprefer-vector-width=512",
     "AVX2": "-mavx2 -mfma",
 }
-CXX_FLAGS = (
-    "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fno-math-errno -fno-trapping-math"
-    " -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
-)
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 CUDA_FLAGS = "-O3 -std=c++20 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden"
 # Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later.
 CUDA_ARCHS = (
@@ -179,7 +176,7 @@ def _key(kind):
     for path in sorted(SOURCES.rglob("*")):
         if path.is_file() and path.parent.name in (kind, SOURCES.name):
             digest.update(path.name.encode() + path.read_bytes())
-    version = re.search(r"__version__ = '(\d+\.\d+)", (_torch() / "version.py").read_text())
+    version = re.search(r"__version__ = '(.+)'", (_torch() / "version.py").read_text())
     for part in (CXX_FLAGS, CUDA_FLAGS, CUDA_ARCHS, CPU_FLAGS.get(_capability(), ""), platform.machine(), version[1]):
         digest.update(part.encode())
     return digest.hexdigest()[:16]

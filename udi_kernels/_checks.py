@@ -41,8 +41,3 @@ def reduction(op, value):
 def device_type(t):
     """`t.device.type`, without the 3 us that formatting that string takes on a CPU."""
     return "cpu" if t.is_cpu else t.device.type
-
-
-def rows(t):
-    """The kernels take any row stride, and elements of a row side by side."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

@@ -9,14 +9,20 @@ import importlib
 from importlib.util import find_spec
 
 import torch
-from torch.library import Library, register_fake
+from torch.library import Library, register_autograd, register_fake
 
-from . import _build
+from . import _build, reference
 from .reference import accumulation_dtype
 
 REDUCTIONS = ("none", "sum", "mean")
 
 _lib = Library("udi_kernels", "DEF")
+# The losses, differentiable and for any arguments that fit; csrc/cpu/autograd.cpp makes them of the kernels below.
+_lib.define(
+    "js_div(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction) -> Tensor"
+)
+_lib.define("club_mi(Tensor mu, Tensor logvar, Tensor y, int reduction) -> Tensor")
+_lib.define("club_nll(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
 # stats: (6, R), what the backward of the same backend needs. A gradient that is not asked for comes back empty.
 _lib.define(
     "js_div_fwd(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
@@ -93,6 +99,49 @@ def _(out, grads, weights, stacked):
     return None
 
 
+def _differentiable(name, inputs, loss):
+    """Gives a backward op an autograd, by the reference: it serves create_graph, and so all higher derivatives.
+
+    inputs: how many follow the first argument, the loss's gradient; loss: the reference, of the arguments up to the
+    flags, which say what inputs need a gradient.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs))
+        ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+
+    def backward(ctx, *grads):
+        args = [x if t is None else t for t, x in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+        flags, create_graph = args[-inputs:], torch.is_grad_enabled()
+        needed = [x for x, need in zip(args[1:], flags, strict=False) if need]
+        grads = [g for g, need in zip(grads, flags, strict=True) if need]
+        with torch.enable_grad():
+            first = torch.autograd.grad(loss(*args[1:-inputs]), needed, args[0], create_graph=True)
+        wanted = [i for i in range(1 + inputs) if args[i].requires_grad]
+        second = torch.autograd.grad(
+            first, [args[i] for i in wanted], grads, allow_unused=True, create_graph=create_graph
+        )
+        result = dict(zip(wanted, second, strict=True))
+        return tuple(map(result.get, range(len(args))))
+
+    register_autograd(f"udi_kernels::{name}", backward, setup_context=setup_context, lib=_lib)
+
+
+_differentiable(
+    "js_div_bwd",
+    2,
+    lambda input, target, weight, stats, beta, temperature, reduction: reference.js_div(
+        input, target, beta=beta, temperature=temperature, weight=weight, reduction=REDUCTIONS[reduction]
+    ),
+)
+_differentiable(
+    "club_mi_bwd",
+    3,
+    lambda mu, logvar, y, stats, reduction: reference.club_mi(mu, logvar, y, reduction=REDUCTIONS[reduction]),
+)
+_differentiable("club_nll_bwd", 3, reference.club_nll)
+
+
 def _launcher(module, name):
     """A Triton launcher, imported at its first call: Triton is slow to import, and may be missing."""
 
@@ -128,6 +177,12 @@ def backend(family, device_type, dtype):
     if device_type == "cuda" and family == "gradients" and _build.load("cuda"):
         return "CUDA"
     # Triton kernels compute in float32, so float64 is left to the reference there.
-    if device_type == "cuda" and family == "losses" and dtype != torch.float64 and find_spec("triton"):
+    if (
+        device_type == "cuda"
+        and family == "losses"
+        and dtype != torch.float64
+        and find_spec("triton")
+        and _build.load("cpu")
+    ):
         return "Triton"
     return "reference"

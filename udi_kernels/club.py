@@ -1,13 +1,10 @@
 """CLUB: a contrastive log-ratio upper bound of mutual information (Cheng et al., ICML 2020, arXiv 2006.12013)."""
 
-from functools import partial
-
-import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from . import _checks, reference
-from ._autograd import differentiable_backward, kernel_backward
-from ._ops import ops, served
+from ._ops import REDUCTIONS, ops, served
 
 
 def club_mi(mu, logvar, y, *, reduction="mean"):
@@ -30,12 +27,16 @@ def club_mi(mu, logvar, y, *, reduction="mean"):
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes or devices disagree, or the reduction is unknown.
     """
-    _check("club_mi", mu, logvar, y)
+    if not is_dynamo_compiling():
+        try:  # as in js_div
+            return ops.club_mi.default(mu, logvar, y, REDUCTIONS.index(reduction))
+        except Exception:
+            pass
+    mu, logvar, y = _checked("club_mi", mu, logvar, y)
     code = _checks.reduction("club_mi", reduction)
-    mu, logvar, y = _checks.promote(mu, logvar, y)
-    if not served("losses", _checks.device_type(mu), mu.dtype):
-        return reference.club_mi(mu, logvar, y, reduction=reduction)
-    return _ClubMI.apply(_checks.rows(mu), _checks.rows(logvar), _checks.rows(y), code)
+    if served("losses", _checks.device_type(mu), mu.dtype):
+        return ops.club_mi(mu, logvar, y, code)
+    return reference.club_mi(mu, logvar, y, reduction=reduction)
 
 
 def club_nll(mu, logvar, y):
@@ -43,11 +44,13 @@ def club_nll(mu, logvar, y):
 
     Takes what :func:`club_mi` takes and returns a scalar; it is ``CLUB.learning_loss`` of the authors' code.
     """
-    _check("club_nll", mu, logvar, y)
-    mu, logvar, y = _checks.promote(mu, logvar, y)
-    if not served("losses", _checks.device_type(mu), mu.dtype):
-        return reference.club_nll(mu, logvar, y)
-    return _ClubNLL.apply(_checks.rows(mu), _checks.rows(logvar), _checks.rows(y))
+    if not is_dynamo_compiling():
+        try:
+            return ops.club_nll.default(mu, logvar, y)
+        except Exception:
+            pass
+    mu, logvar, y = _checked("club_nll", mu, logvar, y)
+    return (ops if served("losses", _checks.device_type(mu), mu.dtype) else reference).club_nll(mu, logvar, y)
 
 
 class CLUB(nn.Module):
@@ -83,7 +86,8 @@ class CLUB(nn.Module):
         return club_nll(*self.get_mu_logvar(x_samples), y_samples)
 
 
-def _check(op, mu, logvar, y):
+def _checked(op, mu, logvar, y):
+    """The three in their common dtype."""
     _checks.tensors(op, mu=mu, logvar=logvar, y=y)
     shape = mu.shape
     if len(shape) != 2:
@@ -91,35 +95,4 @@ def _check(op, mu, logvar, y):
     for name, t in (("logvar", logvar), ("y", y)):
         if t.shape != shape:
             raise ValueError(f"{op}: {name} must have mu's shape {tuple(shape)}, got {tuple(t.shape)}")
-
-
-class _ClubMI(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mu, logvar, y, reduction):
-        loss, stats = ops.club_mi_fwd.default(mu, logvar, y, reduction)
-        ctx.save_for_backward(mu, logvar, y, stats)
-        ctx.reduction = reduction
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        *inputs, stats = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            f = partial(reference.club_mi, reduction=_checks.REDUCTIONS[ctx.reduction])
-            return *differentiable_backward(f, inputs, needs, grad), None
-        return *kernel_backward(ops.club_mi_bwd.default, (grad, *inputs, stats, ctx.reduction), needs), None
-
-
-class _ClubNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mu, logvar, y):
-        ctx.save_for_backward(mu, logvar, y)
-        return ops.club_nll_fwd.default(mu, logvar, y)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return tuple(differentiable_backward(reference.club_nll, inputs, needs, grad))
-        return tuple(kernel_backward(ops.club_nll_bwd.default, (grad, *inputs), needs))
+    return _checks.promote(mu, logvar, y)

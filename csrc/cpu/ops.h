@@ -10,10 +10,7 @@
 #include <sys/mman.h>
 #endif
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "stable.h"
 #include "vec.h"
 
 namespace udi {

@@ -1,0 +1,8 @@
+// The LibTorch Stable ABI, as torch 2.11 has it: compiled in a second, where all of ATen takes ten.
+#pragma once
+
+#define TORCH_TARGET_VERSION 0x020b000000000000
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
