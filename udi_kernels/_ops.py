@@ -176,13 +176,8 @@ def backend(family, device_type, dtype):
         return "C++"
     if device_type == "cuda" and family == "gradients" and _build.load("cuda"):
         return "CUDA"
-    # Triton kernels compute in float32, so float64 is left to the reference there.
-    if (
-        device_type == "cuda"
-        and family == "losses"
-        and dtype != torch.float64
-        and find_spec("triton")
-        and _build.load("cpu")
-    ):
+    # Triton kernels compute in float32, so float64 is left to the reference. What makes them differentiable is C++.
+    losses = family == "losses" and dtype != torch.float64 and find_spec("triton")
+    if device_type == "cuda" and losses and _build.load("cpu"):
         return "Triton"
     return "reference"
