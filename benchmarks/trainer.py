@@ -68,7 +68,7 @@ def new_run(arguments, options, samples, epochs=None):
     argv = ["--epochs", epochs or arguments.epochs, "--batch-size", arguments.batch_size, *options]
     argv += ["--amp", arguments.amp, "--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
     argv = [next(iter(samples.modalities)) if a == "first" else str(a) for a in argv]
-    options, _ = train.parse([*argv, "--baselines", "none"])
+    options, _ = train.parse([*argv, "--controller", "dynamic", "--baselines", "none"])
     return Run(Path(tempfile.mkdtemp()), options, samples, train.find_device(arguments.device))
 
 
