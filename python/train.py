@@ -108,6 +108,10 @@ def parse(argv):
         type=pair("weights CON,COM", number(float, 0), number(float, 0)), metavar="CON,COM")  # fmt: skip
     add("--align-every", "epoch", "when it measures: every epoch, or every N steps", type=schedule, metavar="epoch|N")
     add("--club-norm", "layer", "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none")
+    add("--q-depth", 1, "hidden layers of q, the network that CLUB fits", type=number(int, 0))
+    add("--q-width", 128, "units of each", type=number(int, 1))
+    add("--q-lr", 1.0, "q's learning rate, as a multiple of --lr", type=number(float, above=0))
+    add("--q-steps", 1, "steps of q on each batch", type=number(int, 1))
     add("--fusion", "auto", f"fusion rule: {', '.join(rules)}; auto: best on validation")
     add("--follower-init", "scratch", "weights that followers start from: scratch, or anchor-phase (trained alone)")
     add("--baselines", None, "methods to train beside it, or none (default: joint for udi)", type=names, metavar="A,B")

@@ -506,6 +506,23 @@ def test_full_disk_keeps_the_last_checkpoint(monkeypatch, capsys):
     assert figures("cut") == figures("whole")
 
 
+def test_settings_of_q_resume(monkeypatch):
+    """q's own learning rate, its shape and its steps are those of an uninterrupted run."""
+    options = "--epochs 4 --anchor gray --baselines none --q-depth 2 --q-width 16 --q-lr 3 --q-steps 2".split()
+    assert train.main([*options, "--out", "whole"]) == 0
+    logits = udi.Follower.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(udi.Follower, "logits", lambda *args: len(log("cut")) == 6 and sys.exit() or logits(*args))
+        with pytest.raises(SystemExit):
+            train.main([*options, "--out", "cut"])
+    assert len(log("cut")) == 6
+    assert train.main(["--resume", "cut"]) == 0
+    assert figures("cut") == figures("whole") and log("cut") == log("whole")
+    saved = torch.load("cut/checkpoints/follower-color.pt", weights_only=True)["parts"]["optimizer"]
+    follower, q = (float(group["lr"]) for group in saved["param_groups"])
+    assert q == pytest.approx(3 * follower) and follower > 0
+
+
 def test_damaged_checkpoint(capsys):
     assert train.main(["--epochs", "1", "--method", "joint", "--out", "run"]) == 0
     checkpoint = Path("run/checkpoints/joint.pt")
@@ -529,6 +546,10 @@ def test_damaged_checkpoint(capsys):
         ("--follower-init warm", ["scratch", "anchor-phase"]),
         ("--controller fixed", ["dynamic", "static"]),
         ("--club-norm batch", ["layer", "none"]),
+        ("--q-depth=-1", ["--q-depth", "at least 0"]),
+        ("--q-width 0", ["--q-width", "at least 1"]),
+        ("--q-lr 0", ["--q-lr", "above 0"]),
+        ("--q-steps 0", ["--q-steps", "at least 1"]),
         ("--controller static", ["--alpha CON,COM"]),
         ("--alpha 1,1", ["--controller static"]),
         ("--controller static --alpha 1", ["two weights"]),
@@ -618,7 +639,7 @@ def test_help_explains_every_option(capsys):
         "amp",
     ):
         assert f"--{option} " in text
-    for option in ("engine", "data", "tf32", "compile", "out", "noise"):
+    for option in ("engine", "data", "tf32", "compile", "out", "noise", "q-depth", "q-width", "q-lr", "q-steps"):
         assert f"--{option} " in text
     assert "default: 30" in text
 
@@ -958,7 +979,8 @@ def test_follower_step_is_the_plain_formula(follower, align):
     """Losses, weights and update against flattened gradients in plain torch, on a controller step and on another."""
     follower, batch = follower
     follower.controller.alpha.copy_(torch.tensor([1.0, 0.3, 0.7]))
-    follower.optimizer.param_groups[0]["lr"] = 0.0  # keeps the parameters where the plain formula needs them
+    for group in follower.optimizer.param_groups:
+        group["lr"] = 0.0  # keeps the parameters where the plain formula needs them
     figures = follower.step(batch, align=align, fitted=True)
 
     losses = plain_losses(follower, batch)  # after the step, for q is fitted in it before it is used
@@ -986,6 +1008,28 @@ def test_step_leaves_the_anchor_alone_and_fits_q(follower):
     assert after < before
     assert all(torch.equal(a, b) for a, b in zip(anchor, follower.anchor.model.parameters(), strict=True))
     assert all(p.grad is None and not p.requires_grad for p in follower.anchor.model.parameters())
+
+
+@pytest.mark.parametrize("depth, sizes", [(0, [64, 128]), (1, [64, 7, 128]), (2, [64, 7, 7, 128])])
+def test_depth_and_width_of_q(depth, sizes):
+    run = make_run("--q-depth", str(depth), "--q-width", "7")
+    q = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray"))).q
+    assert [layer.weight.shape[::-1] for layer in q.layers[::2]] == list(zip(sizes, sizes[1:], strict=False))
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_more_steps_of_q(align):
+    """Each fits q further to the same batch; the follower takes its one step as ever."""
+    followers, nll = [], []
+    for steps in ("1", "4"):
+        run = make_run("--q-steps", steps)
+        follower = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+        batch = training_batch(follower)
+        follower.step(batch, align=align, fitted=True)
+        followers.append([p.clone() for p in follower.weights])
+        nll.append(follower.step(batch, align=False, fitted=True)["q_nll"])
+    assert all(torch.equal(a, b) for a, b in zip(*followers, strict=True))
+    assert nll[1] < nll[0]
 
 
 @pytest.mark.parametrize("schedule, steps", [("epoch", [0, 16, 32]), ("12", [0, 12, 24, 36])])

@@ -17,8 +17,8 @@ class Controller(Study):
         Variant(name, f"--baselines none {options} {noise}", condition)
         for condition, noise in {"": "", "noisy training": "--noise 0.2,0.2"}.items()
         for name, options in (
-            ("each epoch", ""),
-            ("each step", "--align-every 1"),
+            ("each epoch", "--controller dynamic"),
+            ("each step", "--controller dynamic --align-every 1"),
             *((f"static {alpha}", f"--controller static --alpha {alpha}") for alpha in STATIC),
         )
     ]
