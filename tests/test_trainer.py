@@ -117,7 +117,8 @@ def test_plain_command(tmp_path):
         "config.json", "metrics.jsonl", "metrics.json", "report.png", "checkpoints",
     }  # fmt: skip
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["epochs"], config["controller"], config["alpha"]) == (2, "static", [3, 3])
 
 
 def test_defaults_reach_what_they_promise():
@@ -168,7 +169,7 @@ def test_every_method_can_be_a_baseline():
     assert all(0 <= figures["test_acc"] <= 1 for figures in baselines.values())
 
 
-@pytest.mark.parametrize("options", [[], ["--align-every", "3"], ["--controller", "static", "--alpha", "0.5,2"]])
+@pytest.mark.parametrize("options", [[], ["--controller", "dynamic", "--align-every", "3"], ["--alpha", "0.5,2"]])
 def test_three_modalities(three_views, options):
     assert train.main(["--dataset", three_views, "--epochs", "3", "--out", "run", *options]) == 0
     metrics = result("run")
@@ -210,7 +211,7 @@ def test_samples_from_the_host(three_views, device):
 
 def test_uncached_anchor(monkeypatch):
     """An anchor whose input is augmented runs in every step; where augmenting changes nothing, so must that."""
-    options = ["--epochs", "4", "--align-every", "1", "--baselines", "none"]
+    options = ["--epochs", "4", "--controller", "dynamic", "--align-every", "1", "--baselines", "none"]
     assert train.main([*options, "--out", "cached"]) == 0
     runs = []
 
@@ -312,7 +313,20 @@ def test_augmentation_is_for_training_and_resumes(three_views):
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_graphs(amp):
     """Whole-step CUDA graphs train as eager steps do."""
-    options = ["--epochs", "9", "--align-every", "7", "--amp", amp, "--device", "cuda"]
+    options = [
+        "--epochs",
+        "9",
+        "--controller",
+        "dynamic",
+        "--align-every",
+        "7",
+        "--q-steps",
+        "2",
+        "--amp",
+        amp,
+        "--device",
+        "cuda",
+    ]
     for engine in ("eager", "graph"):
         assert train.main([*options, "--engine", engine, "--out", engine]) == 0
     assert_same_training("graph", "eager", 1e-2 if amp == "none" else 5e-2)
@@ -423,7 +437,7 @@ def test_plain_pytorch_trains_the_same(monkeypatch, align):
     """Both phases against UDI in plain torch: all pairs, concatenated gradients, the anchor run in every step."""
     monkeypatch.setattr(udi, "Q_WARMUP", 5)
     monkeypatch.setattr(eager_udi, "Q_WARMUP", 5)
-    argv = ["--epochs", "3", "--align-every", align, "--baselines", "none", "--out", "run"]
+    argv = ["--epochs", "3", "--controller", "dynamic", "--align-every", align, "--baselines", "none", "--out", "run"]
     assert train.main(argv) == 0
     plain = eager_udi.EagerUDI(make_run(*argv))
     plain.fit()
@@ -439,7 +453,18 @@ def test_memory_does_not_grow():
     code = "import resource, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = []
     for epochs in ("4", "24"):
-        options = ["--epochs", epochs, "--align-every", "2", "--baselines", "none", "--out", epochs]
+        options = [
+            "--epochs",
+            epochs,
+            "--controller",
+            "dynamic",
+            "--align-every",
+            "2",
+            "--baselines",
+            "none",
+            "--out",
+            epochs,
+        ]
         path = os.pathsep.join((str(ROOT), str(TRAIN.parent)))
         end = subprocess.run([sys.executable, "-c", code, *options], text=True, capture_output=True,
                              env=os.environ | {"PYTHONPATH": path})  # fmt: skip
@@ -550,11 +575,11 @@ def test_damaged_checkpoint(capsys):
         ("--q-width 0", ["--q-width", "at least 1"]),
         ("--q-lr 0", ["--q-lr", "above 0"]),
         ("--q-steps 0", ["--q-steps", "at least 1"]),
-        ("--controller static", ["--alpha CON,COM"]),
-        ("--alpha 1,1", ["--controller static"]),
-        ("--controller static --alpha 1", ["two weights"]),
-        ("--controller static --alpha 1,-1", ["'-1'", "at least 0"]),
-        ("--controller static --alpha 1,nan", ["'nan'"]),
+        ("--controller dynamic --alpha 1,1", ["--alpha", "--controller static"]),
+        ("--align-every 3", ["--align-every", "--controller dynamic"]),
+        ("--alpha 1", ["two weights"]),
+        ("--alpha 1,-1", ["'-1'", "at least 0"]),
+        ("--alpha 1,nan", ["'nan'"]),
         ("--noise 0.5", ["--noise", "two amounts INPUT,LABEL"]),
         ("--noise=-1,0", ["'-1'", "at least 0"]),
         ("--noise 0,1", ["'1'", "below 1"]),
@@ -1037,13 +1062,14 @@ def test_controller_measures_on_schedule(monkeypatch, schedule, steps):
     """Once an epoch of 16 full batches, or every N steps; through the library's op."""
     calls = []
     monkeypatch.setattr(udi, "gramian", lambda grads: calls.append(len(grads)) or udi_kernels.gramian(grads))
-    options = ["--epochs", "3", "--align-every", schedule, "--baselines", "none"]
+    options = ["--epochs", "3", "--controller", "dynamic", "--align-every", schedule, "--baselines", "none"]
     assert train.main([*options, "--out", "run"]) == 0
     assert calls == [3] * len(steps)
 
 
 def test_no_complementary_weight_before_q_is_fitted():
-    assert train.main(["--epochs", "3", "--align-every", "1", "--baselines", "none", "--out", "run"]) == 0
+    options = "--epochs 3 --controller dynamic --align-every 1 --baselines none --out run"
+    assert train.main(options.split()) == 0
     rows = [row for row in log("run") if row["phase"] == "follower"]
     assert 3 * 16 < udi.Q_WARMUP and all(row["alpha_com"] == 0 for row in rows)
     assert any(row["alpha_con"] > 0 for row in rows)
