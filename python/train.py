@@ -104,7 +104,7 @@ def parse(argv):
     add("--anchor", "auto", "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best"
         " on validation")  # fmt: skip
     add("--controller", "static", "weights of L_con and L_com: static, or dynamic, from the losses' gradients")
-    add("--alpha", None, "the two weights of the static controller (default: 3,3)",
+    add("--alpha", None, "the two weights of the static controller (default: 1,1)",
         type=pair("weights CON,COM", number(float, 0), number(float, 0)), metavar="CON,COM")  # fmt: skip
     add("--align-every", "epoch", "when the dynamic one measures: every epoch, or every N steps", type=schedule,
         metavar="epoch|N")  # fmt: skip
@@ -149,7 +149,7 @@ def parse(argv):
         if name in given and options.controller != controller:
             raise UserError(f"--{name.replace('_', '-')} needs --controller {controller}")
     if options.controller == "static":
-        options.alpha = options.alpha or [3.0, 3.0]
+        options.alpha = options.alpha or [1.0, 1.0]
     if options.race and options.anchor != "auto":
         raise UserError("--race chooses the anchor: it needs --anchor auto")
     return options, None

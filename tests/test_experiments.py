@@ -309,6 +309,20 @@ def test_controller_study(tmp_path):
     assert study.draw(runs, tmp_path) == ["accuracy.png", "weights.png"] and (tmp_path / "weights.png").exists()
 
 
+def test_defaults_study():
+    """The gain over the paper's controller is of validation, a mean over conditions, paired by seed."""
+    study, runs, gains = studies["defaults"](), [], [0.01, 0.03, 0.02]
+    for seed, gain in enumerate(gains):
+        for condition in ("clean", "noisy training"):
+            for variant, val in (("dynamic", 0.5), ("static 1,1", 0.5 + gain + (0.02 if condition == "clean" else 0))):
+                found = metrics("left", 0.9)
+                found["fused"]["val_acc"] = val
+                runs.append(record(variant, seed, condition, metrics=found))
+    low, high = scipy.stats.ttest_1samp([100 * gain + 1 for gain in gains], 0).confidence_interval(0.95)
+    assert study.notes(runs)[0].endswith(f"static 1,1: +3.00 [{low:+.2f}, {high:+.2f}].")
+    assert study.notes(runs[:1]) == []
+
+
 def test_q_study():
     study = studies["q"]()
     log = [{"phase": "follower", "modality": "color", "com": com, "q_nll": 2.0} for com in (0.3, 0.25)]

@@ -118,7 +118,7 @@ def test_plain_command(tmp_path):
     }  # fmt: skip
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
-    assert (config["epochs"], config["controller"], config["alpha"]) == (2, "static", [3, 3])
+    assert (config["epochs"], config["controller"], config["alpha"]) == (2, "static", [1, 1])
 
 
 def test_defaults_reach_what_they_promise():

@@ -4,9 +4,8 @@ NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}
 SETTINGS = {
     "udi": "--baselines joint,joint-sum,ogm-ge,gramian",
     "udi, dynamic": "--controller dynamic",
-    "udi, static 0.5,0.5": "--controller static --alpha 0.5,0.5",
-    "udi, static 1,1": "--controller static --alpha 1,1",
-    "udi, static 1,0": "--controller static --alpha 1,0",
+    "udi, static 0.5,0.5": "--alpha 0.5,0.5",
+    "udi, static 1,0": "--alpha 1,0",
     "udi, followers warm": "--follower-init anchor-phase",
 }
 
