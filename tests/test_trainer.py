@@ -313,20 +313,7 @@ def test_augmentation_is_for_training_and_resumes(three_views):
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_graphs(amp):
     """Whole-step CUDA graphs train as eager steps do."""
-    options = [
-        "--epochs",
-        "9",
-        "--controller",
-        "dynamic",
-        "--align-every",
-        "7",
-        "--q-steps",
-        "2",
-        "--amp",
-        amp,
-        "--device",
-        "cuda",
-    ]
+    options = "--epochs 9 --controller dynamic --align-every 7 --q-steps 2 --device cuda --amp".split() + [amp]
     for engine in ("eager", "graph"):
         assert train.main([*options, "--engine", engine, "--out", engine]) == 0
     assert_same_training("graph", "eager", 1e-2 if amp == "none" else 5e-2)
@@ -453,18 +440,7 @@ def test_memory_does_not_grow():
     code = "import resource, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = []
     for epochs in ("4", "24"):
-        options = [
-            "--epochs",
-            epochs,
-            "--controller",
-            "dynamic",
-            "--align-every",
-            "2",
-            "--baselines",
-            "none",
-            "--out",
-            epochs,
-        ]
+        options = f"--controller dynamic --align-every 2 --baselines none --epochs {epochs} --out {epochs}".split()
         path = os.pathsep.join((str(ROOT), str(TRAIN.parent)))
         end = subprocess.run([sys.executable, "-c", code, *options], text=True, capture_output=True,
                              env=os.environ | {"PYTHONPATH": path})  # fmt: skip
@@ -532,8 +508,9 @@ def test_full_disk_keeps_the_last_checkpoint(monkeypatch, capsys):
 
 
 def test_settings_of_q_resume(monkeypatch):
-    """q's own learning rate, its shape and its steps are those of an uninterrupted run."""
-    options = "--epochs 4 --anchor gray --baselines none --q-depth 2 --q-width 16 --q-lr 3 --q-steps 2".split()
+    """q's own learning rate, its shape and its steps are those of an uninterrupted run, and so are the weights."""
+    options = "--epochs 4 --anchor gray --baselines none --controller dynamic --align-every 7".split()
+    options += "--q-depth 2 --q-width 16 --q-lr 3 --q-steps 2".split()
     assert train.main([*options, "--out", "whole"]) == 0
     logits = udi.Follower.logits
     with monkeypatch.context() as patch:
