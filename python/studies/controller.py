@@ -1,6 +1,6 @@
 from statistics import fmean
 
-from report import INK, MODALITY_COLORS, WEIGHTS, column, finish
+from report import INK, MODALITY_COLORS, MUTED, WEIGHTS, column, finish
 
 from . import Study, Variant, studies
 from .summary import new_figure, title
@@ -57,7 +57,7 @@ class Controller(Study):
                 draw_alphas(axes, by_name.get(name, []))
                 axes.set_ylim(-0.03, 1.03)
                 finish(axes, title(condition, f"weights measured {name}, mean over {WINDOW} epochs"), "weight")
-            for (name, group), color in zip(by_name.items(), (*MODALITY_COLORS, INK) * len(by_name), strict=False):
+            for (name, group), color in zip(by_name.items(), (*MODALITY_COLORS, INK, MUTED) * len(by_name), strict=False):
                 epochs, means = mean_by_epoch(group, "val_acc")
                 style = "-" if name in dynamic else "--"
                 last.plot(epochs, [100 * x for x in means], style, color=color, label=name)
