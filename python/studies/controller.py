@@ -6,6 +6,7 @@ from . import Study, Variant, studies
 from .summary import new_figure, title
 
 WINDOW = 5  # epochs
+COLORS = (*MODALITY_COLORS, INK, MUTED)
 STATIC = ("0.5,0.5", "1,0", "0,1", "1,1", "3,3")
 
 
@@ -57,7 +58,7 @@ class Controller(Study):
                 draw_alphas(axes, by_name.get(name, []))
                 axes.set_ylim(-0.03, 1.03)
                 finish(axes, title(condition, f"weights measured {name}, mean over {WINDOW} epochs"), "weight")
-            for (name, group), color in zip(by_name.items(), (*MODALITY_COLORS, INK, MUTED) * len(by_name), strict=False):
+            for (name, group), color in zip(by_name.items(), COLORS * len(by_name), strict=False):
                 epochs, means = mean_by_epoch(group, "val_acc")
                 style = "-" if name in dynamic else "--"
                 last.plot(epochs, [100 * x for x in means], style, color=color, label=name)
