@@ -122,12 +122,10 @@ class Stage:
         if saved:
             for name, part in task.parts.items():
                 part.load_state_dict(saved["parts"][name])
-        # A tensor, and always the same: graphs read the learning rate from it.
-        self.lr = torch.zeros((), device=run.device)
-        for part in task.parts.values():
-            if isinstance(part, torch.optim.Optimizer):
-                for group in part.param_groups:
-                    group["lr"] = self.lr
+        optimizers = [part for part in task.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group in self.groups:  # a tensor, and always the same: graphs read the learning rate from it
+            group["lr"] = torch.zeros((), device=run.device)
         self._stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(run.device))
@@ -152,7 +150,9 @@ class Stage:
         order = torch.randperm(len(train), generator=shuffle)[: steps * self.run.batch]
         self.task.model.train()
         with self.stream():
-            self.lr.fill_(options.lr * (1 + math.cos(math.pi * self.epoch / options.epochs)) / 2)
+            for group in self.groups:
+                lr = options.lr * group.get("lr_factor", 1)
+                group["lr"].fill_(lr * (1 + math.cos(math.pi * self.epoch / options.epochs)) / 2)
             batches = iter(self.feed.batches(order, self.run.batch))
         first = self.epoch * steps
         for number in range(first, first + steps):

@@ -90,11 +90,16 @@ class Classifier(nn.Module):
 
 
 class ConditionalGaussian(nn.Module):
-    """q(y|x) of CLUB, a diagonal Gaussian: mean and log-variance, the latter between -1 and 1, one hidden layer."""
+    """q(y|x) of CLUB, a diagonal Gaussian: mean and log-variance, the latter between -1 and 1.
 
-    def __init__(self, x_dim, y_dim, hidden):
+    ``depth``: layers of ``hidden`` units; 0 makes both linear in x.
+    """
+
+    def __init__(self, x_dim, y_dim, hidden, depth=1):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(x_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * y_dim))
+        sizes = [x_dim, *[hidden] * depth]
+        layers = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * y_dim))
 
     def forward(self, x):
         mu, logvar = self.layers(x).chunk(2, dim=1)

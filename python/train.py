@@ -103,11 +103,16 @@ def parse(argv):
     add("--seed", 0, "of initial weights and order of samples; all see the same dataset", type=number(int, 0))
     add("--anchor", "auto", "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best"
         " on validation")  # fmt: skip
-    add("--controller", "dynamic", "weights of L_con and L_com: dynamic, from the losses' gradients; or static")
-    add("--alpha", None, "the two weights of the static controller",
+    add("--controller", "static", "weights of L_con and L_com: static, or dynamic, from the losses' gradients")
+    add("--alpha", None, "the two weights of the static controller (default: 1,1)",
         type=pair("weights CON,COM", number(float, 0), number(float, 0)), metavar="CON,COM")  # fmt: skip
-    add("--align-every", "epoch", "when it measures: every epoch, or every N steps", type=schedule, metavar="epoch|N")
+    add("--align-every", "epoch", "when the dynamic one measures: every epoch, or every N steps", type=schedule,
+        metavar="epoch|N")  # fmt: skip
     add("--club-norm", "layer", "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none")
+    add("--q-depth", 1, "hidden layers of q, the network that CLUB fits", type=number(int, 0))
+    add("--q-width", 128, "units of each", type=number(int, 1))
+    add("--q-lr", 1.0, "q's learning rate, as a multiple of --lr", type=number(float, above=0))
+    add("--q-steps", 1, "steps of q on each batch", type=number(int, 1))
     add("--fusion", "auto", f"fusion rule: {', '.join(rules)}; auto: best on validation")
     add("--follower-init", "scratch", "weights that followers start from: scratch, or anchor-phase (trained alone)")
     add("--baselines", None, "methods to train beside it, or none (default: joint for udi)", type=names, metavar="A,B")
@@ -140,8 +145,11 @@ def parse(argv):
         options.baselines = ["joint"] if options.method == "udi" else []
     for name in options.baselines:
         choose("baseline", name, methods)
-    if (options.controller == "static") != (options.alpha is not None):
-        raise UserError("--controller static needs --alpha CON,COM, and --alpha needs --controller static")
+    for name, controller in (("alpha", "static"), ("align_every", "dynamic")):
+        if name in given and options.controller != controller:
+            raise UserError(f"--{name.replace('_', '-')} needs --controller {controller}")
+    if options.controller == "static":
+        options.alpha = options.alpha or [1.0, 1.0]
     if options.race and options.anchor != "auto":
         raise UserError("--race chooses the anchor: it needs --anchor auto")
     return options, None

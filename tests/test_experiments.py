@@ -279,8 +279,8 @@ def metrics(anchor, fused):
     return top | {"fused": scores | {"test_acc": fused}}
 
 
-def record(variant, seed, **figures):
-    return {"variant": variant, "condition": "", "options": [], "seed": seed, "commits": []} | figures
+def record(variant, seed, condition="", **figures):
+    return {"variant": variant, "condition": condition, "options": [], "seed": seed, "commits": []} | figures
 
 
 def test_anchor_study():
@@ -288,8 +288,8 @@ def test_anchor_study():
     runs = []
     for seed, (gray, color) in enumerate([(0.9, 0.8), (0.7, 0.8)]):
         for variant, anchor, fused in (("auto", "gray", gray), ("anchor gray", "gray", gray)):
-            runs.append(record(variant, seed, metrics=metrics(anchor, fused)))
-        runs.append(record("anchor color", seed, metrics=metrics("color", color)))
+            runs.append(record(variant, seed, "cgdigits", metrics=metrics(anchor, fused)))
+        runs.append(record("anchor color", seed, "cgdigits", metrics=metrics("color", color)))
     (note,) = study.notes(runs)
     assert "gray 2" in note and "On 1 of 2 seeds" in note and "5.00 points" in note
     assert "auto" in study.tables(runs)
@@ -307,6 +307,30 @@ def test_controller_study(tmp_path):
     cells = line(study.tables(runs).split("### follower color")[1], "each epoch")
     assert cells[3:6] == ["0.50 ± 0.00", "0.38 ± 0.00", "10.00 ± 0.00"]
     assert study.draw(runs, tmp_path) == ["accuracy.png", "weights.png"] and (tmp_path / "weights.png").exists()
+
+
+def test_defaults_study():
+    """The gain over the paper's controller is of validation, a mean over conditions, paired by seed."""
+    study, runs, gains = studies["defaults"](), [], [0.01, 0.03, 0.02]
+    for seed, gain in enumerate(gains):
+        for condition in ("clean", "noisy training"):
+            for variant, val in (("dynamic", 0.5), ("static 1,1", 0.5 + gain + (0.02 if condition == "clean" else 0))):
+                found = metrics("left", 0.9)
+                found["fused"]["val_acc"] = val
+                runs.append(record(variant, seed, condition, metrics=found))
+    low, high = scipy.stats.ttest_1samp([100 * gain + 1 for gain in gains], 0).confidence_interval(0.95)
+    assert study.notes(runs)[0].endswith(f"static 1,1: +3.00 [{low:+.2f}, {high:+.2f}].")
+    assert study.notes(runs[:1]) == []
+
+
+def test_q_study():
+    study = studies["q"]()
+    log = [{"phase": "follower", "modality": "color", "com": com, "q_nll": 2.0} for com in (0.3, 0.25)]
+    found = metrics("gray", 0.9) | {"similarity": {"color": {"r2": 0.5}}}
+    figures = study.figures(found, [{"phase": "anchor", "modality": "gray"}, *log])
+    text = study.tables([record("default", seed, **figures) for seed in (0, 1)])
+    cells = line(text.split("### follower color")[1], "default")
+    assert cells[3:6] == ["16.00 ± 0.00", "2.00 ± 0.00", "0.50 ± 0.00"]  # 64 dimensions of 0.25
 
 
 def test_features_study():

@@ -117,7 +117,8 @@ def test_plain_command(tmp_path):
         "config.json", "metrics.jsonl", "metrics.json", "report.png", "checkpoints",
     }  # fmt: skip
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["epochs"], config["controller"], config["alpha"]) == (2, "static", [1, 1])
 
 
 def test_defaults_reach_what_they_promise():
@@ -168,7 +169,7 @@ def test_every_method_can_be_a_baseline():
     assert all(0 <= figures["test_acc"] <= 1 for figures in baselines.values())
 
 
-@pytest.mark.parametrize("options", [[], ["--align-every", "3"], ["--controller", "static", "--alpha", "0.5,2"]])
+@pytest.mark.parametrize("options", [[], ["--controller", "dynamic", "--align-every", "3"], ["--alpha", "0.5,2"]])
 def test_three_modalities(three_views, options):
     assert train.main(["--dataset", three_views, "--epochs", "3", "--out", "run", *options]) == 0
     metrics = result("run")
@@ -210,7 +211,7 @@ def test_samples_from_the_host(three_views, device):
 
 def test_uncached_anchor(monkeypatch):
     """An anchor whose input is augmented runs in every step; where augmenting changes nothing, so must that."""
-    options = ["--epochs", "4", "--align-every", "1", "--baselines", "none"]
+    options = ["--epochs", "4", "--controller", "dynamic", "--align-every", "1", "--baselines", "none"]
     assert train.main([*options, "--out", "cached"]) == 0
     runs = []
 
@@ -312,7 +313,7 @@ def test_augmentation_is_for_training_and_resumes(three_views):
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_graphs(amp):
     """Whole-step CUDA graphs train as eager steps do."""
-    options = ["--epochs", "9", "--align-every", "7", "--amp", amp, "--device", "cuda"]
+    options = "--epochs 9 --controller dynamic --align-every 7 --q-steps 2 --device cuda --amp".split() + [amp]
     for engine in ("eager", "graph"):
         assert train.main([*options, "--engine", engine, "--out", engine]) == 0
     assert_same_training("graph", "eager", 1e-2 if amp == "none" else 5e-2)
@@ -423,7 +424,7 @@ def test_plain_pytorch_trains_the_same(monkeypatch, align):
     """Both phases against UDI in plain torch: all pairs, concatenated gradients, the anchor run in every step."""
     monkeypatch.setattr(udi, "Q_WARMUP", 5)
     monkeypatch.setattr(eager_udi, "Q_WARMUP", 5)
-    argv = ["--epochs", "3", "--align-every", align, "--baselines", "none", "--out", "run"]
+    argv = ["--epochs", "3", "--controller", "dynamic", "--align-every", align, "--baselines", "none", "--out", "run"]
     assert train.main(argv) == 0
     plain = eager_udi.EagerUDI(make_run(*argv))
     plain.fit()
@@ -439,7 +440,7 @@ def test_memory_does_not_grow():
     code = "import resource, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = []
     for epochs in ("4", "24"):
-        options = ["--epochs", epochs, "--align-every", "2", "--baselines", "none", "--out", epochs]
+        options = f"--controller dynamic --align-every 2 --baselines none --epochs {epochs} --out {epochs}".split()
         path = os.pathsep.join((str(ROOT), str(TRAIN.parent)))
         end = subprocess.run([sys.executable, "-c", code, *options], text=True, capture_output=True,
                              env=os.environ | {"PYTHONPATH": path})  # fmt: skip
@@ -506,6 +507,24 @@ def test_full_disk_keeps_the_last_checkpoint(monkeypatch, capsys):
     assert figures("cut") == figures("whole")
 
 
+def test_settings_of_q_resume(monkeypatch):
+    """q's own learning rate, its shape and its steps are those of an uninterrupted run, and so are the weights."""
+    options = "--epochs 4 --anchor gray --baselines none --controller dynamic --align-every 7".split()
+    options += "--q-depth 2 --q-width 16 --q-lr 3 --q-steps 2".split()
+    assert train.main([*options, "--out", "whole"]) == 0
+    logits = udi.Follower.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(udi.Follower, "logits", lambda *args: len(log("cut")) == 6 and sys.exit() or logits(*args))
+        with pytest.raises(SystemExit):
+            train.main([*options, "--out", "cut"])
+    assert len(log("cut")) == 6
+    assert train.main(["--resume", "cut"]) == 0
+    assert figures("cut") == figures("whole") and log("cut") == log("whole")
+    saved = torch.load("cut/checkpoints/follower-color.pt", weights_only=True)["parts"]["optimizer"]
+    follower, q = (float(group["lr"]) for group in saved["param_groups"])
+    assert q == pytest.approx(3 * follower) and follower > 0
+
+
 def test_damaged_checkpoint(capsys):
     assert train.main(["--epochs", "1", "--method", "joint", "--out", "run"]) == 0
     checkpoint = Path("run/checkpoints/joint.pt")
@@ -529,11 +548,15 @@ def test_damaged_checkpoint(capsys):
         ("--follower-init warm", ["scratch", "anchor-phase"]),
         ("--controller fixed", ["dynamic", "static"]),
         ("--club-norm batch", ["layer", "none"]),
-        ("--controller static", ["--alpha CON,COM"]),
-        ("--alpha 1,1", ["--controller static"]),
-        ("--controller static --alpha 1", ["two weights"]),
-        ("--controller static --alpha 1,-1", ["'-1'", "at least 0"]),
-        ("--controller static --alpha 1,nan", ["'nan'"]),
+        ("--q-depth=-1", ["--q-depth", "at least 0"]),
+        ("--q-width 0", ["--q-width", "at least 1"]),
+        ("--q-lr 0", ["--q-lr", "above 0"]),
+        ("--q-steps 0", ["--q-steps", "at least 1"]),
+        ("--controller dynamic --alpha 1,1", ["--alpha", "--controller static"]),
+        ("--align-every 3", ["--align-every", "--controller dynamic"]),
+        ("--alpha 1", ["two weights"]),
+        ("--alpha 1,-1", ["'-1'", "at least 0"]),
+        ("--alpha 1,nan", ["'nan'"]),
         ("--noise 0.5", ["--noise", "two amounts INPUT,LABEL"]),
         ("--noise=-1,0", ["'-1'", "at least 0"]),
         ("--noise 0,1", ["'1'", "below 1"]),
@@ -618,7 +641,7 @@ def test_help_explains_every_option(capsys):
         "amp",
     ):
         assert f"--{option} " in text
-    for option in ("engine", "data", "tf32", "compile", "out", "noise"):
+    for option in ("engine", "data", "tf32", "compile", "out", "noise", "q-depth", "q-width", "q-lr", "q-steps"):
         assert f"--{option} " in text
     assert "default: 30" in text
 
@@ -958,7 +981,8 @@ def test_follower_step_is_the_plain_formula(follower, align):
     """Losses, weights and update against flattened gradients in plain torch, on a controller step and on another."""
     follower, batch = follower
     follower.controller.alpha.copy_(torch.tensor([1.0, 0.3, 0.7]))
-    follower.optimizer.param_groups[0]["lr"] = 0.0  # keeps the parameters where the plain formula needs them
+    for group in follower.optimizer.param_groups:
+        group["lr"] = 0.0  # keeps the parameters where the plain formula needs them
     figures = follower.step(batch, align=align, fitted=True)
 
     losses = plain_losses(follower, batch)  # after the step, for q is fitted in it before it is used
@@ -988,18 +1012,41 @@ def test_step_leaves_the_anchor_alone_and_fits_q(follower):
     assert all(p.grad is None and not p.requires_grad for p in follower.anchor.model.parameters())
 
 
+@pytest.mark.parametrize("depth, sizes", [(0, [64, 128]), (1, [64, 7, 128]), (2, [64, 7, 7, 128])])
+def test_depth_and_width_of_q(depth, sizes):
+    run = make_run("--q-depth", str(depth), "--q-width", "7")
+    q = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray"))).q
+    assert [layer.weight.shape[::-1] for layer in q.layers[::2]] == list(zip(sizes, sizes[1:], strict=False))
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_more_steps_of_q(align):
+    """Each fits q further to the same batch; the follower takes its one step as ever."""
+    followers, nll = [], []
+    for steps in ("1", "4"):
+        run = make_run("--q-steps", steps)
+        follower = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+        batch = training_batch(follower)
+        follower.step(batch, align=align, fitted=True)
+        followers.append([p.clone() for p in follower.weights])
+        nll.append(follower.step(batch, align=False, fitted=True)["q_nll"])
+    assert all(torch.equal(a, b) for a, b in zip(*followers, strict=True))
+    assert nll[1] < nll[0]
+
+
 @pytest.mark.parametrize("schedule, steps", [("epoch", [0, 16, 32]), ("12", [0, 12, 24, 36])])
 def test_controller_measures_on_schedule(monkeypatch, schedule, steps):
     """Once an epoch of 16 full batches, or every N steps; through the library's op."""
     calls = []
     monkeypatch.setattr(udi, "gramian", lambda grads: calls.append(len(grads)) or udi_kernels.gramian(grads))
-    options = ["--epochs", "3", "--align-every", schedule, "--baselines", "none"]
+    options = ["--epochs", "3", "--controller", "dynamic", "--align-every", schedule, "--baselines", "none"]
     assert train.main([*options, "--out", "run"]) == 0
     assert calls == [3] * len(steps)
 
 
 def test_no_complementary_weight_before_q_is_fitted():
-    assert train.main(["--epochs", "3", "--align-every", "1", "--baselines", "none", "--out", "run"]) == 0
+    options = "--epochs 3 --controller dynamic --align-every 1 --baselines none --out run"
+    assert train.main(options.split()) == 0
     rows = [row for row in log("run") if row["phase"] == "follower"]
     assert 3 * 16 < udi.Q_WARMUP and all(row["alpha_com"] == 0 for row in rows)
     assert any(row["alpha_con"] > 0 for row in rows)

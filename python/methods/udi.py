@@ -64,9 +64,12 @@ class Follower(Unimodal):
             self.reads = (modality, *anchor.reads)
         if alone:
             self.model.load_state_dict(alone.model.state_dict())
-        self.q = ConditionalGaussian(FEATURES, FEATURES, hidden=128).to(run.device)
+        options = run.options
+        self.q = ConditionalGaussian(FEATURES, FEATURES, options.q_width, options.q_depth).to(run.device)
         self.q_weights = list(self.q.parameters())
-        self.optimizer = run.optimizer(self.weights + self.q_weights)
+        self.optimizer = run.optimizer(
+            [{"params": self.weights}, {"params": self.q_weights, "lr_factor": options.q_lr}]
+        )
         self.controller = Controller(run).to(run.device)
         self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
 
@@ -103,9 +106,18 @@ class Follower(Unimodal):
             one = alpha[0]
             grad = torch.autograd.grad((cls, con, com, q_nll), self.weights + self.q_weights, (*alpha, one))
         update(self.optimizer, self.weights + self.q_weights, grad)
+        for _ in range(self.run.options.q_steps - 1):
+            self.fit_q(x, y.detach())
         loss = torch.stack((cls, con, com)).detach() @ alpha
         figures = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
         return figures | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
+
+    def fit_q(self, x, y):
+        """Another step of q alone: the optimizer skips weights that have no gradient."""
+        with self.run.autocast():
+            nll = club_nll(*self.q(x), y)
+        grad = [*[None] * len(self.weights), *torch.autograd.grad(nll, self.q_weights)]
+        update(self.optimizer, self.weights + self.q_weights, grad)
 
     def normalise(self, features):
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""

@@ -87,4 +87,4 @@ class Study:
         return Variant(run["variant"], shlex.join(run["options"]), run["condition"])
 
 
-from . import anchor, cgdigits, cgmnist, controller, estimator, features, summary, views  # noqa: E402, F401
+from . import anchor, cgdigits, cgmnist, controller, defaults, estimator, features, q, summary, views  # noqa: E402, F401

@@ -1,12 +1,13 @@
 from statistics import fmean
 
-from report import MODALITY_COLORS, WEIGHTS, column, finish
+from report import INK, MODALITY_COLORS, MUTED, WEIGHTS, column, finish
 
 from . import Study, Variant, studies
-from .summary import new_figure
+from .summary import new_figure, title
 
 WINDOW = 5  # epochs
-STATIC = ("0.5,0.5", "1,0", "0,1", "1,1")
+COLORS = (*MODALITY_COLORS, INK, MUTED)
+STATIC = ("0.5,0.5", "1,0", "0,1", "1,1", "3,3")
 
 
 @studies.register("controller")
@@ -17,8 +18,8 @@ class Controller(Study):
         Variant(name, f"--baselines none {options} {noise}", condition)
         for condition, noise in {"": "", "noisy training": "--noise 0.2,0.2"}.items()
         for name, options in (
-            ("each epoch", ""),
-            ("each step", "--align-every 1"),
+            ("each epoch", "--controller dynamic"),
+            ("each step", "--controller dynamic --align-every 1"),
             *((f"static {alpha}", f"--controller static --alpha {alpha}") for alpha in STATIC),
         )
     ]
@@ -45,30 +46,34 @@ class Controller(Study):
         return [*super().draw(runs, folder), self.draw_weights(runs, folder / "weights.png")]
 
     def draw_weights(self, runs, path):
-        """A panel for each dynamic variant with its weights, and one with all followers' validation accuracy."""
-        clean = [run for run in runs if not run["condition"]]
-        logs = {
-            name: followers(r for r in clean if r["variant"] == name)
-            for name in dict.fromkeys(r["variant"] for r in clean)
-        }
-        dynamic = [name for name in logs if not name.startswith("static")]
-        figure = new_figure(10, 3.2 * (len(dynamic) + 1))
-        *panels, last = figure.subplots(len(dynamic) + 1, 1, squeeze=False)[:, 0]
-        for axes, name in zip(panels, dynamic, strict=True):
-            for key, (color, label) in WEIGHTS.items():
-                for log in logs[name]:
-                    axes.plot(column(log, "epoch"), column(log, key), color=color, alpha=0.3, linewidth=0.8)
-                epochs, means = mean_by_epoch(logs[name], key)
-                axes.plot(epochs, smooth(means), color=color, linewidth=2.2, label=label)
-            axes.set_ylim(-0.03, 1.03)
-            finish(axes, f"Weights measured {name}: every run, and their mean smoothed over {WINDOW} epochs", "weight")
-        for (name, group), color in zip(logs.items(), (*MODALITY_COLORS, "#222222") * len(logs), strict=False):
-            epochs, means = mean_by_epoch(group, "val_acc")
-            style = "-" if name in dynamic else "--"
-            last.plot(epochs, [100 * x for x in means], style, color=color, label=name)
-        finish(last, "Validation accuracy of the followers, mean of seeds", "%")
-        figure.savefig(path, dpi=130)
+        """A column a condition: a panel for each dynamic variant's weights, and all followers' validation accuracy."""
+        logs = {}
+        for run in runs:
+            logs.setdefault(run["condition"], {}).setdefault(run["variant"], []).extend(followers([run]))
+        dynamic = list(dict.fromkeys(r["variant"] for r in runs if not r["variant"].startswith("static")))
+        figure = new_figure(8 * len(logs), 3.2 * (len(dynamic) + 1))
+        columns = figure.subplots(len(dynamic) + 1, len(logs), squeeze=False, sharey="row").T
+        for (*panels, last), (condition, by_name) in zip(columns, logs.items(), strict=True):
+            for axes, name in zip(panels, dynamic, strict=True):
+                draw_alphas(axes, by_name.get(name, []))
+                axes.set_ylim(-0.03, 1.03)
+                finish(axes, title(condition, f"weights measured {name}, mean over {WINDOW} epochs"), "weight")
+            for (name, group), color in zip(by_name.items(), COLORS * len(by_name), strict=False):
+                epochs, means = mean_by_epoch(group, "val_acc")
+                style = "-" if name in dynamic else "--"
+                last.plot(epochs, [100 * x for x in means], style, color=color, label=name)
+            finish(last, title(condition, "followers' validation accuracy, mean of seeds"), "%")
+        figure.savefig(path, dpi=110)
         return path.name
+
+
+def draw_alphas(axes, logs):
+    """Every run, and the smoothed mean."""
+    for key, (color, label) in WEIGHTS.items():
+        for log in logs:
+            axes.plot(column(log, "epoch"), column(log, key), color=color, alpha=0.3, linewidth=0.8)
+        epochs, means = mean_by_epoch(logs, key)
+        axes.plot(epochs, smooth(means), color=color, linewidth=2.2, label=label)
 
 
 def followers(runs):

@@ -1,0 +1,43 @@
+from . import Study, Variant, studies
+from .summary import differences, interval, spread
+
+PAPER = "dynamic"
+WEIGHTS = {
+    PAPER: "--controller dynamic",
+    "static 1,1": "--controller static --alpha 1,1",
+    "static 3,3": "--controller static --alpha 3,3",
+}
+
+
+@studies.register("defaults")
+class Defaults(Study):
+    """Does validation overturn the paper's controller as the default? Where fusion uses a follower, on many seeds."""
+
+    seeds = 20
+    variants = [
+        Variant(name, f"--dataset splitdigits --baselines none {options} {noise}", condition)
+        for condition, noise in {"clean": "", "noisy training": "--noise 0.2,0.2"}.items()
+        for name, options in WEIGHTS.items()
+    ]
+
+    def notes(self, runs):
+        """The gain in fused validation accuracy over the paper's controller: the mean of conditions, seed by seed."""
+        fused = {}
+        for run in runs:
+            by_seed = fused.setdefault(run["variant"], {}).setdefault(run["seed"], {})
+            by_seed[run["condition"]] = run["metrics"]["fused"]["val_acc"]
+        whole = {
+            name: {seed: spread(by.values())[0] for seed, by in by_seed.items() if len(by) == 2}
+            for name, by_seed in fused.items()
+        }
+        found = []
+        for name, ours in whole.items():
+            gains = [100 * x for x in differences(ours, whole.get(PAPER, {}))]
+            if name != PAPER and len(gains) > 1:
+                mean, half = spread(gains)[0], interval(gains)
+                found.append(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+        return (
+            [f"Fused validation accuracy against {PAPER}, mean of clean and noisy: {'; '.join(found)}."]
+            if found
+            else []
+        )
