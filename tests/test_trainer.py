@@ -1,6 +1,7 @@
 """The trainer, end to end: what a run leaves behind, how it is resumed, what it refuses."""
 
 import gzip
+import functools
 import json
 import os
 import signal
@@ -129,6 +130,13 @@ def test_defaults_reach_what_they_promise():
     assert metrics["fused"]["test_acc"] > metrics["baselines"]["joint"]["test_acc"] + 0.2
     assert metrics["collapsed"] == {}
     assert metrics["seconds"]["total"] < 60
+
+    # The same run as committed: equal on the same torch and processor, elsewhere rounding may move a few samples.
+    committed = json.loads((ROOT / "python" / "results" / "cgdigits" / "results.json").read_text())
+    runs = {(run["variant"], run["seed"]): run["metrics"] for run in committed["runs"]}
+    for path in (("fused",), ("unimodal", "gray"), ("baselines", "joint"), ("modalities", "color")):
+        ours, theirs = (functools.reduce(dict.get, path, m)["test_acc"] for m in (metrics, runs["udi", 0]))
+        assert ours == pytest.approx(theirs, abs=0.01 if theirs > 0.9 else 0.05)
 
 
 def make_run(*options):
