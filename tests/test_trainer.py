@@ -1,7 +1,7 @@
 """The trainer, end to end: what a run leaves behind, how it is resumed, what it refuses."""
 
-import gzip
 import functools
+import gzip
 import json
 import os
 import signal
