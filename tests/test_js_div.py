@@ -4,6 +4,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import EPS, assert_as_good_as_torch, distance, run
 from udi_kernels import js_div, reference
@@ -112,6 +114,7 @@ def test_weights_and_reductions(device):
             theirs = run(partial(reference.js_div, **options), (x, y), grad=grad)
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b)
+    assert js_div(x.float(), y.float(), weight=w).dtype == torch.float32  # whatever the dtype of the weight
     masked = run(partial(js_div, weight=w), (x, y))
     assert (masked[1][::3] == 0).all()
     torch.testing.assert_close(masked[0], js_div(x[w > 0], y[w > 0], weight=w[w > 0]))
@@ -250,6 +253,26 @@ def test_compile_fullgraph(device):
         eager = run(lambda a, b, w=w: js_div(a * 2, b, beta=0.3, weight=w), (x, y))
         for a, b in zip(ours, eager, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_dispatch_for_cuda():
+    """What serves there, told by fake tensors: the kernels, and for float64 the reference, which makes no such call."""
+    js_div(torch.zeros(1, 1), torch.zeros(1, 1))  # loads the kernels
+    for dtype, other, kernels in ((torch.float32, torch.float64, 1), (torch.float64, torch.float32, 0)):
+        with FakeTensorMode(), Calls() as calls:
+            x, w = torch.zeros(4, 5, device="cuda", dtype=dtype), torch.ones(4, device="cuda", dtype=other)
+            loss = js_div(x, x, weight=w)
+        assert loss.dtype == dtype and calls.names.count("udi_kernels::js_div_fwd") == kernels
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
 
 
 BAD = {

@@ -2,7 +2,10 @@
 //
 // In C++ because calls of few rows are mostly overhead: forward and backward of 64 x 101 took 111 us with Python's
 // autograd.Function and checks, and take 88. The price: this is the one file that is not on the stable ABI.
+#include <array>
 #include <cmath>
+#include <optional>
+#include <tuple>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -17,7 +20,7 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 using Weight = std::optional<Tensor>;
 
-enum Reduction : int64_t { kNone, kSum, kMean };
+enum Reduction : int64_t { kNone, kSum, kMean };  // as in ops.h, which does not go with ATen's headers
 
 // The op of this name, looked up once by each that keeps it.
 template <class Signature>
@@ -28,21 +31,23 @@ auto op(const char* name) {
 // The public function says in better words what does not fit, or has the reference serve it.
 void expect(bool fits) { TORCH_CHECK(fits, "udi_kernels: the arguments do not fit the kernels"); }
 
-// Triton kernels compute in float32, so they do not serve float64.
 bool floating(const Tensor& t) {
   auto type = t.scalar_type();
-  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || (type == at::kDouble && !t.is_cuda());
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
 bool same_shape_and_device(const Tensor& a, const Tensor& b) {
   return floating(a) && floating(b) && a.device() == b.device() && a.sym_sizes() == b.sym_sizes();
 }
 
-at::ScalarType common_dtype(const Tensor& a, const Tensor& b) {
-  return at::promote_types(a.scalar_type(), b.scalar_type());
+// Autocast mixes dtypes. Triton kernels compute in float32, so they do not serve float64.
+at::ScalarType common_dtype(const Tensor& a, at::ScalarType b) {
+  auto dtype = at::promote_types(a.scalar_type(), b);
+  expect(dtype != at::kDouble || !a.is_cuda());
+  return dtype;
 }
 
-// A matrix of this dtype (autocast mixes them) whose rows have their elements side by side.
+// A matrix of this dtype whose rows have their elements side by side.
 Tensor matrix(const Tensor& t, at::ScalarType dtype) {
   Tensor m = t.dim() == 2 ? t : t.reshape_symint({-1, t.sym_size(-1)});
   if (m.scalar_type() != dtype) m = m.to(dtype);
@@ -100,7 +105,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
               int64_t reduction) {
   expect(same_shape_and_device(input, target) && input.dim() && input.sym_size(-1) != 0);
   expect(0 < beta && beta < 1 && 0 < temperature && temperature < INFINITY);
-  auto dtype = common_dtype(input, target);
+  auto dtype = common_dtype(input, target.scalar_type());
   auto leading = input.sym_sizes().slice(0, input.dim() - 1);
   Weight factor;
   if (weight) {
@@ -163,7 +168,7 @@ struct ClubNLL : Function<ClubNLL> {
 
 std::array<Tensor, 3> gaussian(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
   expect(mu.dim() == 2 && same_shape_and_device(mu, logvar) && same_shape_and_device(mu, y));
-  auto dtype = at::promote_types(common_dtype(mu, logvar), y.scalar_type());
+  auto dtype = common_dtype(mu, common_dtype(logvar, y.scalar_type()));
   return {matrix(mu, dtype), matrix(logvar, dtype), matrix(y, dtype)};
 }
 

@@ -12,6 +12,7 @@ import train
 from common import Registry
 
 studies = Registry("study")
+NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # conditions: options
 
 
 @dataclass

@@ -2,7 +2,7 @@ from statistics import fmean
 
 from report import INK, MODALITY_COLORS, MUTED, WEIGHTS, column, finish
 
-from . import Study, Variant, studies
+from . import NOISE, Study, Variant, studies
 from .summary import new_figure, title
 
 WINDOW = 5  # epochs
@@ -16,7 +16,7 @@ class Controller(Study):
 
     variants = [
         Variant(name, f"--baselines none {options} {noise}", condition)
-        for condition, noise in {"": "", "noisy training": "--noise 0.2,0.2"}.items()
+        for condition, noise in NOISE.items()
         for name, options in (
             ("each epoch", "--controller dynamic"),
             ("each step", "--controller dynamic --align-every 1"),

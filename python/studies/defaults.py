@@ -1,4 +1,4 @@
-from . import Study, Variant, studies
+from . import NOISE, Study, Variant, studies
 from .summary import differences, interval, spread
 
 PAPER = "dynamic"
@@ -15,8 +15,8 @@ class Defaults(Study):
 
     seeds = 20
     variants = [
-        Variant(name, f"--dataset splitdigits --baselines none {options} {noise}", condition)
-        for condition, noise in {"clean": "", "noisy training": "--noise 0.2,0.2"}.items()
+        Variant(name, f"--dataset splitdigits --baselines none {options} {noise}", condition or "clean")
+        for condition, noise in NOISE.items()
         for name, options in WEIGHTS.items()
     ]
 
@@ -27,7 +27,7 @@ class Defaults(Study):
             by_seed = fused.setdefault(run["variant"], {}).setdefault(run["seed"], {})
             by_seed[run["condition"]] = run["metrics"]["fused"]["val_acc"]
         whole = {
-            name: {seed: spread(by.values())[0] for seed, by in by_seed.items() if len(by) == 2}
+            name: {seed: spread(by.values())[0] for seed, by in by_seed.items() if len(by) == len(NOISE)}
             for name, by_seed in fused.items()
         }
         found = []
@@ -36,8 +36,5 @@ class Defaults(Study):
             if name != PAPER and len(gains) > 1:
                 mean, half = spread(gains)[0], interval(gains)
                 found.append(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
-        return (
-            [f"Fused validation accuracy against {PAPER}, mean of clean and noisy: {'; '.join(found)}."]
-            if found
-            else []
-        )
+        text = f"Fused validation accuracy against {PAPER}, mean of clean and noisy: {'; '.join(found)}."
+        return [text] if found else []

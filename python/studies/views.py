@@ -1,6 +1,5 @@
-from . import Study, Variant, studies
+from . import NOISE, Study, Variant, studies
 
-NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}
 SETTINGS = {
     "udi": "--baselines joint,joint-sum,ogm-ge,gramian",
     "udi, dynamic": "--controller dynamic",
