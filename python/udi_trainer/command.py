@@ -21,9 +21,8 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
             plan = Plan(options)
             folder = folder or plan.new_folder()
             result = plan.run(folder)
-        print(
-            f"\n{result.table()}\n\n{result.metrics['seconds']['total']:.1f} s; see {folder}/report.png and metrics.json"
-        )
+        total = result.metrics["seconds"]["total"]
+        print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json")
         return 0
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)

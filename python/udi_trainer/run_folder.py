@@ -1,4 +1,4 @@
-"""The folder of a run: config.json at the start, metrics.jsonl and checkpoints/ while it trains, the rest at the end."""
+"""A run's folder: config.json at the start, metrics.jsonl and checkpoints/ while it trains, the rest at the end."""
 
 import contextlib
 import datetime

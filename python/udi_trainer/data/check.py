@@ -18,9 +18,7 @@ def check(data: Dataset):
         check_split(name, split, data)
     counts = torch.bincount(data.train.labels[data.train.labels >= 0].cpu(), minlength=data.classes)
     if absent := (counts == 0).nonzero().flatten().tolist():
-        raise UserError(
-            f"train labels lack class {', '.join(map(str, absent))} of {data.classes}: nothing can learn it"
-        )
+        raise UserError(f"no training sample has label {', '.join(map(str, absent))}, of {data.classes} classes")
     for m, modality in data.modalities.items():
         shapes = {name: tuple(modality.sample(split).shape[1:]) for name, split in data.splits().items()}
         if len(set(shapes.values())) > 1:
@@ -30,12 +28,8 @@ def check(data: Dataset):
 def check_split(name: str, split: Split, data: Dataset):
     labels = split.labels
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
-        what = (
-            f"{labels.dtype} of shape {tuple(labels.shape)}"
-            if isinstance(labels, torch.Tensor)
-            else type(labels).__name__
-        )
-        raise UserError(f"{name} labels must be int64 of shape (N,), got {what}")
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise UserError(f"{name} labels must be int64 (N,), got {got}")
     if not len(labels):
         raise UserError(f"the {name} split is empty")
     least = -1 if name == "train" else 0
@@ -50,9 +44,8 @@ def check_split(name: str, split: Split, data: Dataset):
     for m, modality in data.modalities.items():
         for stored in modality.reads:
             if stored not in split.stored:
-                raise UserError(
-                    f"{m} reads {stored!r}, which {name} lacks: it has {', '.join(split.stored) or 'nothing'}"
-                )
+                has = ", ".join(split.stored) or "nothing"
+                raise UserError(f"{m} reads {stored!r}, which {name} lacks: it has {has}")
     for stored, t in split.stored.items():
         if stored in ("labels", "index"):
             raise UserError(f"a stored tensor cannot be named {stored!r}: a batch has its own")

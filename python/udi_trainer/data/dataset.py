@@ -39,8 +39,8 @@ class Modality:
     """An encoder, and how its input is made from the stored tensors it reads, on the device.
 
     Args:
-        encoder: a name (``cnn``, ``mlp``, ``resnet18``, or one of your own, registered), or a callable from the shape of
-            one sample to a module from a batch of inputs to features (N, any width); a class will do.
+        encoder: a name (``cnn``, ``mlp``, ``resnet18``, or one's own, registered), or a callable from the shape of one
+            sample to a fresh module from a batch of inputs to features (N, any width); a class will do.
         reads: names of the stored tensors.
         make: the input from batches of these tensors; by default the one tensor as float32.
         augment: changes an input at random, in training only.

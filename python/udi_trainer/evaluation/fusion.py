@@ -1,7 +1,7 @@
 """Fusion of the modalities' outputs without trained parameters, chosen on validation.
 
-A rule is a class: ``fit`` makes one from validation logits (M, N, C) and labels (N,), a call turns logits (M, N, C) into
-probabilities (N, C), and ``weights``, one for each of M or None, are all that it keeps.
+A rule is a class: ``fit`` makes one from validation logits (M, N, C) and labels (N,), a call turns logits (M, N, C)
+into probabilities (N, C), and ``weights``, one for each of M or None, are all that it keeps.
 """
 
 from collections.abc import Sequence
