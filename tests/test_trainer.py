@@ -24,18 +24,19 @@ sys.path[:0] = [str(TRAIN.parent), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
 import data  # noqa: E402
-import eager_udi  # noqa: E402
 import fusion  # noqa: E402
 import models  # noqa: E402
 import run as run_module  # noqa: E402
 import similarity  # noqa: E402
-import train  # noqa: E402
-import udi_kernels  # noqa: E402
 from methods import methods, ogm_ge, udi  # noqa: E402
 from methods.gramian import Gramian  # noqa: E402
 from methods.joint import Joint  # noqa: E402
 from methods.joint_sum import JointSum  # noqa: E402
 from methods.unimodal import Alone, train_alone  # noqa: E402
+
+import eager_udi  # noqa: E402
+import train  # noqa: E402
+import udi_kernels  # noqa: E402
 
 needs_torchjd = pytest.mark.skipif(
     not all(map(find_spec, ("torchjd", "qpsolvers", "quadprog"))),
