@@ -4,10 +4,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import EPS, assert_as_good_as_torch, distance, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import EPS, assert_as_good_as_torch, distance, run
 from udi_kernels import js_div, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -294,6 +294,6 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message):
+def test_bad_input(message, backend):
     with pytest.raises((ValueError, TypeError), match=f"js_div: .*{message}"):
         BAD[message](torch.zeros(3, 4))
