@@ -96,7 +96,7 @@ def weighted_sum(
     if written is None:
         return _with_none(ops.weighted_sum.default(tensors, k, weights), tensors)
     ops.weighted_sum_out.default(written, tensors, k, weights)
-    return written  # type: ignore[return-value]
+    return written
 
 
 class GradientPlan:
@@ -146,7 +146,7 @@ def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | No
         tensors, k = list(grads), None
         names = (f"grads[{p}]" for p in range(len(tensors)))
     else:
-        rows = [row if type(row) in (list, tuple) else _row(op, i, row) for i, row in enumerate(grads)]
+        rows: list[Any] = [row if type(row) in (list, tuple) else _row(op, i, row) for i, row in enumerate(grads)]
         for i, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(f"{op}: grads[{i}] must have length {len(rows[0])} as grads[0] has, got {len(row)}")

@@ -81,8 +81,8 @@ def gramian(grads: Lists, dtype: torch.dtype | None = None) -> Tensor:
 def weighted_sum(grads: Lists, weights: Tensor) -> list[Tensor | None]:
     out: list[Tensor | None] = []
     for column in zip(*grads, strict=True):
-        dtype = next((g.dtype for g in column if g is not None), None)
-        wide = accumulation_dtype(dtype)
+        dtypes = [g.dtype for g in column if g is not None]
+        wide = accumulation_dtype(*dtypes)
         terms = [w.to(wide) * g.to(wide) for w, g in zip(weights, column, strict=True) if g is not None]
-        out.append(sum(terms).to(dtype) if terms else None)
+        out.append(sum(terms[1:], terms[0]).to(dtypes[0]) if terms else None)
     return out

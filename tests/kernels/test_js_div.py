@@ -285,6 +285,8 @@ BAD = {
     "beta .* got 1": lambda x: js_div(x, x, beta=1),
     "beta .* got 0": lambda x: js_div(x, x, beta=0.0),
     "beta .* got nan": lambda x: js_div(x, x, beta=math.nan),
+    "beta must be a number, got a tensor": lambda x: js_div(x, x, beta=torch.tensor(0.5, requires_grad=True)),
+    "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
     "temperature .* got 0": lambda x: js_div(x, x, temperature=0),
     "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
     "reduction .* got 'batchmean'": lambda x: js_div(x, x, reduction="batchmean"),
