@@ -37,7 +37,7 @@ def curves(axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float]
             merged.append([name, epochs, values, style])
     for _, epochs, values, style in merged:
         axes.plot(epochs, values, marker="o" if len(epochs) == 1 else None, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.margins(x=0.02)
     label_ends(axes, [(name, epochs[-1], values[-1], style["color"]) for name, epochs, values, style in merged])
 
