@@ -273,6 +273,9 @@ def resumed(folder: str, config: dict, given: dict) -> Options:
     try:
         known = {field.name for field in dataclasses.fields(Options)}
         options = Options(**{name: value for name, value in config.items() if name in known})
+        for name in ("method", "dataset", "epochs", "seed"):  # younger options have their defaults in an older folder
+            if name not in config:
+                raise UserError(f"it lacks {name}")
     except UserError as error:
         raise UserError(f"--resume {folder}: config.json is damaged: {error}") from None
     for field in dataclasses.fields(Options):
