@@ -1,6 +1,8 @@
 """What all parts of a run share: options, data, device, seeds and the log."""
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from .seeds import derive_seed, seeded
 class Run:
     """A run: its options, data and device, and what it has logged of each stage."""
 
-    def __init__(self, options: Options, data: Dataset, device: torch.device, folder: RunFolder):
+    def __init__(self, options: Options, data: Dataset, device: torch.device, folder: RunFolder) -> None:
         self.options, self.device, self.folder = options, device, folder
         self.engine = choose_engine(options.engine, device)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
@@ -26,25 +28,24 @@ class Run:
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
 
-    def seed(self, *key) -> int:
+    def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
 
-    def make(self, task, *args, **named):
+    def make(self, task: Any, *args: Any, **named: Any) -> Any:
         """A task of this class, its initial weights drawn from the seed of its name."""
         modality = args[0] if args else None
         with seeded(self.seed(task.name_of(modality))):
             return task(self, *args, **named)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
 
-    def optimizer(self, parameters) -> torch.optim.Optimizer:
-        options, on_gpu = self.options, self.device.type == "cuda"
+    def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
+        options, decay = self.options, self.options.weight_decay or 0.0
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, weight_decay=options.weight_decay, fused=True, capturable=on_gpu)
-        return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
-        )
+            on_gpu = self.device.type == "cuda"
+            return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=True)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -58,7 +59,7 @@ class Run:
         self.folder.write_log([row for rows in self.history.values() for row in rows])
         return saved
 
-    def save(self, stage: str, row: dict, **state):
+    def save(self, stage: str, row: dict, **state: Any) -> None:
         """Checkpoints the stage after an epoch, and logs the epoch."""
         self.history[stage].append(row)
         self.folder.save(stage, **state, rows=self.history[stage], elapsed=self.elapsed())

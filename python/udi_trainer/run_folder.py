@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class RunFolder:
     stages that another one has trained.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.kept: dict[str, memoryview] = {}  # the checkpoints in memory
 
@@ -30,17 +31,17 @@ class RunFolder:
         path = self.path / "checkpoints" / f"{stage}.pt"
         return load_tensors(path, "delete it to repeat that stage, then resume") if path.exists() else None
 
-    def save(self, stage: str, **state):
+    def save(self, stage: str, **state: Any) -> None:
         if self.path:
             save_tensors(self.path / "checkpoints" / f"{stage}.pt", state)
         else:
             self.kept[stage] = serialised(state)
 
-    def write_log(self, rows: list[dict]):
+    def write_log(self, rows: list[dict]) -> None:
         if self.path:
             write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def append_log(self, row: dict):
+    def append_log(self, row: dict) -> None:
         if not self.path:
             return
         log = self.path / "metrics.jsonl"
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -96,7 +97,7 @@ def load_tensors(path: Path, remedy: str) -> dict:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {remedy}") from None
 
 
-def save_tensors(path: Path, state: dict):
+def save_tensors(path: Path, state: dict) -> None:
     write(path, serialised(state))
 
 
@@ -106,7 +107,7 @@ def serialised(state: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def write(path: Path, data):
+def write(path: Path, data: bytes | memoryview) -> None:
     """All or nothing: a reader, or a process killed here, sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:

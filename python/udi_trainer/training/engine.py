@@ -4,10 +4,12 @@ Both see the same batches, seeds and kinds of steps, so that they train the same
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from ..console import log
+from ..data.dataset import Batch
 from ..errors import UserError
 from .feed import Feed
 from .task import Task
@@ -16,24 +18,26 @@ from .task import Task
 class Eager:
     """Launches a step's operators one by one. Sums its scalars on the device; nothing waits for it until `means`."""
 
-    def __init__(self, task: Task, feed: Feed, seed: int):
+    def __init__(self, task: Task, feed: Feed, seed: int) -> None:
         self.task, self.feed, self.seed = task, feed, seed
         # torch.manual_seed would take 130 us, to look for other devices too.
         index = feed.device.index or 0
         self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
-        self.names, self.totals, self.steps = None, None, 0
+        self.names: list[str] = []
+        self.totals: torch.Tensor | None = None
+        self.steps = 0
 
-    def step(self, batch: dict[str, torch.Tensor], number: int):
+    def step(self, batch: Batch, number: int) -> None:
         self.reseed(number)
         self.run(batch, number, self.task.flags(number))
         self.steps += 1
 
-    def reseed(self, number: int):
+    def reseed(self, number: int) -> None:
         """A step's random numbers depend on its number alone, whatever ran before it."""
         if self.task.random:
             self.generator.manual_seed(self.seed + number)
 
-    def run(self, batch, number, flags):
+    def run(self, batch: Batch, number: int, flags: dict) -> None:
         scalars = self.task.step(self.feed.complete(batch), **flags)
         values = torch.stack([x.detach().float() for x in scalars.values()])
         if self.totals is None:
@@ -42,6 +46,7 @@ class Eager:
 
     def means(self) -> dict[str, float]:
         """The scalars' means over the steps since the last call."""
+        assert self.totals is not None
         means = dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))
         self.steps = 0
         self.totals.zero_()
@@ -60,7 +65,7 @@ class Graphs(Eager):
         super().__init__(*args)
         self.graphs, self.seen, self.pool = {}, [], torch.cuda.graph_pool_handle()
 
-    def run(self, batch, number, flags):
+    def run(self, batch: Batch, number: int, flags: dict) -> None:
         if self.pool is None:
             return super().run(batch, number, flags)
         if flags not in self.seen:
@@ -83,7 +88,7 @@ class Graphs(Eager):
             static[name].copy_(t)
         graph.replay()
 
-    def capture(self, batch, number, flags):
+    def capture(self, batch: Batch, number: int, flags: dict) -> tuple[torch.cuda.CUDAGraph, Batch]:
         graph, static = torch.cuda.CUDAGraph(), {name: t.clone() for name, t in batch.items()}
         # Thread-local: a thread may be allocating the next batch meanwhile.
         stream = torch.cuda.current_stream()
@@ -99,7 +104,7 @@ class Graphs(Eager):
 
 
 @contextlib.contextmanager
-def no_waiting():
+def no_waiting() -> Iterator[None]:
     """Whatever waits for the GPU raises an error."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

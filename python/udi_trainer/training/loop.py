@@ -5,8 +5,9 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch.nn.functional import nll_loss
@@ -22,7 +23,7 @@ from .feed import Feed
 from .task import Task
 
 
-def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
+def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
 
     Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
@@ -49,14 +50,14 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
         stage.finish()
 
 
-def share_stream(stages: Sequence["Stage"]):
+def share_stream(stages: Sequence["Stage"]) -> None:
     """Stages that draw random numbers share a stream: graphs read their seeds from one place, one after the other."""
     drawing = [stage for stage in stages if stage.task.random and stage.stream]
     for stage in drawing:
         stage.stream = drawing[0].stream
 
 
-def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress):
+def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress) -> None:
     """An epoch of each stage, step by step in turn; or at the same time, each with so many threads of the CPU.
 
     Stages that draw random numbers take turns there too, for the generator is one for all.
@@ -92,7 +93,7 @@ def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progre
 class Stage:
     """A task on its way: trained epoch by epoch, checkpointed after each."""
 
-    def __init__(self, task: Task, run: Run):
+    def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
@@ -102,7 +103,7 @@ class Stage:
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
         self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
 
-    def restore(self):
+    def restore(self) -> None:
         """Goes on from its last checkpoint, if there is one."""
         saved = self.run.restore(self.task.name)
         self.history = self.run.history[self.task.name]
@@ -133,10 +134,10 @@ class Stage:
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
         return self.epoch >= epochs or self.diverged or bool(waited)
 
-    def on_stream(self):
+    def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
-    def epoch_steps(self):
+    def epoch_steps(self) -> Iterator[None]:
         """Trains an epoch; yields after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
@@ -152,7 +153,7 @@ class Stage:
                 self.engine.step(next(batches), number)
             yield
 
-    def end(self, began: float, shared: int):
+    def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
         means = self.engine.means()
         logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
@@ -166,7 +167,7 @@ class Stage:
         if diverged and self.best is None:
             lr = self.run.options.lr
             raise UserError(f"{self.label}: the loss is not finite in the first epoch: lower --lr (it is {lr})")
-        row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1}
+        row: dict[str, Any] = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1}
         row |= {name: x if math.isfinite(x) else None for name, x in (means | val).items()}  # JSON has no NaN
         row |= {"diverged": diverged, "seconds": (time.perf_counter() - began) / shared}
         if best_epoch([*self.history, row]) is row:
@@ -174,9 +175,10 @@ class Stage:
         parts = {name: part.state_dict() for name, part in self.task.parts.items()}
         self.run.save(self.task.name, row, parts=parts, best=self.best)
 
-    def finish(self):
+    def finish(self) -> None:
         if self.stream:
             torch.cuda.current_stream(self.run.device).wait_stream(self.stream)
+        assert self.best is not None
         self.task.model.load_state_dict(self.best)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
