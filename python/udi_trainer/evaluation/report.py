@@ -1,6 +1,7 @@
 """What a run shows of itself: the table on the terminal, and report.png."""
 
 from pathlib import Path
+from typing import IO
 
 from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, finish, new_figure
 
@@ -42,7 +43,7 @@ def rule(scores: dict) -> str:
     return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
-def draw(metrics: dict, history: History, path: Path):
+def draw(metrics: dict, history: History, path: Path | IO[bytes]):
     """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
@@ -110,7 +111,7 @@ def picked(metrics: dict) -> list[tuple[str, str | None, dict]]:
     """The comparison without the anchor's second entry: it stays as it was trained alone."""
     anchor, part = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
     entries = [entry for entry in comparison(metrics) if entry[0] != part]
-    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, *rest) for name, *rest in entries]
+    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, m, s) for name, m, s in entries]
 
 
 def compare(axes, bars: list, method: str, colors: dict):

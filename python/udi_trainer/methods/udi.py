@@ -6,6 +6,7 @@ from its labels and from the anchor, which gets nothing back.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy, layer_norm
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
 from ..console import log
+from ..data.dataset import Batch
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
 from ..evaluation.similarity import cross_prediction, linear_cka
@@ -39,17 +41,17 @@ class Anchor:
         self.model = task.model.requires_grad_(False).eval()
         self.cache = None if self.view.augment else self.compute_all()
 
-    def outputs(self, batch):
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         if self.cache is None:
             return self.compute(batch)
         return tuple(t[batch["index"]] for t in self.cache)
 
     @torch.no_grad()
-    def compute(self, batch):
+    def compute(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         with self.run.autocast():
             return self.model(self.view.input(batch, training=True))
 
-    def compute_all(self):
+    def compute_all(self) -> list[torch.Tensor]:
         train = self.run.data.train
         feed = Feed(self.run, train, self.reads)
         parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
@@ -78,7 +80,7 @@ class Follower(Unimodal):
         self.controller = Controller(run).to(run.device)
         self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
 
-    def flags(self, number):
+    def flags(self, number: int) -> dict:
         return {"align": self.controller.due(number), "fitted": number >= self.warmup}
 
     def step(self, batch, align, fitted):
@@ -118,14 +120,15 @@ class Follower(Unimodal):
         scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
         return scalars | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
 
-    def fit_q(self, x, y):
+    def fit_q(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Another step of q alone: the optimizer skips weights that have no gradient."""
         with self.run.autocast():
-            nll = club_nll(*self.q(x), y)
+            mu, logvar = self.q(x)
+            nll = club_nll(mu, logvar, y)
         grad = [*[None] * len(self.parameters), *torch.autograd.grad(nll, self.q_parameters)]
         update(self.optimizer, self.parameters + self.q_parameters, grad)
 
-    def normalise(self, features):
+    def normalise(self, features: torch.Tensor) -> torch.Tensor:
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
         return layer_norm(features, features.shape[1:]) if self.run.options.club_norm == "layer" else features
 
@@ -137,10 +140,10 @@ class Controller(nn.Module):
         super().__init__()
         options = run.options
         static = options.controller == "static"
-        self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha if static else (0, 0))]))
-        self.every = None if static else run.steps if options.align_every == "epoch" else options.align_every
+        self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha or (0, 0))]))
+        self.every = None if static else run.steps if options.align_every == "epoch" else int(options.align_every)
 
-    def due(self, number):
+    def due(self, number: int) -> bool:
         return self.every is not None and number % self.every == 0
 
 
@@ -185,7 +188,7 @@ def choose_anchor(option: str, histories: dict[str, list[dict]]) -> tuple[str, d
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
-def predictions(tasks: dict[str, Unimodal], run: Run) -> tuple[dict, dict]:
+def predictions(tasks: Mapping[str, Unimodal], run: Run) -> tuple[dict, dict]:
     """Features and logits of each modality, on validation and test, from one pass."""
     both = {m: outputs(task, run, task.features_and_logits) for m, task in tasks.items()}
     features = {m: {split: z[:, : tasks[m].width] for split, z in seen.items()} for m, seen in both.items()}
