@@ -10,18 +10,20 @@ conflict it is their mean.
 import torch
 from torch.nn.functional import cross_entropy
 
-from fit import update
 from udi_kernels import gramian, weighted_sum
 
-from . import methods
+from ..registry import methods
+from ..run import Run
+from ..training.task import update
 from .joint import Joint, train_joint
+from .outcome import Outcome
 
 
 class Gramian(Joint):
-    phase = "gramian"
+    key = "gramian"
     capturable = False  # UPGrad solves a quadratic program on the CPU
 
-    def __init__(self, run):
+    def __init__(self, run: Run):
         from torchjd.aggregation import UPGradWeighting
 
         super().__init__(run)
@@ -33,16 +35,16 @@ class Gramian(Joint):
             outputs = {"joint": logits, **self.model.shares(features)}
             losses = {name: cross_entropy(z, batch["labels"]) for name, z in outputs.items()}
         grads = [
-            torch.autograd.grad(loss, self.weights, retain_graph=True, allow_unused=True) for loss in losses.values()
+            torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True) for loss in losses.values()
         ]
         weights = self.weighting(gramian(grads))
-        update(self.optimizer, self.weights, weighted_sum(grads, weights))
-        figures = {f"loss_{name}": loss for name, loss in losses.items()}
-        figures |= {f"weight_{name}": weight for name, weight in zip(losses, weights, strict=True)}
-        return {"loss": losses["joint"], **figures}
+        update(self.optimizer, self.parameters, weighted_sum(grads, weights))
+        scalars = {f"loss_{name}": loss for name, loss in losses.items()}
+        scalars |= {f"weight_{name}": weight for name, weight in zip(losses, weights, strict=True)}
+        return {"loss": losses["joint"], **scalars}
 
 
 @methods.register("gramian", needs=("torchjd", "qpsolvers", "quadprog"), extra="experiments")
-def gramian_weighted(run):
+def gramian_weighted(run: Run) -> Outcome:
     """Joint loss and a loss for each modality's share, weighted by TorchJD's UPGrad on the gradients' Gramian."""
-    return train_joint(Gramian(run))
+    return train_joint(run.make(Gramian))

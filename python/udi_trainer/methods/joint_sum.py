@@ -1,9 +1,10 @@
 """Joint training with sum fusion: a linear head for each modality, their logits summed, one loss on the sum."""
 
-from models import SumClassifier
-
-from . import methods
+from ..models.classifiers import SumClassifier
+from ..registry import methods
+from ..run import Run
 from .joint import Joint, train_joint
+from .outcome import Outcome
 
 
 class JointSum(Joint):
@@ -13,11 +14,11 @@ class JointSum(Joint):
     elsewhere (a head draws its weights for one modality's features, so they are larger) and moves the bias faster.
     """
 
-    phase = "joint-sum"
-    fusion, classifier = "sum", SumClassifier
+    key = "joint-sum"
+    classifier = SumClassifier
 
 
 @methods.register("joint-sum")
-def joint_sum(run):
+def joint_sum(run: Run) -> Outcome:
     """A linear head for each modality, the logits summed, one loss."""
-    return train_joint(JointSum(run))
+    return train_joint(run.make(JointSum))

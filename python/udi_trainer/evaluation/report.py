@@ -1,9 +1,6 @@
 """What a run shows of itself: the table on the terminal, and report.png."""
 
-from importlib.util import find_spec
 from itertools import cycle
-
-from common import UserError
 
 
 def comparison(metrics):
@@ -13,7 +10,7 @@ def comparison(metrics):
     for m, figures in unimodal.items():
         epochs = f", {figures['epochs']} epochs" if "epochs" in figures else ""  # that lost the race for the anchor
         rows.append((f"{m} alone{epochs}", m, figures))
-    if "ensemble" in metrics:
+    if "ensemble" in metrics and "ensemble" not in metrics["baselines"]:
         rows.append(("ensemble", None, metrics["ensemble"]))
     rows += [(name, None, figures) for name, figures in metrics["baselines"].items()]
     if modalities != unimodal:
@@ -37,15 +34,11 @@ def rule(figures):
     return figures.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
-def need_matplotlib():
-    if find_spec("matplotlib") is None:
-        raise UserError('the report needs matplotlib: pip install -e ".[train]"')
-
-
 MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
 INK, MUTED = "#222222", "#8f8f8f"
 LOSSES = {"cls": (INK, "$L_{cls}$"), "con": ("#12908e", "$L_{con}$"), "com": ("#c0392b", "$L_{com}$")}
 WEIGHTS = {"alpha_con": ("#12908e", r"$\alpha_{con}$"), "alpha_com": ("#c0392b", r"$\alpha_{com}$")}
+ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -79,8 +72,8 @@ def accuracies(axes, stages, hue):
     whole = cycle(STYLES)  # methods that train one model of all modalities are told apart by their dashes
     for rows in stages.values():
         phase, modality = rows[0]["phase"], rows[0]["modality"]
-        label = f"{modality}, {'alone' if phase == 'anchor' else phase}" if modality else phase
-        dashes = next(whole) if modality is None else "--" if phase == "anchor" else "-"
+        label = f"{modality}, {'alone' if phase in ALONE else phase}" if modality else phase
+        dashes = next(whole) if modality is None else "--" if phase in ALONE else "-"
         style = {"color": hue.get(modality, MUTED), "linestyle": dashes}
         axes.plot([r["epoch"] for r in rows], column(rows, "val_acc"), label=label, **style)
     axes.set_ylim(0, 1.02)

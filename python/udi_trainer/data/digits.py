@@ -1,4 +1,4 @@
-"""Datasets: what is stored of each sample, and how a modality's input is made from it.
+"""Handwritten digits as two modalities: scikit-learn's and MNIST's, colored-and-gray or in halves.
 
 A new dataset is one function decorated with ``@datasets.register(name)`` that takes ``data_root`` (a path or None)
 and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all seeds see the same samples.
@@ -6,77 +6,14 @@ and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all s
 
 import gzip
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from common import Registry, UserError, derive_seed
-
-datasets = Registry("dataset")
-
-
-@dataclass
-class Split:
-    """Labels (N,) and whatever the modalities read, each tensor with N rows, in its smallest form."""
-
-    labels: torch.Tensor
-    stored: dict[str, torch.Tensor]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def rows(self, index, names):
-        """A batch: these samples' labels and stored tensors of these names, and what samples they are."""
-        tensors = {"labels": self.labels} | {name: self.stored[name] for name in names}
-        return {"index": index} | {name: t.index_select(0, index) for name, t in tensors.items()}
-
-    def to(self, device):
-        return Split(self.labels.to(device), {name: t.to(device) for name, t in self.stored.items()})
-
-    def nbytes(self):
-        return sum(t.nbytes for t in (self.labels, *self.stored.values()))
-
-
-@dataclass
-class Modality:
-    """An encoder's name, and how its input is made from the stored tensors it reads, on the device.
-
-    ``augment`` changes an input at random, in training only.
-    """
-
-    encoder: str
-    reads: tuple[str, ...]
-    make: Callable[..., torch.Tensor] = torch.Tensor.float
-    augment: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    def input(self, batch, training=False):
-        x = self.make(*(batch[name] for name in self.reads))
-        if training and self.augment:
-            x = self.augment(x)
-        return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-    def shape(self, split):
-        """Of one sample."""
-        return self.input(split.rows(torch.tensor([0]), self.reads)).shape[1:]
-
-
-@dataclass
-class Dataset:
-    classes: int
-    modalities: dict[str, Modality]
-    train: Split
-    val: Split
-    test: Split
-
-    def to(self, device):
-        splits = (split.to(device) for split in (self.train, self.val, self.test))
-        return Dataset(self.classes, self.modalities, *splits)
-
-    def nbytes(self):
-        return sum(split.nbytes() for split in (self.train, self.val, self.test))
-
+from ..errors import UserError
+from ..registry import datasets
+from .dataset import Dataset, Modality, Split
+from .noise import noisy
 
 # Mean color of each digit, RGB.
 COLORS = torch.tensor(
@@ -121,39 +58,6 @@ def split_in_halves(train, val, test, mean, std):
 
     modalities = {name: Modality("cnn", (name,), lambda half: (half[:, None] / 255 - mean) / std) for name in HALVES}
     return Dataset(10, modalities, split(*train), split(*val), split(*test))
-
-
-def noisy(pixels, std, generator):
-    """uint8 pixels plus Gaussian noise, ``std`` of the pixels' range; clipped and rounded to pixels again.
-
-    As corrupted images are made in ImageNet-C (Hendrycks & Dietterich 2019, arXiv 1903.12261).
-    """
-    noise = torch.randn(pixels.shape, generator=generator)
-    return (pixels / 255 + std * noise).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-
-
-def corrupt(data, inputs, labels):
-    """The dataset with noise in its training split, the same in every run; validation and test stay clean.
-
-    ``inputs``: standard deviation of Gaussian noise on all that the modalities read, of pixels as a fraction of their
-    range, of other tensors as a fraction of their own standard deviation. ``labels``: fraction of the labels replaced,
-    each by any other class with the same probability. A lower fraction's wrong labels are among a higher one's.
-    """
-
-    def noised(name, x):
-        generator = torch.Generator().manual_seed(derive_seed("noise", name))
-        if x.dtype == torch.uint8:
-            return noisy(x, inputs, generator)
-        if not x.is_floating_point():
-            raise UserError(f"--noise: {name!r} is neither pixels nor floating point, but {x.dtype}")
-        return x + inputs * x.std() * torch.randn(x.shape, generator=generator)
-
-    train, generator = data.train, torch.Generator().manual_seed(derive_seed("noise"))
-    wrong = torch.randperm(len(train), generator=generator)
-    shift = torch.randint(1, data.classes, wrong.shape, generator=generator)
-    shift[wrong[round(labels * len(train)) :]] = 0
-    stored = {name: noised(name, x) for name, x in train.stored.items()}
-    return replace(data, train=Split((train.labels + shift) % data.classes, stored))
 
 
 @datasets.register("cgdigits")

@@ -19,20 +19,22 @@ The authors train with SGD. AdamW divides by the gradient's running scale, so wi
 import torch
 from torch.nn.functional import cross_entropy
 
-from fit import update
-
-from . import methods
+from ..registry import methods
+from ..run import Run
+from ..training.task import update
 from .joint import Joint, train_joint
+from .outcome import Outcome
 
 ALPHA = 0.8  # the authors' README: 0.8 for CREMA-D, of few classes as digits are; 0.1 for VGGSound, of 309
 MODULATED = 0.5  # of all steps: the authors' README modulates epochs 0 to 50 of 100
 
 
 class OGMGE(Joint):
-    phase = "ogm-ge"
+    key = "ogm-ge"
 
-    def __init__(self, run):
+    def __init__(self, run: Run):
         super().__init__(run)
+        self.random = True
         encoders = self.model.encoders.items()
         self.owner = {w: name for name, encoder in encoders for w in encoder.parameters() if w.dim() > 1}
         self.end = MODULATED * run.options.epochs * run.steps
@@ -44,14 +46,14 @@ class OGMGE(Joint):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
             loss = cross_entropy(logits, batch["labels"])
-        grads = torch.autograd.grad(loss, self.weights)
+        grads = torch.autograd.grad(loss, self.parameters)
         k = dict.fromkeys(features, torch.ones_like(loss))
         if modulate:
             with torch.no_grad(), self.run.autocast():
                 k = coefficients(self.model.shares(features), batch["labels"])
-            pairs = zip(self.weights, grads, strict=True)
+            pairs = zip(self.parameters, grads, strict=True)
             grads = [enhanced(g, k[self.owner[w]]) if w in self.owner else g for w, g in pairs]
-        update(self.optimizer, self.weights, grads)
+        update(self.optimizer, self.parameters, grads)
         return {"loss": loss} | {f"k_{name}": x for name, x in k.items()}
 
 
@@ -67,6 +69,6 @@ def enhanced(grad, k):
 
 
 @methods.register("ogm-ge")
-def ogm_ge(run):
+def ogm_ge(run: Run) -> Outcome:
     """Joint training that slows the leading modality's encoder down, and adds noise to all encoders' gradients."""
-    return train_joint(OGMGE(run))
+    return train_joint(run.make(OGMGE))

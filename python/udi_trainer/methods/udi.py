@@ -6,21 +6,25 @@ from its labels and from the anchor, which gets nothing back.
 """
 
 import math
-import sys
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, layer_norm
 
-from feed import Feed
-from fit import best_epoch, fit, outputs, update
-from fusion import fuse, scores
-from models import FEATURES, ConditionalGaussian
-from similarity import cross_prediction, linear_cka
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
-from . import methods
-from .unimodal import Unimodal, train_alone
+from ..console import log
+from ..evaluation.fusion import fuse
+from ..evaluation.scores import scores
+from ..evaluation.similarity import cross_prediction, linear_cka
+from ..models.classifiers import ConditionalGaussian
+from ..registry import methods
+from ..run import Run
+from ..training.feed import Feed
+from ..training.loop import best_epoch, fit, outputs
+from ..training.task import update
+from .outcome import Outcome
+from .unimodal import Alone, Unimodal, train_alone
 
 NEAR_TIE = 0.005  # validation accuracies this near each other leave the anchor's choice to predictive entropy
 Q_WARMUP = 100  # steps in which q is only fitted: the bound of an unfitted q is noise that can wreck a follower
@@ -30,8 +34,8 @@ CACHE_LIMIT = 2**30  # bytes of the anchor's outputs above which they are kept i
 class Anchor:
     """The frozen anchor's features and logits of the training samples: computed once, unless its input is augmented."""
 
-    def __init__(self, run, task):
-        self.run, self.view, self.reads = run, task.view, task.reads
+    def __init__(self, run: Run, task: Unimodal):
+        self.run, self.view, self.reads, self.width = run, task.view, task.reads, task.width
         self.model = task.model.requires_grad_(False).eval()
         self.cache = None if self.view.augment else self.compute_all()
 
@@ -54,27 +58,28 @@ class Anchor:
 
 
 class Follower(Unimodal):
-    phase = "follower"
+    key = "follower"
 
-    def __init__(self, run, modality, anchor, alone=None):
-        """Starts from scratch, or from the weights of ``alone``."""
+    def __init__(self, run: Run, modality: str, anchor: Anchor, alone: Alone | None = None):
+        """Starts from scratch, or from the parameters of ``alone``."""
         super().__init__(run, modality)
         self.anchor = anchor
         if anchor.cache is None:
-            self.reads = (modality, *anchor.reads)
+            self.reads, self.random = (modality, *anchor.reads), True
         if alone:
             self.model.load_state_dict(alone.model.state_dict())
         options = run.options
-        self.q = ConditionalGaussian(FEATURES, FEATURES, options.q_width, options.q_depth).to(run.device)
-        self.q_weights = list(self.q.parameters())
+        self.q = ConditionalGaussian(anchor.width, self.width, options.q_width, options.q_depth).to(run.device)
+        self.q_parameters = list(self.q.parameters())
         self.optimizer = run.optimizer(
-            [{"params": self.weights}, {"params": self.q_weights, "lr_factor": options.q_lr}]
+            [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}]
         )
+        self.warmup = q_warmup(run)
         self.controller = Controller(run).to(run.device)
         self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
 
     def flags(self, number):
-        return {"align": self.controller.due(number), "fitted": number >= Q_WARMUP}
+        return {"align": self.controller.due(number), "fitted": number >= self.warmup}
 
     def step(self, batch, align, fitted):
         """``align``: measure the losses' weights anew; ``fitted``: q is good enough for its bound to be lowered."""
@@ -91,33 +96,33 @@ class Follower(Unimodal):
             x, y = self.normalise(anchor_features), self.normalise(features)
             mu, logvar = self.q(x)
             q_nll = club_nll(mu, logvar, y.detach())
-            bound = club_mi(mu.detach(), logvar.detach(), y) / FEATURES
+            bound = club_mi(mu.detach(), logvar.detach(), y) / self.width
             com = bound.relu() if fitted else 0 * bound
 
         if align:
             # The gradients that set the weights make this step's update too.
             grads = [
-                torch.autograd.grad(loss, self.weights, retain_graph=True, allow_unused=True)
+                torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
                 for loss in (cls, con, com)
             ]
             alpha.copy_(alignment_weights(gramian(grads)))
-            grad = [*weighted_sum(grads, alpha), *torch.autograd.grad(q_nll, self.q_weights)]
+            grad = [*weighted_sum(grads, alpha), *torch.autograd.grad(q_nll, self.q_parameters)]
         else:
             one = alpha[0]
-            grad = torch.autograd.grad((cls, con, com, q_nll), self.weights + self.q_weights, (*alpha, one))
-        update(self.optimizer, self.weights + self.q_weights, grad)
+            grad = torch.autograd.grad((cls, con, com, q_nll), self.parameters + self.q_parameters, (*alpha, one))
+        update(self.optimizer, self.parameters + self.q_parameters, grad)
         for _ in range(self.run.options.q_steps - 1):
             self.fit_q(x, y.detach())
         loss = torch.stack((cls, con, com)).detach() @ alpha
-        figures = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
-        return figures | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
+        scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
+        return scalars | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
 
     def fit_q(self, x, y):
         """Another step of q alone: the optimizer skips weights that have no gradient."""
         with self.run.autocast():
             nll = club_nll(*self.q(x), y)
-        grad = [*[None] * len(self.weights), *torch.autograd.grad(nll, self.q_weights)]
-        update(self.optimizer, self.weights + self.q_weights, grad)
+        grad = [*[None] * len(self.parameters), *torch.autograd.grad(nll, self.q_parameters)]
+        update(self.optimizer, self.parameters + self.q_parameters, grad)
 
     def normalise(self, features):
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
@@ -127,7 +132,7 @@ class Follower(Unimodal):
 class Controller(nn.Module):
     """The weights (1, a_con, a_com) of the three losses, and the steps at which they are measured anew."""
 
-    def __init__(self, run):
+    def __init__(self, run: Run):
         super().__init__()
         options = run.options
         static = options.controller == "static"
@@ -138,26 +143,32 @@ class Controller(nn.Module):
         return self.every is not None and number % self.every == 0
 
 
-def anchor_phase(run):
+def q_warmup(run: Run) -> int:
+    """Steps of a follower in which q is only fitted; of a short training, a quarter."""
+    chosen, steps = run.options.q_warmup, run.options.epochs * run.steps
+    return min(Q_WARMUP, steps // 4) if chosen is None else chosen
+
+
+def anchor_phase(run: Run) -> tuple[dict[str, Alone], str, dict]:
     """Trains modalities alone: their tasks by name, the anchor's name, and how it was chosen."""
     options = run.options
     only_anchor = options.anchor != "auto" and options.follower_init == "scratch"
     heat = math.ceil(options.race * options.epochs) if options.race else options.epochs
-    tasks = train_alone(run, [options.anchor] if only_anchor else None, heat)
-    anchor, selection = choose_anchor(options.anchor, {m: run.rows[task.name][:heat] for m, task in tasks.items()})
-    figures = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
-    print(f"anchor: {anchor}, by {selection['by']} (validation: {figures})", flush=True)
+    tasks = train_alone(run, [options.anchor] if only_anchor else None, heat, phase="anchor")
+    anchor, selection = choose_anchor(options.anchor, {m: run.history[task.name][:heat] for m, task in tasks.items()})
+    accuracies = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
+    log.info("anchor: %s, by %s (validation: %s)", anchor, selection["by"], accuracies)
     if heat < options.epochs:
         fit([tasks[anchor]], run)
     return tasks, anchor, selection
 
 
-def choose_anchor(option, rows):
+def choose_anchor(option: str, histories: dict[str, list[dict]]) -> tuple[str, dict]:
     """The modality that leads on validation, and by what it was chosen; near ties go to the surer one.
 
-    ``rows``: the log of each modality. Each counts as in its best epoch there.
+    Each modality counts as in the best epoch of its history.
     """
-    best = {m: best_epoch(log) for m, log in rows.items()}
+    best = {m: best_epoch(history) for m, history in histories.items()}
     merits = {m: {name: row[name] for name in ("epoch", "val_acc", "val_entropy")} for m, row in best.items()}
     ranked = sorted(merits, key=lambda m: -merits[m]["val_acc"])
     lead = merits[ranked[0]]["val_acc"]
@@ -173,63 +184,70 @@ def choose_anchor(option, rows):
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
-def predictions(tasks, run):
+def predictions(tasks: dict[str, Unimodal], run: Run) -> tuple[dict, dict]:
     """Features and logits of each modality, on validation and test, from one pass."""
-    both = {modality: outputs(task, run, task.features_and_logits) for modality, task in tasks.items()}
-    parts = slice(FEATURES), slice(FEATURES, None)
-    return ({m: {split: z[:, part] for split, z in seen.items()} for m, seen in both.items()} for part in parts)
+    both = {m: outputs(task, run, task.features_and_logits) for m, task in tasks.items()}
+    features = {m: {split: z[:, : tasks[m].width] for split, z in seen.items()} for m, seen in both.items()}
+    logits = {m: {split: z[:, tasks[m].width :] for split, z in seen.items()} for m, seen in both.items()}
+    return features, logits
 
 
-def similarity(anchor, follower):
+def similarity(anchor: dict, follower: dict) -> dict[str, float]:
     """How much of a follower's test features the anchor's have, too."""
     return {"cka": linear_cka(anchor["test"], follower["test"]), "r2": cross_prediction(anchor, follower)}
 
 
-def collapsed(rows, alone, classes):
+def collapsed(history: list[dict], alone: float | None, classes: int) -> str | None:
     """Why a follower counts as collapsed, or None: it ended with less than half of the skill it had, or has alone."""
-    if rows[-1]["diverged"]:
-        return f"its loss was not finite in epoch {rows[-1]['epoch']}"
-    chance, end = 1 / classes, rows[-1]["val_acc"]
-    where, skill = ("alone it reaches", alone) if alone else ("it had reached", best_epoch(rows)["val_acc"])
-    if end - chance < 0.5 * (skill - chance) or end <= chance:
+    if history[-1]["diverged"]:
+        return f"its loss was not finite in epoch {history[-1]['epoch']}"
+    chance, end = 1 / classes, history[-1]["val_acc"]
+    where, skill = ("alone it reaches", alone) if alone else ("it had reached", best_epoch(history)["val_acc"])
+    if end < skill and end - chance < 0.5 * (skill - chance):
         return f"its validation accuracy ended at {end:.3f}, {where} {skill:.3f}"
     return None
 
 
 @methods.register("udi")
-def udi(run):
+def udi(run: Run) -> Outcome:
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
     tasks, name, selection = anchor_phase(run)
     features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
-    epochs = {m: len(run.rows[task.name]) for m, task in tasks.items() if m != name}
+    epochs = {m: len(run.history[task.name]) for m, task in tasks.items() if m != name}
     unfinished = {m: n for m, n in epochs.items() if run.options.race and n < run.options.epochs}
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
     anchor, warm = Anchor(run, tasks[name]), run.options.follower_init == "anchor-phase"
+    warmup, steps = q_warmup(run), run.options.epochs * run.steps
+    if warmup >= steps:
+        log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)
     modalities = [modality for modality in run.data.modalities if modality != name]
-    followers = {m: Follower(run, m, anchor, tasks[m] if warm else None) for m in modalities}
+    followers = {m: run.make(Follower, m, anchor, tasks[m] if warm else None) for m in modalities}
     fit(list(followers.values()), run)
     followed, trained = predictions(followers, run)
     logits = {m: alone[m] if m == name else trained[m] for m in run.data.modalities}
     collapses = {}
     for modality, follower in followers.items():
         skill = unimodal[modality]["val_acc"] if modality in tasks else None
-        reason = collapsed(run.rows[follower.name], skill, run.data.classes)
+        reason = collapsed(run.history[follower.name], skill, run.data.classes)
         if reason:
             collapses[modality] = reason
-            print(f"warning: follower {modality} collapsed: {reason}", file=sys.stderr)
+            log.warning("follower %s collapsed: %s", modality, reason)
+    fused, rule = fuse(run.options.fusion, logits, run.labels)
     metrics = {
         "anchor": name,
         "anchor_selection": selection,
         "controller": run.options.controller,
+        "q_warmup": warmup,
         "modalities": {modality: scores(z, run.labels) for modality, z in logits.items()},
         "unimodal": unimodal,
         "collapsed": collapses,
         "similarity": {modality: similarity(features[name], y) for modality, y in followed.items()},
-        "fused": fuse(run.options.fusion, logits, run.labels),
+        "fused": fused,
     }
     if len(alone) == len(logits) and not unfinished:
-        metrics["ensemble"] = fuse(run.options.fusion, alone, run.labels)
-    return metrics
+        metrics["ensemble"] = fuse(run.options.fusion, alone, run.labels)[0]
+    models = {m: (tasks if m == name else followers)[m].model for m in run.data.modalities}
+    return Outcome(metrics, models, rule)

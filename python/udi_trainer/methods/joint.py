@@ -5,25 +5,31 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from fit import Task, fit, outputs, update
-from fusion import scores
-from models import ConcatClassifier, encoder_for, place
-
-from . import methods
+from ..evaluation.scores import scores
+from ..models.classifiers import ConcatClassifier
+from ..models.encoders import make_encoder, may_draw
+from ..registry import methods
+from ..run import Run
+from ..training.loop import fit, outputs
+from ..training.task import Task, update
+from .outcome import Outcome
 
 
 class Joint(Task):
     """The ancestor of all methods that train one model of all modalities."""
 
-    phase = "joint"
-    fusion, classifier = "concat", ConcatClassifier
+    key = "joint"
+    classifier = ConcatClassifier
 
-    def __init__(self, run):
+    def __init__(self, run: Run):
         super().__init__(run)
-        encoders = {name: encoder_for(view, run) for name, view in run.data.modalities.items()}
-        self.model = place(self.classifier(encoders, run.data.classes), run)
-        self.weights = list(self.model.parameters())
-        self.optimizer = run.optimizer(self.weights)
+        views = run.data.modalities
+        made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
+        encoders, widths = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+        self.random = any(view.augment for view in views.values()) or any(map(may_draw, encoders.values()))
+        self.model = self.place(self.classifier(encoders, widths, run.data.classes))
+        self.parameters = list(self.model.parameters())
+        self.optimizer = run.optimizer(self.parameters)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
     def forward(self, batch, training=False):
@@ -33,7 +39,7 @@ class Joint(Task):
     def step(self, batch):
         with self.run.autocast():
             loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
-        update(self.optimizer, self.weights, torch.autograd.grad(loss, self.weights))
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters))
         return {"loss": loss}
 
     def logits(self, batch):
@@ -46,19 +52,20 @@ class Joint(Task):
             return self.model.shares(self.forward(batch)[0])[modality]
 
 
-def train_joint(task):
-    """Trains it to the end; the figures of the joint prediction, and of each modality's share of the logits."""
+def train_joint(task: Joint) -> Outcome:
+    """Trains it to the end; the scores of the joint prediction, and of each modality's share of the logits."""
     run = task.run
     fit([task], run)
     shares = {m: outputs(task, run, partial(task.share, m)) for m in run.data.modalities}
-    return {
+    metrics = {
         "modalities": {m: scores(z, run.labels) for m, z in shares.items()},
         "unimodal": {},
-        "fused": {"rule": task.fusion, **scores(outputs(task, run), run.labels)},
+        "fused": {"rule": task.model.kind, **scores(outputs(task, run), run.labels)},
     }
+    return Outcome(metrics, {task.key: task.model})
 
 
 @methods.register("joint")
-def joint(run):
+def joint(run: Run) -> Outcome:
     """One linear head on the concatenated features, one loss."""
-    return train_joint(Joint(run))
+    return train_joint(run.make(Joint))
