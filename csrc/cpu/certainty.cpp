@@ -70,6 +70,7 @@ void for_each_row(int64_t rows, int64_t heads, int64_t classes, F f) {
 
 Tensor certainty_fusion_fwd(const Tensor& logits, double temperature) {
   Tensor out = empty({logits.size(1), logits.size(2)}, logits.scalar_type());
+  if (logits.size(1) == 0) return out;
   dispatch(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
@@ -87,8 +88,10 @@ Tensor certainty_fusion_fwd(const Tensor& logits, double temperature) {
   return out;
 }
 
-Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double temperature) {
+Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double temperature, bool need_logits) {
+  if (!need_logits) return empty({0}, logits.scalar_type());
   Tensor out = empty({logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  if (logits.size(1) == 0) return out;
   dispatch(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;

@@ -111,7 +111,7 @@ def _hits(
     tl.atomic_add(HITS + col, hits, col < D, sem="relaxed")
 
 
-def effective_dims(features, labels, num_classes):
+def effective_dims_fwd(features, labels, num_classes):
     (N, D), C = features.shape, num_classes
     hits = torch.zeros((D,), dtype=torch.int64, device=features.device)
     if D and N:
