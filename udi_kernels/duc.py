@@ -119,5 +119,7 @@ def _reference(student, teacher, dims, temperature, reduction):
 
 
 served_by_reference("duc_loss_reference", _reference)
-differentiable("duc_loss_bwd", 2, lambda student, teacher, dims, stats, direction, *rest: _reference(student, teacher, dims, *rest))
+differentiable(
+    "duc_loss_bwd", 2, lambda student, teacher, dims, stats, direction, *rest: _reference(student, teacher, dims, *rest)
+)
 launched_by_triton("duc", ("duc_loss_fwd", "duc_loss_bwd"))

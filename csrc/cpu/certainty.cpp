@@ -6,7 +6,7 @@
 #include <functional>
 #include <limits>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace udi {
 namespace {

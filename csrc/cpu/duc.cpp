@@ -11,7 +11,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace udi {
 namespace {

@@ -7,7 +7,7 @@
 #include <memory>
 #include <numeric>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace udi {
 namespace {

@@ -90,7 +90,8 @@ def train(
         if resume is None:
             folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
         else:
-            folder, chosen = restored(resume, options | {"dataset": data_name})
+            given = options | {"dataset": data_name} | ({"method": name} if name != "udi" else {})
+            folder, chosen = restored(resume, given)
         plan = Plan(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
             folder = plan.new_folder()

@@ -179,9 +179,7 @@ def _bwd_weights(
         tl.store(Z + col, tl.where(col == row, own, g * p), col < N)
 
 
-def duc_loss_bwd(
-    grad, student, teacher, dims, stats, direction, temperature, reduction, need_student, need_teacher
-):
+def duc_loss_bwd(grad, student, teacher, dims, stats, direction, temperature, reduction, need_student, need_teacher):
     N, D = student.shape
     like = dict(device=student.device, dtype=student.dtype)
     grad_student = torch.empty((N, D) if need_student else (0,), **like)
