@@ -1,4 +1,4 @@
-"""Certainty-weighted fusion of logits, as DI-MML (Fan et al., ACM MM 2024, arXiv 2407.19514) predicts."""
+"""Certainty-weighted fusion of logits, as DI-MML (Fan et al., arXiv 2407.19514) predicts."""
 
 from torch import Tensor
 from torch.library import register_fake

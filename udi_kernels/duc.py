@@ -1,4 +1,4 @@
-"""The dimension-decoupled unidirectional contrastive (DUC) loss of DI-MML (Fan et al., ACM MM 2024, arXiv 2407.19514)."""
+"""The dimension-decoupled unidirectional contrastive (DUC) loss of DI-MML (Fan et al., arXiv 2407.19514)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Effective dimensions of labelled features, as DI-MML (Fan et al., ACM MM 2024, arXiv 2407.19514) defines them."""
+"""Effective dimensions of labelled features, as DI-MML (Fan et al., arXiv 2407.19514) defines them."""
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor
     if native():
         return ops.effective_dims.default(features, labels, num_classes)
     _check(features, labels, num_classes)
+    if labels.is_cpu and (labels >= num_classes).any():
+        raise ValueError(f"effective_dims: labels must be below num_classes ({num_classes}), got {labels.max().item()}")
     return reference.effective_dims(features, labels, num_classes)
 
 
@@ -57,8 +59,6 @@ def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"effective_dims: labels must be on {features.device} as features is, got {labels.device}")
     if num_classes <= 0:
         raise ValueError(f"effective_dims: num_classes must be positive, got {num_classes}")
-    if labels.is_cpu and (labels >= num_classes).any():
-        raise ValueError(f"effective_dims: labels must be below num_classes ({num_classes}), got {labels.max().item()}")
 
 
 LIBRARY.define("effective_dims(Tensor features, Tensor labels, int num_classes) -> Tensor")
@@ -70,6 +70,7 @@ LIBRARY.define("effective_dims_fwd(Tensor features, Tensor labels, int num_class
 @register_fake("udi_kernels::effective_dims", lib=LIBRARY)
 @register_fake("udi_kernels::effective_dims_fwd", lib=LIBRARY)
 def _(features, labels, num_classes):
+    _check(features, labels, num_classes)
     return features.new_empty(features.shape[1:], dtype=torch.bool)
 
 

@@ -2,8 +2,8 @@ from functools import partial
 
 import pytest
 import torch
-
 from losses import assert_as_good_as_torch, run
+
 from udi_kernels import certainty_fusion, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
