@@ -14,9 +14,11 @@ def comparison(metrics):
         rows.append(("ensemble", None, metrics["ensemble"]))
     rows += [(name, None, figures) for name, figures in metrics["baselines"].items()]
     if modalities != unimodal:
-        part = "follower" if metrics["anchor"] else "share"
+        part = "follower" if metrics["anchor"] else metrics.get("part", "share")
         for m, figures in modalities.items():
             rows.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, figures))
+    if "fusion_head" in metrics:
+        rows.append((f"{method}: fusion head", None, metrics["fusion_head"]))
     return [*rows, (method, None, metrics["fused"])]
 
 
@@ -26,6 +28,9 @@ def table(metrics):
         numbers = f"{figures['val_acc']:>8.4f}{figures['test_acc']:>10.4f}{figures['test_macro_f1']:>10.4f}"
         lines.append(f"{name:<28}{numbers}   {rule(figures)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
+    for m, found in metrics.get("effective_dims", {}).items():
+        lacking = ", ".join(f"{n} not in {other}" for other, n in found["lacking_in"].items())
+        lines.append(f"effective dimensions: {m} {len(found['dims'])} of {found['of']}; of these {lacking}")
     return "\n".join(lines)
 
 
@@ -48,12 +53,19 @@ def draw(metrics, stages, path):
     from matplotlib.figure import Figure
 
     hue = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
-    followers = [rows for rows in stages.values() if rows[0]["phase"] == "follower"]
+    followers = [rows for rows in stages.values() if rows[0]["phase"] == "follower" and "controller" in metrics]
     bars = comparison(metrics)
     height = 1 + 0.45 * len(bars)
-    figure = Figure(figsize=(12, max(4.5, height) + (4.5 if followers else 0)), layout="constrained")
+    detached = [rows for rows in stages.values() if rows[0]["phase"] == "detached"]
+    tall = followers or "effective_dims" in metrics
+    figure = Figure(figsize=(12, max(4.5, height) + (4.5 if tall else 0)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if followers else 1, 2, squeeze=False)
+    axes = figure.subplots(2 if tall else 1, 2, squeeze=False)
+    if "effective_dims" in metrics:
+        losses = {f"cls_{m}": (color, f"{m}, own head") for m, color in hue.items()}
+        losses |= {"contrast": (INK, "between modalities")}
+        lines(axes[0, 1], detached[:1], losses, "Detached: losses before weighting", "nats")
+        dimensions(axes[1, 0], metrics["effective_dims"], hue)
     if followers:
         lines(axes[0, 1], followers, LOSSES, "Follower: losses before weighting", "nats")
         axes[0, 1].set_ylim(bottom=0)
@@ -87,6 +99,18 @@ def lines(axes, followers, columns, title, unit):
         for name, (color, label) in columns.items():
             axes.plot([r["epoch"] for r in rows], column(rows, name), style, color=color, label=label + suffix)
     finish(axes, title, unit)
+
+
+def dimensions(axes, found, hue):
+    """A row a modality, filled where its dimension is effective."""
+    for y, (m, facts) in enumerate(reversed(found.items())):
+        axes.bar(facts["dims"], 0.8, width=0.9, bottom=y - 0.4, color=hue[m])
+    names = [f"{m}\n{len(facts['dims'])} of {facts['of']}" for m, facts in reversed(found.items())]
+    axes.set_yticks(range(len(found)), names, fontsize=9)
+    axes.set_xlim(-0.5, max(facts["of"] for facts in found.values()) - 0.5)
+    axes.set_xlabel("dimension")
+    axes.set_title("Effective dimensions", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def column(rows, name):

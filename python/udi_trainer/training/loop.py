@@ -9,13 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.nn.functional import nll_loss
 
 from ..console import Progress, log
 from ..data.dataset import Split
 from ..errors import UserError
-from ..evaluation.scores import accuracy
-from ..options import Options
 from ..run import Run
 from .engine import Eager, Graphs
 from .feed import Feed
@@ -28,14 +25,13 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
     Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
     threads that share its cores.
     """
-    epochs = epochs or run.options.epochs
     stages = [Stage(task, run) for task in tasks]
     for stage in stages:
         stage.restore()
     share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
-    total = sum(max(0, epochs - s.epoch) * run.steps for s in stages)
+    total = sum(max(0, (epochs or s.task.epochs) - s.epoch) * run.steps for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress:
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
@@ -128,10 +124,10 @@ class Stage:
     def diverged(self) -> bool:
         return bool(self.history) and self.history[-1]["diverged"]
 
-    def ended(self, epochs: int) -> bool:
+    def ended(self, epochs: int | None) -> bool:
         patience = self.run.options.patience
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
-        return self.epoch >= epochs or self.diverged or bool(waited)
+        return self.epoch >= (epochs or self.task.epochs) or self.diverged or bool(waited)
 
     def on_stream(self):
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
@@ -141,10 +137,11 @@ class Stage:
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
         order = torch.randperm(len(train), generator=shuffle)[: steps * self.run.batch_size]
-        self.task.model.train()
         with self.on_stream():
+            self.task.begin_epoch(self.epoch)
+            self.task.model.train()
             for group in self.groups:
-                group["lr"].fill_(learning_rate(self.run.options, self.epoch, group.get("lr_scale", 1)))
+                group["lr"].fill_(learning_rate(self.task, self.epoch, group.get("lr_scale", 1)))
             batches = iter(self.feed.batches(order, self.run.batch_size))
         first = self.epoch * steps
         for number in range(first, first + steps):
@@ -155,13 +152,7 @@ class Stage:
     def end(self, began: float, shared: int):
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
         means = self.engine.means()
-        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
-        log_p = logits.log_softmax(-1)
-        val = {
-            "val_acc": accuracy(logits, labels),
-            "val_loss": nll_loss(log_p, labels).item(),
-            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        }
+        val = self.task.validate(predict(self.task, self.run, self.run.data.val), self.run.labels["val"])
         diverged = not all(map(math.isfinite, [*means.values(), val["val_loss"]]))
         if diverged and self.best is None:
             lr = self.run.options.lr
@@ -180,17 +171,18 @@ class Stage:
         self.task.model.load_state_dict(self.best)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
-        kept, planned = best_epoch(self.history), self.run.options.epochs
+        kept, planned = best_epoch(self.history), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
         end = f"; stopped: loss not finite in epoch {self.epoch}" if self.diverged else ""
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
         log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s{end}")
 
 
-def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
+def learning_rate(task: Task, epoch: int, scale: float = 1.0) -> float:
+    options = task.run.options
     lr = options.lr * scale
     if options.schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+        return lr * (1 + math.cos(math.pi * epoch / task.epochs)) / 2
     if options.schedule == "step":
         every, factor = options.lr_step
         return lr * factor ** (epoch // every)

@@ -2,7 +2,9 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import nll_loss
 
+from ..evaluation.scores import accuracy
 from ..run import Run
 
 
@@ -39,6 +41,14 @@ class Task:
             model.compile()
         return model
 
+    @property
+    def epochs(self) -> int:
+        """Its length, which the learning rate's schedule follows."""
+        return self.run.options.epochs
+
+    def begin_epoch(self, epoch: int):
+        """What comes before an epoch's steps, outside of any graph; epochs count from 0."""
+
     def flags(self, number: int) -> dict:
         """What kind of step this is: keyword arguments of `step`, of few values, the same names in every step."""
         return {}
@@ -50,6 +60,15 @@ class Task:
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The prediction (N, C)."""
         raise NotImplementedError
+
+    def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Accuracy, loss and predictive entropy on validation."""
+        log_p = logits.log_softmax(-1)
+        return {
+            "val_acc": accuracy(logits, labels),
+            "val_loss": nll_loss(log_p, labels).item(),
+            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
+        }
 
 
 def update(optimizer: torch.optim.Optimizer, parameters, grads):
