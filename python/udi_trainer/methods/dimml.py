@@ -121,7 +121,7 @@ class Detached(Task):
 
     def validate(self, logits, labels):
         """Means over the modalities, and each one's accuracy."""
-        each = [super(Detached, self).validate(z, labels) for z in self.by_modality(logits).values()]
+        each = [Task.validate(self, z, labels) for z in self.by_modality(logits).values()]
         means = {name: sum(row[name] for row in each) / len(each) for name in each[0]}
         return means | {f"val_acc_{m}": row["val_acc"] for m, row in zip(self.views, each, strict=True)}
 
