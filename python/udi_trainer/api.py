@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,14 +17,15 @@ from .console import console, log
 from .data.check import check
 from .data.dataset import Dataset, Encoder, Split
 from .data.noise import corrupt
-from .errors import UserError, choose
+from .errors import UserError, choose, memory_errors
 from .evaluation.report import draw, table
 from .methods.outcome import Outcome
 from .options import Options, resumed
 from .predictor import Predictor
 from .registry import datasets, methods
 from .run import Run, choose_device
-from .run_folder import RunFolder, new_folder, read_json, write_json
+from .run_folder import RunFolder, as_json, locked, new_folder, read_config
+from .stop import Stop
 
 Method = str | Callable[[Run], Outcome]
 
@@ -84,14 +86,15 @@ def train(
     Raises:
         UserError: naming what is wrong with data or options, before anything is trained.
     """
-    name = method if isinstance(method, str) else method.__name__
+    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     data_name = dataset if isinstance(dataset, str) else dataset.name
     with console() if progress else contextlib.nullcontext():
         if resume is None:
             folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
         else:
-            given = options | {"dataset": data_name} | ({"method": name} if name != "udi" else {})
-            folder, chosen = restored(resume, given)
+            said = {"method": name, "dataset": data_name}  # where they are not the defaults
+            said = {key: value for key, value in said.items() if value != getattr(Options, key)}
+            folder, chosen = restored(resume, options | said)
         plan = Plan(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
             folder = plan.new_folder()
@@ -100,12 +103,11 @@ def train(
 
 def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
     """Folder and options of an interrupted run."""
-    config = Path(folder) / "config.json"
     try:
-        saved = read_json(config)
-    except (OSError, ValueError):
-        raise UserError(f"--resume {folder}: no run to resume, {config} is missing or damaged") from None
-    return Path(folder), resumed(str(folder), saved, given)
+        config = read_config(Path(folder))
+    except UserError as error:
+        raise UserError(f"--resume {folder}: no run to resume, {error}") from None
+    return Path(folder), resumed(str(folder), config, given)
 
 
 class Plan:
@@ -137,46 +139,41 @@ class Plan:
     def new_folder(self) -> Path:
         """With config.json in it."""
         options = self.options
-        folder = new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}")
         with self.settings():
-            write_json(folder / "config.json", dataclasses.asdict(options) | environment(self.device))
-        return folder
+            config = dataclasses.asdict(options) | environment(self.device)
+        return new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}", config)
 
-    def run(self, folder: Path | None) -> Result:
+    def run(self, folder: Path | None, stop: Stop | None = None) -> Result:
+        """``stop``: what asks it to end before it is done."""
         options = self.options
-        where = f"; run folder {folder}" if folder else ""
-        log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
-        with self.settings():
-            run = Run(options, self.data, self.device, RunFolder(folder))
+        with locked(folder), self.settings(), memory_errors(f"with {sizes(options)}"):
+            where = f"; run folder {folder}" if folder else ""
+            log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
+            run = Run(options, self.data, self.device, RunFolder(folder), stop)
             outcome = self.method(run)
             metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
-            metrics |= {"device": str(self.device), "anchor": None, **outcome.metrics}
+            metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
             metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
             metrics["seconds"] = seconds(run)
             predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
             if folder:
-                predictor.save(folder, self.data)
-                draw(metrics, run.history, folder / "report.png")
-                write_json(folder / "metrics.json", metrics)
+                predictor.save(run.folder, self.data)
+                picture(metrics, run)
+                run.folder.write("metrics.json", as_json(metrics))
         return Result(metrics, run.history, predictor, folder)
 
     @contextlib.contextmanager
     def settings(self):
         """torch as the options want it, and afterwards as it was."""
         gpus = [self.device] if self.device.type == "cuda" else []
-        threads, modes = torch.get_num_threads(), (torch.backends.cuda.matmul, torch.backends.cudnn)
-        before = [mode.allow_tf32 for mode in modes]
-        with torch.random.fork_rng(gpus):
+        threads = torch.get_num_threads()
+        with torch.random.fork_rng(gpus), tf32(self.options.tf32) if gpus else contextlib.nullcontext():
             try:
                 if self.small():
                     torch.set_num_threads(1)
-                for mode in modes:
-                    mode.allow_tf32 = self.options.tf32
                 yield
             finally:
                 torch.set_num_threads(threads)
-                for mode, allowed in zip(modes, before, strict=True):
-                    mode.allow_tf32 = allowed
 
     def small(self) -> bool:
         """Whether a step takes about a millisecond: more than one thread gains nothing, and on a busy machine waits.
@@ -187,6 +184,28 @@ class Plan:
         return self.options.batch_size * sum(sizes) < 2**16
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
+
+    torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    before, level = [backend.fp32_precision for backend in backends], None
+    with contextlib.suppress(RuntimeError):
+        level = torch.get_float32_matmul_precision()
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = (precision == "tf32" for precision in before[:2])
+        if level:
+            torch.set_float32_matmul_precision(level)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def labelled(data: Dataset) -> Dataset:
     """Without the training samples that have no label: no method uses them."""
     known = data.train.labels >= 0
@@ -194,6 +213,26 @@ def labelled(data: Dataset) -> Dataset:
         return data
     log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
     return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
+
+
+def picture(metrics: dict, run: Run):
+    """report.png, without which a run is none the worse."""
+    image = io.BytesIO()
+    draw(metrics, run.history, image)
+    try:
+        run.folder.write("report.png", image.getbuffer())
+    except UserError as error:
+        log.warning(str(error))
+
+
+def sizes(options: Options) -> str:
+    """What takes memory, and what would take less."""
+    less = ["a smaller one"]
+    if options.amp == "none":
+        less.append("--amp bf16")
+    if options.data != "host":
+        less.append("--data host")
+    return f"--batch-size {options.batch_size}: try {', '.join(less)}"
 
 
 def seconds(run: Run) -> dict[str, float]:

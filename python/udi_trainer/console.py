@@ -15,8 +15,14 @@ class _Console(logging.Handler):
     def emit(self, record):
         warning = record.levelno >= logging.WARNING
         text = f"warning: {record.getMessage()}" if warning else record.getMessage()
-        tqdm.write(text, file=sys.stderr if warning else sys.stdout)
-        (sys.stderr if warning else sys.stdout).flush()
+        file = sys.stderr if warning else sys.stdout
+        try:
+            tqdm.write(text, file=file)
+            file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # the terminal is gone; what is written to files still counts
+            pass
 
 
 @contextlib.contextmanager
@@ -40,7 +46,8 @@ class Progress:
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done, self.note = label, total, 0, ""
         self.spoke = time.monotonic()
-        self.bar = tqdm(total=total, desc=label, leave=False, disable=None if log.isEnabledFor(logging.INFO) else True)
+        shown = any(isinstance(handler, _Console) for handler in log.handlers)
+        self.bar = tqdm(total=total, desc=label, leave=False, disable=None if shown else True)
 
     def __enter__(self):
         return self
@@ -55,7 +62,7 @@ class Progress:
             self.spoke = time.monotonic()
             log.info("%s: step %d of %d%s", self.label, self.done, self.total, self.note)
 
-    def show(self, **values: float):
+    def show(self, /, **values: float):
         """Values that stand beside it from now on."""
         self.bar.set_postfix({name: f"{x:.3f}" for name, x in values.items()})
         self.note = "".join(f", {name} {x:.3f}" for name, x in values.items())
