@@ -106,17 +106,23 @@ def test_the_loss_of_a_step(contrast, monkeypatch):
         torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("stage,after", [("Detached", 5), ("Detached", 11), ("FusionHead", 6)])
-def test_killed_and_resumed_ends_with_the_same_figures(stage, after, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "after", "how"),
+    [("Detached", 5, "killed"), ("Detached", 9, "asked"), ("Detached", 11, "killed"), ("FusionHead", 6, "asked")],
+)
+def test_ended_and_resumed_it_reaches_the_same_figures(stage, after, how, whole, tmp_path, monkeypatch):
+    """Killed it goes on after its last epoch, asked to end after its last step; with the same dimensions."""
     step, count = getattr(dimml, stage).step, itertools.count()
 
-    def failing(self, batch, **flags):
+    def ending(self, batch, **flags):
         if next(count) == after:
-            raise KeyboardInterrupt
+            if how == "killed":
+                raise KeyboardInterrupt
+            self.run.stop.ask(2)
         return step(self, batch, **flags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(dimml, stage), "step", failing)
+        patch.setattr(getattr(dimml, stage), "step", ending)
         with pytest.raises(KeyboardInterrupt):
             train(dataset(), out=tmp_path / "run", **OPTIONS)
     result = train(dataset(), "dimml", resume=tmp_path / "run", progress=False)
