@@ -94,7 +94,7 @@ def option(
     )
 
 
-WHAT, TRAINING, UDI, MACHINE = "what to train", "training", "UDI", "machine"
+WHAT, TRAINING, UDI, DIMML, MACHINE = "what to train", "training", "UDI", "DI-MML", "machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,19 @@ class Options:
         "INPUT,LABEL",
     )
     baselines: tuple[str, ...] | None = option(
-        WHAT, None, names, "methods to train beside it, or none", "A,B", "joint for udi"
+        WHAT,
+        None,
+        names,
+        "methods to train beside it, or none",
+        "A,B",
+        "joint for udi; udi, ensemble and joint for dimml",
     )
-    fusion: str = option(WHAT, "auto", text, "fusion rule: {fusion_rules}; auto: best on validation")
+    fusion: str = option(
+        WHAT,
+        "auto",
+        text,
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, else the best on validation of mean, sum, weighted",
+    )
 
     epochs: int = option(TRAINING, 30, number(int, 1), "epochs of each phase")
     patience: int | None = option(
@@ -201,6 +211,24 @@ class Options:
         shown="100, or a quarter of a shorter follower phase",
     )
 
+    shared_weight: float = option(DIMML, 1.0, number(float, 0), "weight of the shared classifier's loss")
+    contrast: str = option(
+        DIMML,
+        "duc",
+        one_of("duc", "full"),
+        "contrastive loss between modalities: duc (one way, on complementary dimensions) or full (both ways, on all)",
+    )
+    contrast_weight: float = option(DIMML, 1.0, number(float, 0), "its weight")
+    contrast_temperature: float = option(DIMML, 10.0, number(float, above=0), "its temperature")
+    contrast_warmup: float = option(
+        DIMML,
+        20 / 150,
+        number(float, 0),
+        "fraction of the epochs before it counts; then the effective dimensions are found",
+        shown="20 of 150",
+    )
+    fusion_epochs: int = option(DIMML, 20, number(int, 1), "epochs of the fusion head")
+
     device: str = option(MACHINE, "auto", text, "auto (a GPU if there is one), cpu, cuda or cuda:i")
     engine: str = option(
         MACHINE,
@@ -226,7 +254,8 @@ class Options:
             self._set(field.name, checked(field, getattr(self, field.name)))
         choose("fusion rule", self.fusion, ("auto", *fusion_rules))
         if self.baselines is None:
-            self._set("baselines", ("joint",) if self.method == "udi" else ())
+            usual = {"udi": ("joint",), "dimml": ("udi", "ensemble", "joint")}
+            self._set("baselines", usual.get(self.method, ()))
         for name in self.baselines or ():
             choose("baseline", name, methods)
         if self.controller != "static" and self.alpha is not None:

@@ -1,7 +1,7 @@
 """A trained method as one predictor, kept in a run folder and loaded from it in another process."""
 
 import importlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,15 @@ class Predictor:
                 for m, view in self.modalities.items()
             },
             models={
-                name: {"kind": getattr(model, "kind", None), "state": model.state_dict()}
+                name: {
+                    "kind": getattr(model, "kind", None),
+                    "arguments": getattr(model, "arguments", {}),
+                    "state": model.state_dict(),
+                }
                 for name, model in self.models.items()
             },
             rule=rules.get(type(self.rule)),
-            weights=self.rule.weights,
+            parameters=asdict(self.rule),
             amp=self.amp,
         )
 
@@ -108,7 +112,7 @@ def load(
         )
     remedy = f"delete it, then --resume {folder} makes it again"
     saved = load_tensors(folder / FILE, remedy)
-    if missing := {"classes", "modalities", "models", "rule", "weights", "amp"} - saved.keys():
+    if missing := {"classes", "modalities", "models", "rule", "parameters", "amp"} - saved.keys():
         raise UserError(f"{folder / FILE} lacks {', '.join(sorted(missing))}: {remedy}")
     views = modalities_of(saved["modalities"], folder, dataset, given)
     samples = {m: Split(torch.zeros(len(spec["sample"])), spec["sample"]) for m, spec in saved["modalities"].items()}
@@ -120,14 +124,14 @@ def load(
         made = {m: make_encoder(m, views[m], samples[m]) for m in ([name] if alone else views)}
         networks, widths = ({m: pair[i] for m, pair in made.items()} for i in (0, 1))
         inputs = (networks[name], widths[name]) if alone else (networks, widths)
-        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"])
+        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"], **part["arguments"])
         try:
             models[name].load_state_dict(part["state"])
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the encoders are not those of {folder / FILE}: {reason}") from None
         models[name].to(place)
-    return Predictor(views, models, fusion_rules.find(saved["rule"])(saved["weights"]), saved["amp"])
+    return Predictor(views, models, fusion_rules.find(saved["rule"])(**saved["parameters"]), saved["amp"])
 
 
 def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:

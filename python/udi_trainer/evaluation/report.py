@@ -22,9 +22,11 @@ def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
         entries.append(("ensemble", None, metrics["ensemble"]))
     entries += [(name, None, scores) for name, scores in metrics["baselines"].items()]
     if modalities != unimodal:
-        part = "follower" if metrics["anchor"] else "share"
+        part = "follower" if metrics["anchor"] else metrics.get("part", "share")
         for m, scores in modalities.items():
             entries.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, scores))
+    if "fusion_head" in metrics:
+        entries.append((f"{method}: fusion head", None, metrics["fusion_head"]))
     return [*entries, (method, None, metrics["fused"])]
 
 
@@ -35,6 +37,9 @@ def table(metrics: dict) -> str:
         numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
         lines.append(f"{name:<28}{numbers}   {rule(scores)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
+    for m, found in metrics.get("effective_dims", {}).items():
+        lacking = ", ".join(f"{n} not in {other}" for other, n in found["lacking_in"].items())
+        lines.append(f"effective dimensions: {m} {len(found['dims'])} of {found['of']}; of these {lacking}")
     return "\n".join(lines)
 
 
@@ -47,18 +52,24 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]):
     """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
+    if "controller" not in metrics:  # they are a baseline's
+        followers = {}
+    found = metrics.get("effective_dims")
     whole = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
     colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
     colors[metrics["method"]] = INK
     bars = picked(metrics)
-    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * bool(followers)
+    two = bool(followers or found)
+    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * two
     figure = new_figure(12, top + bottom + 0.4)
-    rows = figure.subfigures(1 + bool(followers), 1, height_ratios=[top, bottom] if followers else None, squeeze=False)
+    rows = figure.subfigures(1 + two, 1, height_ratios=[top, bottom] if two else None, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
     accuracies(left, history, metrics["anchor"], colors)
     compare(right, bars, metrics["method"], colors)
     if followers:
         drives(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
+    if found:
+        dimensions(rows[1, 0], found, history, colors)
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
     figure.suptitle(f"{metrics['method']} on {metrics['dataset']}, seed {metrics['seed']}{anchor}", fontsize=13)
     figure.savefig(path, dpi=130)
@@ -100,6 +111,23 @@ def drives(figure, followers: History, dynamic: bool, colors: dict):
         axes.set_ylim((-0.03, 1.03) if name in ALPHAS else (min(0, *reach), 1.05 * max(reach)))
         curves(axes, lines)
         finish(axes, label)
+
+
+def dimensions(figure, found: dict, history: History, colors: dict):
+    """The loss between modalities, and the dimensions in which each is effective."""
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    rows = next(rows for rows in history.values() if rows[0]["phase"] == "detached")
+    curves(left, [("", *series(rows, "contrast"), {"color": INK})])
+    finish(left, "Loss between modalities, nats")
+    for y, (m, facts) in enumerate(found.items()):
+        right.bar(facts["dims"], 0.8, width=0.9, bottom=y - 0.4, color=colors[m])
+    names = [f"{m}\n{len(facts['dims'])} of {facts['of']}" for m, facts in found.items()]
+    right.set_yticks(range(len(found)), names, fontsize=9)
+    right.invert_yaxis()
+    right.set_xlim(-0.5, max(facts["of"] for facts in found.values()) - 0.5)
+    right.set_xlabel("dimension")
+    right.set_title("Effective dimensions", loc="left", fontsize=11)
+    right.spines[["top", "right"]].set_visible(False)
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -15,54 +15,26 @@ from torch.nn.functional import cross_entropy, layer_norm
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
 from ..console import log
-from ..data.dataset import Batch
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
 from ..evaluation.similarity import cross_prediction, linear_cka
 from ..models.classifiers import ConditionalGaussian
 from ..registry import methods
 from ..run import Run
-from ..training.feed import Feed
 from ..training.loop import best_epoch, fit, outputs
 from ..training.task import update
+from .frozen import Frozen
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
 
 NEAR_TIE = 0.005  # validation accuracies this near each other leave the anchor's choice to predictive entropy
 Q_WARMUP = 100  # steps in which q is only fitted: the bound of an unfitted q is noise that can wreck a follower
-CACHE_LIMIT = 2**30  # bytes of the anchor's outputs above which they are kept in bfloat16
-
-
-class Anchor:
-    """The frozen anchor's features and logits of the training samples: computed once, unless its input is augmented."""
-
-    def __init__(self, run: Run, task: Unimodal):
-        self.run, self.view, self.reads, self.width = run, task.view, task.reads, task.width
-        self.model = task.model.requires_grad_(False).eval()
-        self.cache = None if self.view.augment else self.compute_all()
-
-    def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        if self.cache is None:
-            return self.compute(batch)
-        return tuple(t[batch["index"]] for t in self.cache)
-
-    @torch.no_grad()
-    def compute(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        with self.run.autocast():
-            return self.model(self.view.input(batch, training=True))
-
-    def compute_all(self) -> list[torch.Tensor]:
-        train = self.run.data.train
-        feed = Feed(self.run, train, self.reads)
-        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
-        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-        return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
 
 
 class Follower(Unimodal):
     key = "follower"
 
-    def __init__(self, run: Run, modality: str, anchor: Anchor, alone: Alone | None = None):
+    def __init__(self, run: Run, modality: str, anchor: Frozen, alone: Alone | None = None):
         """Starts from scratch, or from the parameters of ``alone``."""
         super().__init__(run, modality)
         self.anchor = anchor
@@ -223,7 +195,7 @@ def udi(run: Run) -> Outcome:
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
-    anchor, warm = Anchor(run, tasks[name]), run.options.follower_init == "anchor-phase"
+    anchor, warm = Frozen(run, name, tasks[name].model), run.options.follower_init == "anchor-phase"
     warmup, steps = q_warmup(run), run.options.epochs * run.steps
     if warmup >= steps:
         log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)

@@ -16,6 +16,8 @@ from ..training.task import Task, trainable, update
 class Unimodal(Task):
     """The ancestor of all tasks that train one modality's classifier."""
 
+    model: Classifier
+
     def __init__(self, run: Run, modality: str) -> None:
         super().__init__(run, modality)
         self.view = run.data.modalities[modality]

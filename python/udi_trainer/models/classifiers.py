@@ -14,13 +14,34 @@ class Classifier(nn.Module):
 
     kind = "unimodal"
 
-    def __init__(self, encoder: nn.Module, width: int, classes: int):
+    def __init__(self, encoder: nn.Module, width: int, classes: int, features: int | None = None):
+        """``features``: their width, if another than the encoder's: a linear layer brings them there."""
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, classes)
+        self.arguments = {"features": features}
+        self.encoder = projected(encoder, width, features)
+        self.head = nn.Linear(features or width, classes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.encoder(x)
         return features, self.head(features)
+
+
+def projected(encoder: nn.Module, width: int, features: int | None) -> nn.Module:
+    return encoder if features in (None, width) else nn.Sequential(encoder, nn.Linear(width, features))
+
+
+class DetachedClassifiers(nn.Module):
+    """Each modality's classifier, and a linear head that all share; features are as wide as the narrowest encoder's."""
+
+    def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
+        super().__init__()
+        self.width = min(widths.values())
+        self.alone = nn.ModuleDict({m: Classifier(encoders[m], widths[m], classes, self.width) for m in encoders})
+        self.shared = nn.Linear(self.width, classes)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(features, logits of its own head) by modality."""
+        return {name: classifier(inputs[name]) for name, classifier in self.alone.items()}
 
 
 class JointClassifier(nn.Module):
@@ -51,9 +72,13 @@ class ConcatClassifier(JointClassifier):
 
     kind = "concat"
 
-    def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
-        super().__init__(encoders)
-        self.widths = list(widths.values())
+    def __init__(
+        self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int, features: int | None = None
+    ):
+        """``features``: as for :class:`Classifier`, of every modality."""
+        super().__init__({name: projected(encoder, widths[name], features) for name, encoder in encoders.items()})
+        self.arguments = {"features": features}
+        self.widths = [features or width for width in widths.values()]
         self.head = nn.Linear(sum(self.widths), classes)
 
     def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.nn.functional import nll_loss
 
 from ..console import Progress, log
 from ..data.dataset import Split
 from ..errors import UserError
-from ..evaluation.scores import accuracy
-from ..options import Options
 from ..run import Run
 from ..run_folder import REPEAT
 from ..stop import Stopped
@@ -31,14 +28,13 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
     threads that share its cores.
     """
-    epochs = epochs or run.options.epochs
     stages = [Stage(task, run) for task in tasks]
     for stage in stages:
         stage.restore()
     share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
-    total = sum(max(0, (epochs - s.epoch) * run.steps - s.done) for s in stages)
+    total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
@@ -149,10 +145,10 @@ class Stage:
     def epoch(self) -> int:
         return len(self.history)
 
-    def ended(self, epochs: int) -> bool:
+    def ended(self, epochs: int | None) -> bool:
         patience = self.run.options.patience
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
-        return self.epoch >= epochs or bool(waited)
+        return self.epoch >= (epochs or self.task.epochs) or bool(waited)
 
     def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
@@ -162,10 +158,12 @@ class Stage:
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
         order = torch.randperm(len(train), generator=shuffle)[: steps * self.run.batch_size]
-        self.task.model.train()
         with self.on_stream():
+            if not self.done:
+                self.task.begin_epoch(self.epoch)
+            self.task.model.train()
             for group in self.groups:
-                group["lr"].fill_(learning_rate(self.run.options, self.epoch, group.get("lr_scale", 1)))
+                group["lr"].fill_(learning_rate(self.task, self.epoch, group.get("lr_scale", 1)))
             batches = iter(self.feed.batches(order[self.done * self.run.batch_size :], self.run.batch_size))
         while self.done < steps:
             with self.on_stream():
@@ -183,13 +181,7 @@ class Stage:
     def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
         means, fault = self.engine.means(), self.engine.fault()
-        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
-        log_p = logits.log_softmax(-1)
-        val = {
-            "val_acc": accuracy(logits, labels),
-            "val_loss": nll_loss(log_p, labels).item(),
-            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        }
+        val = self.task.validate(predict(self.task, self.run, self.run.data.val), self.run.labels["val"])
         if fault or not math.isfinite(val["val_loss"]):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
@@ -216,16 +208,17 @@ class Stage:
         self.task.model.load_state_dict(self.best)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
-        kept, planned = best_epoch(self.history), self.run.options.epochs
+        kept, planned = best_epoch(self.history), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
         log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
 
 
-def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
+def learning_rate(task: Task, epoch: int, scale: float = 1.0) -> float:
+    options = task.run.options
     lr = options.lr * scale
     if options.schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+        return lr * (1 + math.cos(math.pi * epoch / task.epochs)) / 2
     if options.schedule == "step":
         every, factor = options.lr_step
         return lr * factor ** (epoch // every)

@@ -5,8 +5,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import nll_loss
 
 from ..data.dataset import Batch
+from ..evaluation.scores import accuracy
 from ..run import Run
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,6 +47,14 @@ class Task:
             model.compile()
         return model
 
+    @property
+    def epochs(self) -> int:
+        """Its length, which the learning rate's schedule follows."""
+        return self.run.options.epochs
+
+    def begin_epoch(self, epoch: int):
+        """What comes before an epoch's steps, outside of any graph; epochs count from 0."""
+
     def flags(self, number: int) -> dict:
         """What kind of step this is: keyword arguments of `step`, of few values, the same names in every step."""
         return {}
@@ -56,6 +66,15 @@ class Task:
     def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""
         raise NotImplementedError
+
+    def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Accuracy, loss and predictive entropy on validation."""
+        log_p = logits.log_softmax(-1)
+        return {
+            "val_acc": accuracy(logits, labels),
+            "val_loss": nll_loss(log_p, labels).item(),
+            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
+        }
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
