@@ -64,8 +64,8 @@ struct Lists {
   bool stacked;
   int64_t k, params;
   std::vector<Tensor> tensors;
-  Tensor any;                        // the first that is defined
-  at::ScalarType sum_dtype;          // float64 if a gradient is
+  Tensor any;                // the first that is defined
+  at::ScalarType sum_dtype;  // float64 if a gradient is
 
   Tensor& at(int64_t i, int64_t p) { return tensors[stacked ? p : i * params + p]; }
   const Tensor& at(int64_t i, int64_t p) const { return tensors[stacked ? p : i * params + p]; }
@@ -403,8 +403,9 @@ struct GradientPlan : torch::CustomClassHolder {
     for (size_t p = 0; p < out_.size(); ++p)
       if (name.empty() && out_[p].is_same(*t)) name = "out[" + std::to_string(p) + "]";
     TORCH_CHECK(false, "GradientPlan: ", name, " must stay the ", python(b.dtype), " buffer of shape ",
-                python(c10::fromIntArrayRefSlow(b.sizes)), " that the plan was made with, but its memory or layout has ",
-                "changed; write to it in place, or make a new plan");
+                python(c10::fromIntArrayRefSlow(b.sizes)),
+                " that the plan was made with, but its memory or layout has changed; write to it in place, or make a "
+                "new plan");
   }
 };
 
