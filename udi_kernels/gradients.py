@@ -208,7 +208,9 @@ def _row(op: str, i: int, row: object) -> Sequence[Tensor | None]:
 def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
     for p, t in enumerate(out := list(out)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: out[{p}] must be a tensor, got {type(t).__name__}".replace("NoneType", "None"))
+            raise TypeError(f"{op}: out[{p}] must be a tensor, got {'None' if t is None else type(t).__name__}")
+        if t.is_neg():
+            raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
     return out
 
 
@@ -366,8 +368,6 @@ def _check_out(op: str, out: Sequence[Tensor], g: _Checked) -> None:
         raise ValueError(f"{op}: out must have length {len(g.like)}, one per parameter, got {len(out)}")
     for p, (t, like) in enumerate(zip(out, g.like, strict=True)):
         _admit(op, f"out[{p}]", t, next(t for t in g.like if t is not None))
-        if t.is_neg():
-            raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
         other = f"parameter {p}'s gradient"
         want = t.contiguous() if like is None else like
         _check_like(op, f"out[{p}]", t, want, other)

@@ -218,7 +218,6 @@ void check_out(const Lists& g, const std::vector<Tensor>& out) {
   for (int64_t p = 0; p < g.params; ++p) {
     const auto name = [&] { return "out[" + std::to_string(p) + "]"; };
     admit(g.op, out[p], g.any, name);
-    TORCH_CHECK_VALUE(!out[p].is_neg(), g.op, ": ", name(), " must not be a negative view; call .resolve_neg()");
     const Tensor like = single(g, p);
     if (like.defined() && like.scalar_type() == out[p].scalar_type() && Layout(out[p], false) == Layout(like, false))
       continue;

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from lists import draw, stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from lists import draw, stack
 from udi_kernels import GradientPlan, gramian, weighted_sum
 
 
