@@ -78,8 +78,11 @@ def once(name, make):
                 _publish(temporary, target)
             return target.read_bytes()
     except OSError as e:
-        warnings.warn(f"udi_kernels: cannot write to {cache()} ({e.strerror}), so each process compiles anew; "
-                      "set UDI_KERNELS_CACHE to a writable folder", stacklevel=2)
+        warnings.warn(
+            f"udi_kernels: cannot write to {cache()} ({e.strerror}), so each process compiles anew; "
+            "set UDI_KERNELS_CACHE to a writable folder",
+            stacklevel=2,
+        )
         return make()
 
 

@@ -50,7 +50,9 @@ def _version(package: str) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m udi_kernels", description="Says what was built and what serves each op.")
+    parser = argparse.ArgumentParser(
+        "python -m udi_kernels", description="Says what was built and what serves each op."
+    )
     parser.add_argument(
         "--compile", nargs="+", metavar="sm_XX", help="compile all CUDA kernels for these architectures into the cache"
     )

@@ -40,7 +40,9 @@ def serve(module):
     """Lets the host library `_cuda` have its kernels from here. An error if that cannot work, and plain torch does."""
     for device in range(torch.cuda.device_count()):
         if int(_arch(device)[3:]) < MINIMUM:
-            raise BuildError(f"{torch.cuda.get_device_name(device)} is too old: they take compute capability 7.0 or later")
+            raise BuildError(
+                f"{torch.cuda.get_device_name(device)} is too old: they take compute capability 7.0 or later"
+            )
     image("udi::weighted_sum<float, 500>", _arch(torch.cuda.current_device()))
     module.use_compiler(lambda kernel, device: image(kernel, _arch(device)))
 
@@ -128,14 +130,16 @@ def _call(function, *args):
 
 def fill_cache(archs):
     """Compiles all kernels for these architectures that are not in the cache."""
-    began = time.monotonic()
+    began, by = time.monotonic(), version()
     wanted = [(kernel, arch) for arch in archs for kernel in KERNELS]
     # Processes: NVRTC compiles one program of a process at a time.
     with ProcessPoolExecutor(cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(_fill, wanted), 1):
             if sys.stderr.isatty():
-                print(f"\r{done} of {len(wanted)} kernels", end="\n" * (done == len(wanted)), file=sys.stderr, flush=True)
-    print(f"{len(wanted)} kernels by NVRTC {version()} in {_build.cache()}, {time.monotonic() - began:.0f} s")
+                print(
+                    f"\r{done} of {len(wanted)} kernels", end="\n" * (done == len(wanted)), file=sys.stderr, flush=True
+                )
+    print(f"{len(wanted)} kernels by NVRTC {by} in {_build.cache()}, {time.monotonic() - began:.0f} s")
 
 
 def _fill(wanted):
