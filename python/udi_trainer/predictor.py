@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from .data.dataset import Dataset, Encoder, Modality, Split
-from .errors import UserError
+from .errors import UserError, choose
 from .evaluation.fusion import Rule
-from .models.classifiers import JointClassifier
 from .models.encoders import make_encoder
 from .registry import classifiers, datasets, fusion_rules
 from .run import choose_device
@@ -36,7 +35,7 @@ class Predictor:
         for m, modality in self.modalities.items():
             if missing := [name for name in modality.reads if name not in stored]:
                 raise UserError(f"{m} reads {', '.join(missing)}, which is not there: got {', '.join(stored)}")
-        sizes = {name: len(t) for name, t in stored.items()}
+        sizes = {name: len(stored[name]) for modality in self.modalities.values() for name in modality.reads}
         if len(set(sizes.values())) != 1:
             raise UserError(f"stored tensors differ in their number of samples: {sizes}")
         (count,) = set(sizes.values())
@@ -45,12 +44,12 @@ class Predictor:
 
     def _logits(self, name, model, stored, count):
         device = next(model.parameters()).device
-        joint = isinstance(model, JointClassifier)
+        joint = name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
         names = {stored_name for view in views.values() for stored_name in view.reads}
         parts = []
         model.eval()
-        for start in range(0, count, 1000):
+        for start in range(0, max(count, 1), 1000):  # of no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16"):
@@ -129,13 +128,15 @@ def load(
 
 def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
     """The modalities as a run had them: of the dataset, of one of the trainer's own, or put together by name."""
+    for m in given:
+        choose("modality", m, specs)
     config = read_json(folder / "config.json")
     if dataset is None and config["dataset"] in datasets:
         dataset = datasets.find(config["dataset"])(config["data_root"])
     views = {}
     for m, spec in specs.items():
         if dataset:
-            view = dataset.modalities[m]
+            view = dataset.modalities[choose("modality", m, dataset.modalities)]
         else:
             make = imported(spec["make"], "dataset=...") if spec["make"] else torch.Tensor.float
             view = Modality(spec["encoder"], tuple(spec["reads"]), make)
@@ -147,8 +148,8 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
 
 
 def address(thing) -> str:
-    """module:name of a class or function."""
-    return f"{thing.__module__}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
+    return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
 
 
 def imported(where: str, remedy: str):

@@ -70,6 +70,8 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     """
     two = modality.sample(split, min(2, len(split))).cpu()
     make = encoders.find(modality.encoder) if isinstance(modality.encoder, str) else modality.encoder
+    if isinstance(make, nn.Module):
+        raise UserError(f"the encoder of {name} is a module: give what makes one anew, a class, or a function")
     shape = two.shape[1:]
     try:
         encoder = make(shape)
