@@ -62,10 +62,10 @@ struct Warp {
 
 // A grid at a time, a block at a time.
 struct Machine {
-  // Blocks use these in turn: to ThreadSanitizer a fiber that ran in one block has seen all that happened there.
+  // Blocks use these in turn: to ThreadSanitizer who ran, or met others, in a block has seen all that happened there.
   Fiber fibers[kSets][kMaxThreads], *current = nullptr;
+  Meeting meetings[kSets], *block = meetings;
   Warp warps[kMaxThreads / kLanes];
-  Meeting block;
   unsigned threads = 0, alive = 0, order = 0;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
@@ -94,7 +94,7 @@ inline void release(char*) {}
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads(int line = __builtin_LINE()) {
-  on_cpu::Meeting& block = on_cpu::machine.block;
+  on_cpu::Meeting& block = *on_cpu::machine.block;
   char* const place = &block.place[block.generation % 2];
   on_cpu::release(place);
   on_cpu::meet(block, on_cpu::machine.alive, line);

@@ -64,7 +64,7 @@ UNSEEN void complete(Meeting& meeting, unsigned expected) {
 UNSEEN void leave() {
   machine.current->running = false;
   --machine.alive;
-  complete(machine.block, machine.alive);  // nobody waits for a thread that has returned
+  complete(*machine.block, machine.alive);  // nobody waits for a thread that has returned
 }
 
 // The life of a fiber: a thread of this block, then of another.
@@ -93,10 +93,12 @@ UNSEEN void create(Fiber& f) {
 #endif
 }
 
-UNSEEN void run_block(Fiber* fibers) {
+UNSEEN void run_block(unsigned set) {
   Machine& m = machine;
+  Fiber* const fibers = m.fibers[set];
+  m.block = &m.meetings[set];
   for (volatile char* c = shared_begin; c != shared_end; ++c) *c = -1;
-  m.block = {};
+  *m.block = {};
   for (auto& warp : m.warps) warp.meeting = {};
   m.alive = m.threads;
   for (unsigned t = 0; t < m.threads; ++t) {
@@ -159,7 +161,7 @@ UNSEEN void launch(dim3 grid, dim3 block, void (*body)(const void*), const void*
   for (unsigned n = 0, count = grid.x * grid.y; n < count; ++n) {
     const unsigned b = m.order % 2 ? n : count - 1 - n;  // the last to arrive is not always the same
     blockIdx = {b % grid.x, b / grid.x, 0};
-    run_block(m.fibers[blocks_in_order ? 0 : n % kSets]);
+    run_block(blocks_in_order ? 0 : n % kSets);
     if (blocks_in_order) acquire(&m.finished), release(&m.launched);
   }
   acquire(&m.finished);
