@@ -3,7 +3,7 @@
     python benchmarks/inspect_kernels.py [--arch sm_90 ...]
 
 Triton: calls the launchers on tensors without memory, notes each kernel they would launch, and compiles it as the
-launch would, so what is inspected is what is shipped.  CUDA: every csrc/cuda/*.cu, where nvcc exists.
+launch would, so what is inspected is what is shipped.  CUDA: all kernels of csrc/cuda, with the short table.
 Exit code 1 if a kernel spills or uses local memory and ACCEPTED does not say why.
 """
 
@@ -12,7 +12,6 @@ import functools
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_90", "sm_100")
 # Kernel name: the reason why it may spill or use local memory.
-ACCEPTED = {
-    f"udi::gramian_tiles<__nv_bfloat16, udi::Table<{size}> >": "on sm_100, 10 local loads beside 512 multiply-adds"
-    for size in (500, 4080)
-}
+ACCEPTED = {}
 COLUMNS = ("kernel", "configuration", "arch", "registers", "spills", "local", "shared", "widest load")
 
 # (rows, classes) and (rows, features): every kernel in every configuration; those in ONCE for float32 alone.
@@ -137,29 +133,13 @@ def compile_triton(index, arch):
 # --- CUDA C++ ---------------------------------------------------------------------------------------------------
 
 
-def compile_cuda(source, arch):
-    from udi_kernels import _build
+def compile_cuda(kernel, arch):
+    from udi_kernels import _nvrtc
 
-    include = [f"-I{p}" for p in (_build._torch() / "include", _build.SOURCES)]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/{source.stem}.cubin"
-        command = [nvcc(), *_build.CUDA_FLAGS.split(), *include, f"-arch={arch}", "-cubin", str(source), "-o", cubin]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(f"{source} does not compile for {arch}:\n{run.stdout}{run.stderr}")
-        return [(demangled(name), source.name, arch, *numbers) for name, numbers in inspect(cubin).items()]
-
-
-def nvcc():
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
-
-
-def demangled(name):
-    """Names and template arguments without the parameter list."""
-    filt = shutil.which("cu++filt") or shutil.which("c++filt")
-    if filt:
-        name = subprocess.run([filt, name], capture_output=True, text=True).stdout.strip()
-    return re.sub(r"\(anonymous namespace\)::|^void |\(.*\)$", "", name)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(_nvrtc.image(kernel, arch)[0])
+        ((registers, spills, local, shared, widest),) = inspect(file.name).values()
+    return [(kernel.replace("udi::", ""), "CUDA", arch, registers, spills, local, shared, widest)]
 
 
 # --- any cubin --------------------------------------------------------------------------------------------------
@@ -205,19 +185,18 @@ def main():
     options = parser.parse_args()
     archs = options.arch
 
+    from udi_kernels._nvrtc import KERNELS, TABLE_WORDS
+
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(compile_triton, i, arch) for i in range(len(launches_here())) for arch in archs]
-        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        if nvcc():
-            futures += [pool.submit(compile_cuda, source, arch) for source in sources for arch in archs]
+        kernels = [kernel for kernel in KERNELS if kernel.endswith(f"{TABLE_WORDS[0]}>")]
+        futures += [pool.submit(compile_cuda, kernel, arch) for kernel in kernels for arch in archs]
         rows = [row for future in futures for row in future.result()]
 
     table = [COLUMNS, *(tuple(map(str, row)) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
     for row in table:
         print("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
-    if sources and not nvcc():
-        print(f"\nnot inspected, there is no nvcc: {', '.join(s.name for s in sources)}")
 
     bad = [row for row in rows if row[4] or row[5]]
     for name, label, arch, *_ in bad:

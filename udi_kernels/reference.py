@@ -28,11 +28,10 @@ def js_div(
 ) -> Tensor:
     dtype = accumulation_dtype(input.dtype)
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
-    # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
-    d = log_p - log_q
-    below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
-    L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
-    rows = (beta * log_p.exp() * (below - L) - (1 - beta) * log_q.exp() * (above + L)).sum(-1)
+    if beta in (0, 1):
+        rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
+    else:
+        rows = _js(log_p, log_q, beta)
     if weight is not None:
         rows = rows * weight.to(dtype)
     if reduction == "none":
@@ -40,6 +39,21 @@ def js_div(
     if reduction == "sum":
         return rows.sum()
     return rows.mean() if weight is None else rows.sum() / weight.to(dtype).sum()
+
+
+def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
+    d = log_p - log_q
+    below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
+    L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
+    return (beta * log_p.exp() * (below - L) - (1 - beta) * log_q.exp() * (above + L)).sum(-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    impossible = (p > 0) & (log_q < torch.finfo(q.dtype).min / 8)  # a logit of -inf
+    rows = (p * (log_p - log_q) + q - p).sum(-1)  # q - p, which adds up to 0, makes the terms of second order
+    return rows + torch.where(impossible.any(-1), torch.inf, 0)
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
