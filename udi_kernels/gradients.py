@@ -28,7 +28,7 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
 
     Returns:
         (K, K), symmetric, float32 (float64 if a gradient is); the terms are accumulated in float64, in an order that
-        depends on the shapes alone. Not differentiable.
+        depends on shapes, alignment and device alone. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the first gradient that does not fit.
