@@ -281,6 +281,9 @@ def resumed(folder: str, config: dict, given: dict) -> Options:
     fields = {field.name: field for field in dataclasses.fields(Options)}
     try:
         options = Options(**{name: value for name, value in config.items() if name in fields})
+        for name in ("method", "dataset", "epochs", "seed"):  # younger options have their defaults in an older folder
+            if name not in config:
+                raise UserError(f"it lacks {name}")
     except UserError as error:
         raise UserError(f"--resume {folder}: config.json is damaged: {error}") from None
     for name, value in given.items():
