@@ -216,7 +216,7 @@ def labelled(data: Dataset) -> Dataset:
     return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
 
 
-def picture(metrics: dict, run: Run):
+def picture(metrics: dict, run: Run) -> None:
     """report.png, without which a run is none the worse."""
     image = io.BytesIO()
     draw(metrics, run.history, image)

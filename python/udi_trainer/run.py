@@ -76,7 +76,7 @@ class Run:
                 values = f"{name} {theirs[name]}, in config.json {value}"
                 raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
 
-    def save(self, stage: str, **state) -> None:
+    def save(self, stage: str, **state: Any) -> None:
         """Checkpoints the stage."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
         self.folder.save(stage, **common, **state, rows=self.history[stage])

@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class RunFolder:
             return torch.load(io.BytesIO(self.kept[stage]), map_location="cpu") if stage in self.kept else None
         return load_tensors(path, REPEAT) if path.exists() else None
 
-    def save(self, name: str, /, **state) -> None:
+    def save(self, name: str, /, **state: Any) -> None:
         if self.path:
             self.write(f"checkpoints/{name}.pt", packed(state))
         else:
@@ -59,7 +60,7 @@ class RunFolder:
         except OSError as error:
             raise unwritable(log, error) from None
 
-    def write(self, name: str, data):
+    def write(self, name: str, data: bytes | memoryview) -> None:
         if not self.path:
             return
         try:
@@ -137,11 +138,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def as_json(value) -> bytes:
+def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     write(path, as_json(value))
 
 

@@ -125,13 +125,13 @@ def mnist(data_root: str | Path) -> dict[str, Any]:
     return {"train": train, "val": val, "test": parts["t10k"], "mean": 0.1307, "std": 0.3081}
 
 
-def read_idx(path, dims):
+def read_idx(path: Path, dims: int) -> torch.Tensor:
     """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data.
 
     Takes no more memory than the header announces, however much the file would unpack to.
     """
 
-    def wrong(what):
+    def wrong(what: str) -> UserError:
         return UserError(f"{path} {what}: download it again")
 
     try:

@@ -48,7 +48,7 @@ def rule(scores: dict) -> str:
     return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
-def draw(metrics: dict, history: History, path: Path | IO[bytes]):
+def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}

@@ -176,11 +176,12 @@ def similarity(anchor: dict, follower: dict) -> dict[str, float]:
 def collapsed(history: list[dict], alone: float | None, classes: int) -> str | None:
     """Why a follower counts as collapsed, or None: it ended with less than half of the skill it had, or has alone."""
     chance, end = 1 / classes, history[-1]["val_acc"]
-    where, skill = (
-        ("alone it reaches", alone) if alone is not None else ("it had reached", best_epoch(history)["val_acc"])
-    )
+    reached = best_epoch(history)["val_acc"]
+    where, skill = ("it had reached", reached) if alone is None else ("alone it reaches", alone)
     if end < skill and end - chance < 0.5 * (skill - chance):
         return f"its validation accuracy ended at {end:.3f}, {where} {skill:.3f}"
+    if alone is None and end <= chance:
+        return f"its validation accuracy ended at {end:.3f}, no better than chance"
     return None
 
 

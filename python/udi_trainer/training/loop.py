@@ -85,7 +85,7 @@ def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progre
             raise
 
 
-def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None):
+def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None) -> None:
     """Step by step, each to its end: one that was interrupted in the midst of an epoch has fewer."""
     for done in itertools.zip_longest(*steps, fillvalue=0):
         progress.update(sum(done))
@@ -123,7 +123,7 @@ class Stage:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
 
-    def take_up(self, saved: dict):
+    def take_up(self, saved: dict) -> None:
         try:
             self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
             for name, part in self.task.parts.items():
@@ -135,7 +135,7 @@ class Stage:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
 
-    def save(self):
+    def save(self) -> None:
         parts = {name: part.state_dict() for name, part in self.task.parts.items()}
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
@@ -153,7 +153,7 @@ class Stage:
     def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
-    def epoch_steps(self):
+    def epoch_steps(self) -> Iterator[int]:
         """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
@@ -172,7 +172,7 @@ class Stage:
             yield 1
             self.run.stop.check()
 
-    def suspend(self, began: float, shared: int):
+    def suspend(self, began: float, shared: int) -> None:
         """Keeps an epoch that is under way, to go on with it when the run is resumed."""
         if self.done:
             self.seconds += (time.perf_counter() - began) / shared
