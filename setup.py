@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -32,7 +32,18 @@ class BinaryDistribution(Distribution):
 setup(
     cmdclass={"build_py": BuildPy},
     distclass=BinaryDistribution,
-    packages=["udi_kernels", "udi_kernels.triton", "udi_kernels.csrc", "udi_kernels.csrc.cpu", "udi_kernels.csrc.cuda"],
-    package_dir={"udi_kernels.csrc": "csrc"},
-    package_data={"udi_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"]},
+    packages=[
+        "udi_kernels",
+        "udi_kernels.triton",
+        "udi_kernels.csrc",
+        "udi_kernels.csrc.cpu",
+        "udi_kernels.csrc.cuda",
+        *find_packages("python", include=["udi_trainer*"]),
+    ],
+    package_dir={"udi_kernels.csrc": "csrc", "udi_trainer": "python/udi_trainer"},
+    package_data={
+        "udi_kernels": ["py.typed"],
+        "udi_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"],
+        "udi_trainer": ["py.typed"],
+    },
 )

@@ -1,0 +1,97 @@
+"""The command: runs a study, keeps its records, and publishes what they say."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from udi_trainer.command import Parser, argument
+from udi_trainer.errors import UserError
+from udi_trainer.options import number
+
+from . import questions  # noqa: F401  these register themselves
+from .machine import describe, find_slots, hardware
+from .records import load, save
+from .registry import studies
+from .runner import Job, run_all
+from .study import Study
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    command = f"python python/experiments.py {shlex.join(argv)}"
+    try:
+        options, extra = parse(argv)
+        study = studies.find(options.study)()
+        folder = options.out or Path("results") / options.study
+        if options.report:
+            results = load(folder / "results.json")
+        else:
+            commit = describe()
+            seeds = options.seeds or list(range(study.seeds))
+            jobs = [Job(study, v, seed, extra, folder / "runs") for v in study.variants for seed in seeds]
+            slots = find_slots(jobs[0].settled.get("device"), options.jobs)
+            failed = run_all([job for job in jobs if not job.finished()], slots, commit)
+            results = {"study": options.study, "command": command, "options": extra, "seeds": seeds}
+            results |= {"commit": commit, "hardware": hardware(), "torch": torch.__version__}
+            results |= {"runs": [job.record() for job in jobs if job.finished()], "failed": failed}
+            save(folder / "results.json", results)
+        publish(study, results, folder)
+        return 1 if results["failed"] else 0
+    except UserError as error:
+        print(f"experiments.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nexperiments.py: interrupted; go on with the same command: {command}", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and those that are the trainer's."""
+    epilog = "studies:\n" + "".join(f"  {name:<12} {study.__doc__}\n" for name, study in studies.items())
+    parser = Parser(
+        prog="experiments.py",
+        description="Runs a study: trains its variants with several seeds, and writes results.json, table.md and plots."
+        "\nThe same command goes on where it was stopped. Options that are not below go to every run, such as"
+        "\n--data-root DIR, --epochs N, --device D; python python/train.py --help explains them.",
+        epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("study", metavar="NAME", help="what to study, one of those below")
+    parser.add_argument("--seeds", type=argument(seeds), metavar="N", help="0 to N-1, or a list such as 0,3,7 (default:"
+        " 5 or the study's own number)")  # fmt: skip
+    parser.add_argument("--jobs", type=argument(number(int, 1)), metavar="N", help="runs at once (default: one a GPU or"
+        " core)")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: results/NAME)")
+    parser.add_argument("--report", action="store_true", help="only write table and plots anew, from results.json")
+    options, extra = parser.parse_known_args(argv)
+    for flag in ("--seed", "--resume"):
+        if any(x == flag or x.startswith(f"{flag}=") for x in extra):
+            raise UserError(f"{flag} is for a single run: a study takes --seeds, and resumes by itself")
+    if options.report and (extra or options.seeds):
+        raise UserError(f"--report takes results.json as it is: leave out {' '.join(extra) or '--seeds'}")
+    return options, extra
+
+
+def seeds(text: str) -> list[int]:
+    """``5``: 0 to 4; ``0,3,7``: these; ``3,``: only this."""
+    if "," not in text:
+        return list(range(number(int, 1)(text)))
+    return list(dict.fromkeys(number(int, 0)(part) for part in text.split(",") if part))
+
+
+def publish(study: Study, results: dict, folder: Path):
+    """Prints the table, and writes it and the plots into the folder."""
+    failed = [f"Failed: {f['variant']}, seed {f['seed']}: {f['error'].splitlines()[-1]}" for f in results["failed"]]
+    if not results["runs"]:
+        raise UserError(f"no run of {results['study']} ended well. " + " ".join(failed[:1]))
+    text = "\n\n".join([study.tables(results["runs"]), *study.notes(results["runs"]), *failed])
+    plots = "\n\n".join(f"![]({name})" for name in study.draw(results["runs"], folder))
+    machine = results["hardware"]
+    commits = ", ".join(sorted({commit for run in results["runs"] for commit in run["commits"]})) or "unknown"
+    on = f"{machine['cpu']}, {machine['cores']} cores" + "".join(f", {gpu}" for gpu in machine["gpus"])
+    head = f"# {results['study']}\n\n{study.__doc__}\n\n```\n{results['command']}\n```\n\n"
+    head += f"Commit {commits}; torch {results['torch']}; {on}.\n\n"
+    (folder / "table.md").write_text(f"{head}{text}\n\n{plots}\n")
+    print(f"{text}\n\nsee {folder}: table.md, results.json, plots")

@@ -1,0 +1,41 @@
+from ..registry import studies
+from ..study import NOISE, Study, Variant
+from ..summary import differences, interval, spread
+
+PAPER = "dynamic"
+ALPHAS = {
+    PAPER: "--controller dynamic",
+    "static 1,1": "--controller static --alpha 1,1",
+    "static 3,3": "--controller static --alpha 3,3",
+}
+
+
+@studies.register("defaults")
+class Defaults(Study):
+    """Does validation overturn the paper's controller as the default? Where fusion uses a follower, on many seeds."""
+
+    seeds = 20
+    variants = [
+        Variant(name, f"--dataset splitdigits --baselines none {options} {noise}", condition or "clean")
+        for condition, noise in NOISE.items()
+        for name, options in ALPHAS.items()
+    ]
+
+    def notes(self, records):
+        """The gain in fused validation accuracy over the paper's controller: the mean of conditions, seed by seed."""
+        fused = {}
+        for record in records:
+            by_seed = fused.setdefault(record["variant"], {}).setdefault(record["seed"], {})
+            by_seed[record["condition"]] = record["metrics"]["fused"]["val_acc"]
+        whole = {
+            name: {seed: spread(by.values())[0] for seed, by in by_seed.items() if len(by) == len(NOISE)}
+            for name, by_seed in fused.items()
+        }
+        found = []
+        for name, ours in whole.items():
+            gains = [100 * x for x in differences(ours, whole.get(PAPER, {}))]
+            if name != PAPER and len(gains) > 1:
+                mean, half = spread(gains)[0], interval(gains)
+                found.append(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+        text = f"Fused validation accuracy against {PAPER}, mean of clean and noisy: {'; '.join(found)}."
+        return [text] if found else []

@@ -1,0 +1,257 @@
+"""Training from Python: :func:`train`, of which the command is a user."""
+
+import contextlib
+import dataclasses
+import io
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import udi_kernels
+
+from .console import console, log
+from .data.check import check
+from .data.dataset import Dataset, Encoder, Split
+from .data.noise import corrupt
+from .errors import UserError, choose, memory_errors
+from .evaluation.report import draw, table
+from .methods.outcome import Outcome
+from .options import Options, resumed
+from .predictor import Predictor
+from .registry import datasets, methods
+from .run import Run, choose_device
+from .run_folder import RunFolder, as_json, locked, new_folder, read_config
+from .stop import Stop
+
+Method = str | Callable[[Run], Outcome]
+
+
+@dataclass
+class Result:
+    """What a training reached.
+
+    Attributes:
+        metrics: as in metrics.json: ``metrics["fused"]["test_acc"]`` and the like.
+        models: the trained classifiers by modality, each from a batch of inputs to (features, logits); of a joint
+            method one of all modalities.
+        history: the log of each stage, a dict an epoch.
+        folder: the run folder, or None.
+    """
+
+    metrics: dict
+    history: dict[str, list[dict]]
+    predictor: Predictor
+    folder: Path | None
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        return self.predictor.models
+
+    def table(self) -> str:
+        """Everything that was trained, as text."""
+        return table(self.metrics)
+
+    def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone."""
+        return self.predictor.predict(split)
+
+
+def train(
+    dataset: Dataset | str = "cgdigits",
+    method: Method = "udi",
+    encoders: dict[str, Encoder] | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    **options,
+) -> Result:
+    """Trains a method, and baselines beside it; the figures are those of the command with the same options.
+
+    Leaves torch as it was: its number of threads, TF32, the state of its random generators.
+
+    Args:
+        dataset: tensors in memory, or the name of one of the trainer's datasets.
+        method: ``"udi"``, ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an :class:`Outcome`.
+        encoders: in the place of the modalities' own, by modality: a name, or a callable from a sample's shape to a
+            fresh module from inputs (N, *shape) to features (N, width). It is called anew for each model.
+        resume: the folder of an interrupted run to go on with, with its options; dataset and encoders are given again.
+        progress: print messages and a progress bar.
+        options: those of the command, with underscores: ``epochs=30``, ``baselines=["joint", "ensemble"]``, ``out=DIR``
+            for a run folder (without it nothing is written), ...; see :class:`Options`.
+
+    Raises:
+        UserError: naming what is wrong with data or options, before anything is trained.
+    """
+    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+    data_name = dataset if isinstance(dataset, str) else dataset.name
+    with console() if progress else contextlib.nullcontext():
+        if resume is None:
+            folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
+        else:
+            said = {"method": name, "dataset": data_name}  # where they are not the defaults
+            said = {key: value for key, value in said.items() if value != getattr(Options, key)}
+            folder, chosen = restored(resume, options | said)
+        plan = Plan(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
+        if folder is None and chosen.out is not None:
+            folder = plan.new_folder()
+        return plan.run(folder)
+
+
+def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
+    """Folder and options of an interrupted run."""
+    try:
+        config = read_config(Path(folder))
+    except UserError as error:
+        raise UserError(f"--resume {folder}: no run to resume, {error}") from None
+    return Path(folder), resumed(str(folder), config, given)
+
+
+class Plan:
+    """A training about to begin: what it needs is there, and fits."""
+
+    def __init__(
+        self,
+        options: Options,
+        data: Dataset | None = None,
+        encoders: dict[str, Encoder] | None = None,
+        method: Method | None = None,
+    ):
+        self.options = options
+        self.method = method if callable(method) else methods.find(options.method)
+        self.baselines = {name: methods.find(name) for name in options.baselines if name != options.method}
+        self.device = choose_device(options.device)
+        data = data or datasets.find(options.dataset)(options.data_root)
+        for m in encoders or {}:
+            choose("modality", m, data.modalities)
+        replaced = {m: replace(data.modalities[m], encoder=encoder) for m, encoder in (encoders or {}).items()}
+        data = replace(data, modalities=data.modalities | replaced)
+        check(data)
+        if options.noise:
+            data = corrupt(data, *options.noise)
+        self.data = labelled(data)
+        if options.anchor != "auto":
+            choose("anchor", options.anchor, data.modalities)
+
+    def new_folder(self) -> Path:
+        """With config.json in it."""
+        options = self.options
+        with self.settings():
+            config = dataclasses.asdict(options) | environment(self.device)
+        return new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}", config)
+
+    def run(self, folder: Path | None, stop: Stop | None = None) -> Result:
+        """``stop``: what asks it to end before it is done."""
+        options = self.options
+        with locked(folder), self.settings(), memory_errors(f"with {sizes(options)}"):
+            where = f"; run folder {folder}" if folder else ""
+            log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
+            run = Run(options, self.data, self.device, RunFolder(folder), stop)
+            outcome = self.method(run)
+            metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
+            metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
+            metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
+            metrics["seconds"] = seconds(run)
+            predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
+            if folder:
+                predictor.save(run.folder, self.data)
+                picture(metrics, run)
+                run.folder.write("metrics.json", as_json(metrics))
+        return Result(metrics, run.history, predictor, folder)
+
+    @contextlib.contextmanager
+    def settings(self):
+        """torch as the options want it, and afterwards as it was."""
+        gpus = [self.device] if self.device.type == "cuda" else []
+        threads = torch.get_num_threads()
+        with torch.random.fork_rng(gpus), tf32(self.options.tf32) if gpus else contextlib.nullcontext():
+            try:
+                if self.small():
+                    torch.set_num_threads(1)
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+    def small(self) -> bool:
+        """Whether a step takes about a millisecond: more than one thread gains nothing, and on a busy machine waits.
+
+        Measured on cgdigits with 2 cores: as quick with one as with two when idle, 40 times quicker beside a compiler.
+        """
+        sizes = (view.sample(self.data.train)[0].numel() for view in self.data.modalities.values())
+        return self.options.batch_size * sum(sizes) < 2**16
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
+
+    torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    before, level = [backend.fp32_precision for backend in backends], None
+    with contextlib.suppress(RuntimeError):
+        level = torch.get_float32_matmul_precision()
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = (precision == "tf32" for precision in before[:2])
+        if level:
+            torch.set_float32_matmul_precision(level)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def labelled(data: Dataset) -> Dataset:
+    """Without the training samples that have no label: no method uses them."""
+    known = data.train.labels >= 0
+    if known.all():
+        return data
+    log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
+    return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
+
+
+def picture(metrics: dict, run: Run):
+    """report.png, without which a run is none the worse."""
+    image = io.BytesIO()
+    draw(metrics, run.history, image)
+    try:
+        run.folder.write("report.png", image.getbuffer())
+    except UserError as error:
+        log.warning(str(error))
+
+
+def sizes(options: Options) -> str:
+    """What takes memory, and what would take less."""
+    less = ["a smaller one"]
+    if options.amp == "none":
+        less.append("--amp bf16")
+    if options.data != "host":
+        less.append("--data host")
+    return f"--batch-size {options.batch_size}: try {', '.join(less)}"
+
+
+def seconds(run: Run) -> dict[str, float]:
+    """By phase, and in all."""
+    phases = {"anchor_phase": 0.0, "follower_phase": 0.0}
+    for rows in run.history.values():
+        phase = f"{rows[0]['phase']}_phase"
+        phases[phase] = phases.get(phase, 0) + sum(row["seconds"] for row in rows)
+    return phases | {"total": run.elapsed()}
+
+
+def environment(device: torch.device) -> dict:
+    """What else the figures depend on."""
+    return {
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "udi_kernels": udi_kernels.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+    }

@@ -1,0 +1,96 @@
+"""The command line, made from the options."""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import os
+import shlex
+import signal
+import sys
+import typing
+from pathlib import Path
+
+from .api import Plan, restored
+from .console import console
+from .errors import UserError
+from .options import Options, filled, spelled
+from .stop import Stop
+
+
+def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
+    folder, stop = None, Stop()
+    try:
+        with stop.on_signals(), console():
+            options, folder = parse(sys.argv[1:] if argv is None else argv, prog)
+            plan = Plan(options)
+            folder = folder or plan.new_folder()
+            result = plan.run(folder, stop)
+            total = result.metrics["seconds"]["total"]
+            print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
+        return 0
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        number, reason = stop.number or signal.SIGINT, "interrupted"
+    except BrokenPipeError:
+        number, reason = signal.SIGPIPE, "nobody reads its output"
+        with contextlib.suppress(OSError):  # what is still in the buffer would be tried again at the end of the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    command = f"python {sys.argv[0]}" if prog == "train.py" else "python -m udi_trainer"
+    resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
+    with contextlib.suppress(OSError):
+        print(f"\n{prog}: {reason}{resume}", file=sys.stderr)
+    return 128 + number
+
+
+def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
+    """The options, and the folder of the run to resume, if that is asked for."""
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
+    text = "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines."
+    parser = Parser(prog=prog, description=text, formatter_class=layout)
+    groups = {}
+    for field in dataclasses.fields(Options):
+        facts = field.metadata
+        if facts["group"] not in groups:
+            groups[facts["group"]] = parser.add_argument_group(facts["group"])
+        default = facts["shown"] or (field.default if field.default is not None else None)
+        shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
+        kind = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
+        if isinstance(field.default, bool):
+            kind["action"] = "store_true"
+        else:
+            number = not {int, float}.isdisjoint((field.type, *typing.get_args(field.type)))
+            kind |= {"type": argument(facts["kind"]), "metavar": facts["metavar"] or ("N" if number else "NAME")}
+        if field.name == "amp":
+            kind |= {"nargs": "?", "const": "bf16"}
+        groups[facts["group"]].add_argument(spelled(field.name), **kind)
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
+    given = vars(parser.parse_args(argv))
+    folder = given.pop("resume")
+    if folder is None:
+        return Options(**given), None
+    folder, options = restored(folder, given)
+    return options, folder
+
+
+def as_text(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def argument(kind):
+    """As argparse takes it, which hides the words of any other error."""
+
+    def parse(text):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse

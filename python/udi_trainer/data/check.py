@@ -1,0 +1,67 @@
+"""Is this data fit to be trained on? One error, before anything is trained."""
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..registry import methods
+from .dataset import Dataset, Split
+
+
+def check(data: Dataset):
+    """Raises a UserError that names split, tensor and what is wrong with it."""
+    if not isinstance(data.classes, int) or data.classes < 2:
+        raise UserError(f"{data.name} has {data.classes!r} classes: it takes two or more")
+    if len(data.modalities) < 2:
+        raise UserError(f"{data.name} has modalities {list(data.modalities)}: it takes two or more")
+    for name in data.modalities:
+        taken = name in methods or hasattr(nn.ModuleDict(), name)
+        if taken or not name or not set(name).isdisjoint("./\\"):
+            raise UserError(f"a modality cannot be named {name!r}: choose another word, without dots and slashes")
+    for name, split in data.splits().items():
+        check_split(name, split, data)
+    counts = torch.bincount(data.train.labels[data.train.labels >= 0].cpu(), minlength=data.classes)
+    if absent := (counts == 0).nonzero().flatten().tolist():
+        raise UserError(f"no training sample has label {', '.join(map(str, absent))}, of {data.classes} classes")
+    for m, modality in data.modalities.items():
+        shapes = {name: tuple(modality.sample(split).shape[1:]) for name, split in data.splits().items()}
+        if len(set(shapes.values())) > 1:
+            raise UserError(f"inputs of {m} differ in shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
+
+
+def check_split(name: str, split: Split, data: Dataset):
+    labels = split.labels
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise UserError(f"{name} labels must be int64 (N,), got {got}")
+    if not len(labels):
+        raise UserError(f"the {name} split is empty")
+    least = -1 if name == "train" else 0
+    wrong = ((labels < least) | (labels >= data.classes)).nonzero().flatten()
+    if len(wrong):
+        i = int(wrong[0])
+        unlabelled = ", or -1 for unlabelled" if name == "train" else ""
+        raise UserError(
+            f"{name} label {i} is {int(labels[i])}: labels are 0 to {data.classes - 1}{unlabelled}"
+            f" ({len(wrong)} of {len(labels)} are not)"
+        )
+    for m, modality in data.modalities.items():
+        if isinstance(modality.reads, str):
+            raise UserError(f"{m} reads {modality.reads!r}: give a tuple of names, ({modality.reads!r},)")
+        for stored in modality.reads:
+            if stored not in split.stored:
+                has = ", ".join(split.stored) or "nothing"
+                raise UserError(f"{m} reads {stored!r}, which {name} lacks: it has {has}")
+    for stored, t in split.stored.items():
+        if stored in ("labels", "index"):
+            raise UserError(f"a stored tensor cannot be named {stored!r}: a batch has its own")
+        if not isinstance(t, torch.Tensor) or not t.dim():
+            raise UserError(f"{name} {stored} must be a tensor (N, ...), got {type(t).__name__}")
+        if len(t) != len(labels):
+            raise UserError(f"{name} {stored} has {len(t)} samples, but there are {len(labels)} labels")
+        if t.is_floating_point():
+            for start in range(0, len(t), 4096):  # a piece at a time: the whole would need a mask of its size
+                piece = t[start : start + 4096]
+                bad = ~piece.isfinite().reshape(len(piece), -1).all(1)
+                if bad.any():
+                    raise UserError(f"{name} {stored} has NaN or inf in sample {start + int(bad.nonzero()[0])}")

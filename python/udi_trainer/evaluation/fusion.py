@@ -1,0 +1,86 @@
+"""Fusion of the modalities' outputs without trained parameters, chosen on validation.
+
+A rule is a class: ``fit`` makes one from validation logits (M, N, C) and labels (N,), a call turns logits (M, N, C)
+into probabilities (N, C), and ``weights``, one for each of M or None, are all that it keeps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..registry import fusion_rules
+from .scores import accuracy, scores
+
+
+@dataclass(frozen=True)
+class Rule:
+    weights: Sequence[float] | None = None
+
+    @classmethod
+    def fit(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Rule":
+        return cls()
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@fusion_rules.register("mean")
+class Mean(Rule):
+    """Mean of the probabilities: the plain ensemble."""
+
+    def __call__(self, logits):
+        return logits.softmax(-1).mean(0)
+
+
+@fusion_rules.register("sum")
+class Sum(Rule):
+    """Sum of the logits: a product of experts, in which a confident modality counts for more."""
+
+    def __call__(self, logits):
+        return logits.sum(0).softmax(-1)
+
+
+@fusion_rules.register("weighted")
+class Weighted(Rule):
+    """Convex weights of the probabilities, of the greatest likelihood on validation.
+
+    Expectation maximisation of a mixture with fixed components: concave, so any number of modalities needs no grid.
+    """
+
+    @classmethod
+    def fit(cls, logits, labels):
+        likelihood = logits.double().softmax(-1)[:, torch.arange(len(labels)), labels].clamp_min(1e-12)
+        weights = torch.full((len(logits),), 1 / len(logits), dtype=torch.float64)
+        for _ in range(500):
+            share = weights[:, None] * likelihood
+            weights = (share / share.sum(0)).mean(1)
+        return cls(weights.tolist())
+
+    def __call__(self, logits):
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return torch.einsum("m,mnc->nc", weights, logits.double().softmax(-1))
+
+
+def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) -> tuple[dict, Rule]:
+    """The scores of a fused prediction, and its rule: ``option``, or for "auto" the one that is best on validation.
+
+    ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise. Ties go to the likelier rule.
+    """
+    stacked = {split: torch.stack([z[split] for z in logits.values()]) for split in ("val", "test")}
+    fitted = {name: rule.fit(stacked["val"], labels["val"]) for name, rule in fusion_rules.items()}
+    probabilities = {name: {s: rule(stacked[s]) for s in stacked} for name, rule in fitted.items()}
+
+    def merit(name):
+        p = probabilities[name]["val"]
+        return accuracy(p, labels["val"]), p[torch.arange(len(p)), labels["val"]].clamp_min(1e-12).log().mean().item()
+
+    best = max(fusion_rules, key=merit) if option == "auto" else option
+    weights = fitted[best].weights
+    metrics = {
+        "rule": best,
+        "weights": dict(zip(logits, weights, strict=True)) if weights else None,
+        **scores(probabilities[best], labels),
+        "by_rule": {name: scores(p, labels) for name, p in probabilities.items()},
+    }
+    return metrics, fitted[best]

@@ -1,0 +1,134 @@
+"""What a run shows of itself: the table on the terminal, and report.png."""
+
+from pathlib import Path
+
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, finish, new_figure
+
+ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
+LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
+ALPHAS = {"alpha_con": r"$\alpha_{con}$", "alpha_com": r"$\alpha_{com}$"}
+History = dict[str, list[dict]]  # stage: its rows of metrics.jsonl
+
+
+def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
+    """(name, modality or None, scores) of everything that the run trained, the method itself last."""
+    method, unimodal, modalities = metrics["method"], metrics["unimodal"], metrics["modalities"]
+    entries = []
+    for m, scores in unimodal.items():
+        epochs = f", {scores['epochs']} epochs" if "epochs" in scores else ""  # that lost the race for the anchor
+        entries.append((f"{m} alone{epochs}", m, scores))
+    if "ensemble" in metrics and "ensemble" not in metrics["baselines"]:
+        entries.append(("ensemble", None, metrics["ensemble"]))
+    entries += [(name, None, scores) for name, scores in metrics["baselines"].items()]
+    if modalities != unimodal:
+        part = "follower" if metrics["anchor"] else "share"
+        for m, scores in modalities.items():
+            entries.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, scores))
+    return [*entries, (method, None, metrics["fused"])]
+
+
+def table(metrics: dict) -> str:
+    """Everything that the run trained, as text."""
+    lines = [f"{'':<28}{'val acc':>8}{'test acc':>10}{'macro F1':>10}   fusion"]
+    for name, _, scores in comparison(metrics):
+        numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
+        lines.append(f"{name:<28}{numbers}   {rule(scores)}".rstrip())
+    lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
+    return "\n".join(lines)
+
+
+def rule(scores: dict) -> str:
+    weights = scores.get("weights") or {}
+    return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
+
+
+def draw(metrics: dict, history: History, path: Path):
+    """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
+    colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
+    followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
+    whole = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
+    colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
+    bars = picked(metrics)
+    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * bool(followers)
+    figure = new_figure(12, top + bottom + 0.4)
+    rows = figure.subfigures(1 + bool(followers), 1, height_ratios=[top, bottom] if followers else None, squeeze=False)
+    left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
+    accuracies(left, history, metrics["anchor"], colors)
+    compare(right, bars, metrics["method"], colors)
+    if followers:
+        drives(rows[1, 0], followers, metrics["controller"], colors)
+    anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
+    figure.suptitle(f"{metrics['method']} on {metrics['dataset']}, seed {metrics['seed']}{anchor}", fontsize=13)
+    figure.savefig(path, dpi=130)
+
+
+def accuracies(axes, history: History, anchor: str | None, colors: dict):
+    """Validation accuracy by epoch; a modality that has a follower too is dashed where it is trained alone."""
+    following = {rows[0]["modality"] for rows in history.values() if rows[0]["phase"] == "follower"}
+    lines = []
+    for rows in history.values():
+        phase, m = rows[0]["phase"], rows[0]["modality"]
+        if m is None:
+            name = phase
+        elif phase in ALONE:
+            name = f"{m}, anchor" if m == anchor else f"{m} alone"
+        else:
+            name = f"{m}, {phase}"
+        dashed = phase in ALONE and m in following
+        style = {"color": colors[phase if m is None else m], "linestyle": "--" if dashed else "-"}
+        style["linewidth"] = 1.3 if dashed or m is None else 2
+        epochs, values = series(rows, "val_acc")
+        lines.append((name, epochs, [100 * x for x in values], style))
+    axes.set_ylim(0, 102)
+    curves(axes, lines)
+    finish(axes, "Validation accuracy, %")
+
+
+def drives(figure, followers: History, controller: str, colors: dict):
+    """The followers' losses, and the weights of two of them: a panel each where a controller moves them."""
+    shown = LOSSES | (ALPHAS if controller == "dynamic" else {})
+    last = next(iter(followers.values()))[-1]
+    fixed = ", ".join(f"{label} = {last[name]:g}" for name, label in ALPHAS.items())
+    weights = ", and their weights (dynamic controller)" if controller == "dynamic" else f"; weights {fixed}"
+    title = f"Follower{'s' * (len(followers) > 1)}: losses before weighting, nats{weights}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        lines = [(m, *series(rows, name), {"color": colors[m]}) for m, rows in followers.items()]
+        reach = [x for _, _, values, _ in lines for x in values if x == x]
+        axes.set_ylim((-0.03, 1.03) if name in ALPHAS else (min(0, *reach), 1.05 * max(reach)))
+        curves(axes, lines)
+        finish(axes, label)
+
+
+def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Epochs, and this value at their ends; nan where it was not finite."""
+    return [row["epoch"] for row in rows], [float("nan") if row[name] is None else row[name] for row in rows]
+
+
+def picked(metrics: dict) -> list[tuple[str, str | None, dict]]:
+    """The comparison without the anchor's second entry: it stays as it was trained alone."""
+    anchor, part = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
+    entries = [entry for entry in comparison(metrics) if entry[0] != part]
+    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, *rest) for name, *rest in entries]
+
+
+def compare(axes, bars: list, method: str, colors: dict):
+    """Test accuracy of everything; a dot marks what the plain mean of probabilities reaches in a fusion's place."""
+    title = "Test accuracy, %"
+    for y, (name, modality, scores) in enumerate(bars):
+        color = colors.get(modality, INK if name == method else colors.get(name, MUTED))
+        value = 100 * scores["test_acc"]
+        axes.barh(y, value, color=color, height=0.68, alpha=0.5 if " alone" in name else 1)
+        if scores.get("rule") != "mean" and "by_rule" in scores:
+            plain = 100 * scores["by_rule"]["mean"]["test_acc"]
+            axes.plot(plain, y, "o", color="white", markeredgecolor=INK, markersize=6)
+            title = "Test accuracy, % (dot: by the plain mean of probabilities)"
+        bold = "bold" if name == method else "normal"
+        axes.text(1.03, y, f"{value:.1f}", va="center", fontsize=9, weight=bold,
+                  transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=9)
+    axes.get_yticklabels()[-1].set_weight("bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)

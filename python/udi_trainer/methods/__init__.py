@@ -1,0 +1,10 @@
+"""Methods, by name: each a function from a run to an :class:`Outcome`.
+
+A new method is one file here with a function decorated with ``@methods.register(name)``, imported below. Methods
+that train the same stage share it: what is trained once in a run folder is loaded the next time.
+"""
+
+from . import ensemble, gramian, joint, joint_sum, ogm_ge, udi
+from .outcome import Outcome
+
+__all__ = ["Outcome", "ensemble", "gramian", "joint", "joint_sum", "ogm_ge", "udi"]

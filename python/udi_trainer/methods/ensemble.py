@@ -1,0 +1,20 @@
+"""The plain ensemble: modalities trained alone, outputs fused."""
+
+from ..evaluation.fusion import fuse
+from ..evaluation.scores import scores
+from ..registry import methods
+from ..run import Run
+from ..training.loop import outputs
+from .outcome import Outcome
+from .unimodal import train_alone
+
+
+@methods.register("ensemble")
+def ensemble(run: Run) -> Outcome:
+    """Independently trained modalities, outputs fused."""
+    tasks = train_alone(run)
+    logits = {modality: outputs(task, run) for modality, task in tasks.items()}
+    alone = {modality: scores(z, run.labels) for modality, z in logits.items()}
+    fused, rule = fuse(run.options.fusion, logits, run.labels)
+    metrics = {"modalities": alone, "unimodal": alone, "fused": fused}
+    return Outcome(metrics, {modality: task.model for modality, task in tasks.items()}, rule)

@@ -1,0 +1,71 @@
+"""Joint training: one loss on all modalities' concatenated features, the usual way and the baseline."""
+
+from functools import partial
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..evaluation.scores import scores
+from ..models.classifiers import ConcatClassifier
+from ..models.encoders import make_encoder, may_draw
+from ..registry import methods
+from ..run import Run
+from ..training.loop import fit, outputs
+from ..training.task import Task, trainable, update
+from .outcome import Outcome
+
+
+class Joint(Task):
+    """The ancestor of all methods that train one model of all modalities."""
+
+    key = "joint"
+    classifier = ConcatClassifier
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        views = run.data.modalities
+        made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
+        encoders, widths = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+        self.random = any(view.augment for view in views.values()) or any(map(may_draw, encoders.values()))
+        self.model = self.place(self.classifier(encoders, widths, run.data.classes))
+        self.parameters = trainable(self.model)
+        self.optimizer = run.optimizer(self.parameters)
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
+
+    def forward(self, batch, training=False):
+        """Features by modality, and logits."""
+        return self.model({name: view.input(batch, training) for name, view in self.run.data.modalities.items()})
+
+    def step(self, batch):
+        with self.run.autocast():
+            loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        return {"loss": loss}
+
+    def logits(self, batch):
+        with self.run.autocast():
+            return self.forward(batch)[1]
+
+    def share(self, modality, batch):
+        """This modality's share of the logits: a prediction of its own."""
+        with self.run.autocast():
+            return self.model.shares(self.forward(batch)[0])[modality]
+
+
+def train_joint(task: Joint) -> Outcome:
+    """Trains it to the end; the scores of the joint prediction, and of each modality's share of the logits."""
+    run = task.run
+    fit([task], run)
+    shares = {m: outputs(task, run, partial(task.share, m)) for m in run.data.modalities}
+    metrics = {
+        "modalities": {m: scores(z, run.labels) for m, z in shares.items()},
+        "unimodal": {},
+        "fused": {"rule": task.model.kind, **scores(outputs(task, run), run.labels)},
+    }
+    return Outcome(metrics, {task.key: task.model})
+
+
+@methods.register("joint")
+def joint(run: Run) -> Outcome:
+    """One linear head on the concatenated features, one loss."""
+    return train_joint(run.make(Joint))

@@ -1,0 +1,63 @@
+"""One modality, trained alone with cross-entropy: UDI's anchor phase, and the members of the ensemble."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..models.classifiers import Classifier
+from ..models.encoders import make_encoder, may_draw
+from ..run import Run
+from ..training.loop import fit
+from ..training.task import Task, trainable, update
+
+
+class Unimodal(Task):
+    """The ancestor of all tasks that train one modality's classifier."""
+
+    def __init__(self, run: Run, modality: str):
+        super().__init__(run, modality)
+        self.view = run.data.modalities[modality]
+        encoder, self.width = make_encoder(modality, self.view, run.data.train)
+        self.random = self.view.augment is not None or may_draw(encoder)
+        self.model = self.place(Classifier(encoder, self.width, run.data.classes))
+        self.parameters = trainable(self.model)
+
+    def forward(self, batch, training=False):
+        """(features, logits)."""
+        return self.model(self.view.input(batch, training))
+
+    def logits(self, batch):
+        with self.run.autocast():
+            return self.forward(batch)[1]
+
+    def features_and_logits(self, batch):
+        """Side by side: (N, width + C)."""
+        with self.run.autocast():
+            return torch.cat(self.forward(batch), dim=1)
+
+
+class Alone(Unimodal):
+    key = "anchor"
+
+    def __init__(self, run: Run, modality: str):
+        super().__init__(run, modality)
+        self.optimizer = run.optimizer(self.parameters)
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
+
+    def step(self, batch):
+        with self.run.autocast():
+            loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        return {"loss": loss}
+
+
+def train_alone(
+    run: Run, modalities: Sequence[str] | None = None, epochs: int | None = None, phase: str = "unimodal"
+) -> dict[str, Alone]:
+    """These modalities (all by default), each alone: their tasks, by name."""
+    tasks = {modality: run.make(Alone, modality) for modality in modalities or run.data.modalities}
+    for task in tasks.values():
+        task.phase = phase
+    fit(list(tasks.values()), run, epochs)
+    return tasks

@@ -1,0 +1,289 @@
+"""All options of a run: their kinds, defaults and help in one place, for the command, the Python API and --resume."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import UserError, choose
+from .registry import datasets, fusion_rules, methods
+
+# --- kinds: from text of a command line, or from a value, to the value; ValueError says what is wanted ---
+
+
+def number(kind: type, least=None, above=None, below=math.inf) -> Callable:
+    """A finite number of this kind within its bounds."""
+
+    def parse(x):
+        try:
+            fits = isinstance(x, str | (Integral if kind is int else Real)) and not isinstance(x, bool)
+            value = kind(x) if fits else math.nan
+        except ValueError:
+            value = math.nan
+        low = (least is not None and value < least) or (above is not None and value <= above)
+        if not math.isfinite(value) or low or value >= below:
+            bound = f"of at least {least}" if least is not None else f"above {above}"
+            bound += f" and below {below}" if below < math.inf else ""
+            raise ValueError(f"{x!r} is not {'an integer' if kind is int else 'a number'} {bound}")
+        return value
+
+    return parse
+
+
+def pair(what: str, *kinds: Callable) -> Callable:
+    """Two values, each of a kind of its own; in text separated by a comma."""
+
+    def parse(x):
+        parts = x.split(",") if isinstance(x, str) else x
+        if not isinstance(parts, list | tuple) or len(parts) != 2:
+            raise ValueError(f"{x!r} is not two {what} such as 0.5,0.5")
+        return tuple(kind(part) for kind, part in zip(kinds, parts, strict=True))
+
+    return parse
+
+
+def names(x):
+    """A list of names; in text separated by commas, or none."""
+    if isinstance(x, str):
+        return () if x == "none" else tuple(x.split(","))
+    if not isinstance(x, list | tuple) or not all(isinstance(name, str) for name in x):
+        raise ValueError(f"{x!r} is not a list of names")
+    return tuple(x)
+
+
+def steps_or_epoch(x):
+    return x if x == "epoch" else number(int, 1)(x)
+
+
+def text(x):
+    if not isinstance(x, str):
+        raise ValueError(f"{x!r} is not a name")
+    return x
+
+
+def path(x):
+    return str(x)
+
+
+def flag(x):
+    if not isinstance(x, bool):
+        raise ValueError(f"{x!r} is neither True nor False")
+    return x
+
+
+def one_of(*choices: str) -> Callable:
+    def parse(x):
+        return choose("value", x, choices)
+
+    return parse
+
+
+# --- the options ---
+
+
+def option(group: str, default, kind: Callable, help: str, metavar: str | None = None, shown: str | None = None):
+    """``shown``: the default as the help has it, where None stands for something else."""
+    return dataclasses.field(
+        default=default, metadata={"group": group, "kind": kind, "help": help, "metavar": metavar, "shown": shown}
+    )
+
+
+WHAT, TRAINING, UDI, MACHINE = "what to train", "training", "UDI", "machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a run, checked when it is made; all have a default.
+
+    Raises:
+        UserError: naming the option, what was given and what is wanted.
+    """
+
+    method: str = option(WHAT, "udi", text, "what to train: {methods}")
+    dataset: str = option(WHAT, "cgdigits", text, "on what: {datasets}")
+    data_root: str | None = option(WHAT, None, path, "folder of the dataset's files, where it needs any", "DIR")
+    noise: tuple[float, float] | None = option(
+        WHAT,
+        None,
+        pair("amounts INPUT,LABEL", number(float, 0), number(float, 0, below=1)),
+        "corrupt the training split (not validation, not test): add Gaussian noise of this standard deviation to"
+        " inputs (a fraction of pixels' range), make this fraction of labels wrong; the same for all seeds",
+        "INPUT,LABEL",
+    )
+    baselines: tuple[str, ...] | None = option(
+        WHAT, None, names, "methods to train beside it, or none", "A,B", "joint for udi"
+    )
+    fusion: str = option(WHAT, "auto", text, "fusion rule: {fusion_rules}; auto: best on validation")
+
+    epochs: int = option(TRAINING, 30, number(int, 1), "epochs of each phase")
+    patience: int | None = option(
+        TRAINING, None, number(int, 1), "end a training after so many epochs without a better one on validation"
+    )
+    batch_size: int = option(TRAINING, 64, number(int, 1), "samples of a step")
+    optimizer: str = option(TRAINING, "adamw", one_of("adamw", "sgd"), "adamw or sgd")
+    lr: float = option(TRAINING, 3e-3, number(float, above=0), "first learning rate")
+    schedule: str = option(
+        TRAINING,
+        "cosine",
+        one_of("cosine", "step", "constant"),
+        "of the learning rate, epoch by epoch: cosine (to 0), step (see --lr-step) or constant",
+    )
+    lr_step: tuple[int, float] = option(
+        TRAINING,
+        (70, 0.1),
+        pair("numbers EPOCHS,FACTOR", number(int, 1), number(float, above=0)),
+        "of --schedule step: every so many epochs the learning rate is multiplied by this",
+        "EPOCHS,FACTOR",
+    )
+    momentum: float = option(TRAINING, 0.9, number(float, 0, below=1), "of sgd")
+    weight_decay: float | None = option(
+        TRAINING, None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd"
+    )
+    seed: int = option(TRAINING, 0, number(int, 0), "of initial weights and order of samples; all see the same dataset")
+
+    anchor: str = option(
+        UDI,
+        "auto",
+        text,
+        "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best on validation",
+    )
+    race: float | None = option(
+        UDI,
+        None,
+        number(float, above=0, below=1),
+        "choose the anchor after this fraction of its epochs, and train no other modality to the end",
+        "F",
+    )
+    follower_init: str = option(
+        UDI,
+        "scratch",
+        one_of("scratch", "anchor-phase"),
+        "weights that followers start from: scratch, or anchor-phase (trained alone)",
+    )
+    controller: str = option(
+        UDI,
+        "static",
+        one_of("dynamic", "static"),
+        "weights of L_con and L_com: static, or dynamic, from the losses' gradients",
+    )
+    alpha: tuple[float, float] | None = option(
+        UDI,
+        None,
+        pair("weights CON,COM", number(float, 0), number(float, 0)),
+        "the two weights of the static controller",
+        "CON,COM",
+        "1,1",
+    )
+    align_every: str | int = option(
+        UDI, "epoch", steps_or_epoch, "when the dynamic one measures: every epoch, or every N steps", "epoch|N"
+    )
+    club_norm: str = option(
+        UDI,
+        "layer",
+        one_of("layer", "none"),
+        "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none",
+    )
+    q_depth: int = option(UDI, 1, number(int, 0), "hidden layers of q, the network that CLUB fits")
+    q_width: int = option(UDI, 128, number(int, 1), "units of each")
+    q_lr: float = option(UDI, 1.0, number(float, above=0), "q's learning rate, as a multiple of --lr")
+    q_steps: int = option(UDI, 1, number(int, 1), "steps of q on each batch")
+    q_warmup: int | None = option(
+        UDI,
+        None,
+        number(int, 0),
+        "steps in which q is only fitted, before its bound counts",
+        shown="100, or a quarter of a shorter follower phase",
+    )
+
+    device: str = option(MACHINE, "auto", text, "auto (a GPU if there is one), cpu, cuda or cuda:i")
+    engine: str = option(
+        MACHINE,
+        "auto",
+        one_of("auto", "eager", "graph"),
+        "how steps run: eager, graph (whole steps as CUDA graphs) or auto (graph on a GPU)",
+    )
+    data: str = option(
+        MACHINE,
+        "auto",
+        one_of("auto", "device", "host"),
+        "where samples live: device, host (prefetched), or auto: on the device if they fit",
+    )
+    amp: str = option(MACHINE, "none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
+    tf32: bool = option(MACHINE, False, flag, "float32 convolutions and matrix products by TF32 on a GPU")
+    compile: bool = option(MACHINE, False, flag, "encoders by torch.compile")
+    out: str | None = option(
+        MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
+    )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._set(field.name, checked(field, getattr(self, field.name)))
+        choose("fusion rule", self.fusion, ("auto", *fusion_rules))
+        if self.baselines is None:
+            self._set("baselines", ("joint",) if self.method == "udi" else ())
+        for name in self.baselines:
+            choose("baseline", name, methods)
+        if self.controller != "static" and self.alpha is not None:
+            raise UserError("--alpha needs --controller static")
+        if self.controller != "dynamic" and self.align_every != "epoch":
+            raise UserError("--align-every needs --controller dynamic")
+        if self.controller == "static" and self.alpha is None:
+            self._set("alpha", (1.0, 1.0))
+        if self.race and self.anchor != "auto":
+            raise UserError("--race chooses the anchor: it needs --anchor auto")
+        if self.weight_decay is None:
+            self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
+
+    def _set(self, name: str, value: Any):
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def make(cls, **given) -> "Options":
+        """Of these; an error that names the nearest option for one that does not exist."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            choose("option", name, known)
+        return cls(**given)
+
+
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value as an option has it, or an error that names the option."""
+    if value is None and field.default is None:
+        return None
+    try:
+        return field.metadata["kind"](value)
+    except ValueError as error:
+        raise UserError(f"{field.name}: {error}") from None
+
+
+# These may differ when a run is resumed: it may have moved to another machine.
+MOVABLE = ("device", "data_root", "data", "engine", "compile")
+
+
+def spelled(name: str) -> str:
+    """As the command line has it."""
+    return "--" + name.replace("_", "-")
+
+
+def filled(help: str) -> str:
+    """A help text with the names that can be chosen."""
+    return help.format(methods=", ".join(methods), datasets=", ".join(datasets), fusion_rules=", ".join(fusion_rules))
+
+
+def resumed(folder: str, config: dict, given: dict) -> Options:
+    """The options of the run in ``folder``; those given beside --resume must agree with them."""
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+    try:
+        options = Options(**{name: value for name, value in config.items() if name in fields})
+        for name in ("method", "dataset", "epochs", "seed"):  # younger options have their defaults in an older folder
+            if name not in config:
+                raise UserError(f"it lacks {name}")
+    except UserError as error:
+        raise UserError(f"--resume {folder}: config.json is damaged: {error}") from None
+    for name, value in given.items():
+        value, saved = checked(fields[choose("option", name, fields)], value), getattr(options, name)
+        if name not in MOVABLE and value != saved:
+            raise UserError(f"{spelled(name)} {value} conflicts with --resume ({saved} there): leave it out")
+    return dataclasses.replace(options, **{name: value for name, value in given.items() if name in MOVABLE})

@@ -1,0 +1,161 @@
+"""A trained method as one predictor, kept in a run folder and loaded from it in another process."""
+
+import importlib
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .data.dataset import Dataset, Encoder, Modality, Split
+from .errors import UserError, choose
+from .evaluation.fusion import Rule
+from .models.encoders import make_encoder
+from .registry import classifiers, datasets, fusion_rules
+from .run import choose_device
+from .run_folder import RunFolder, load_tensors, read_config
+
+FILE = Path("checkpoints") / "model.pt"
+
+
+class Predictor:
+    """The models of a method, and the rule that fuses their logits.
+
+    A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs.
+    """
+
+    def __init__(self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"):
+        self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
+
+    @torch.no_grad()
+    def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone."""
+        stored = split.stored if isinstance(split, Split) else split
+        for m, modality in self.modalities.items():
+            if missing := [name for name in modality.reads if name not in stored]:
+                raise UserError(f"{m} reads {', '.join(missing)}, which is not there: got {', '.join(stored)}")
+        sizes = {name: len(stored[name]) for modality in self.modalities.values() for name in modality.reads}
+        if len(set(sizes.values())) != 1:
+            raise UserError(f"stored tensors differ in their number of samples: {sizes}")
+        (count,) = set(sizes.values())
+        logits = [self._logits(name, model, stored, count) for name, model in self.models.items()]
+        return self.rule(torch.stack(logits))
+
+    def _logits(self, name, model, stored, count):
+        device = next(model.parameters()).device
+        joint = name not in self.modalities
+        views = self.modalities if joint else {name: self.modalities[name]}
+        names = {stored_name for view in views.values() for stored_name in view.reads}
+        parts = []
+        model.eval()
+        for start in range(0, max(count, 1), 1000):  # of no samples: no rows
+            batch = {n: stored[n][start : start + 1000].to(device) for n in names}
+            inputs = {m: view.input(batch) for m, view in views.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+                parts.append(model(inputs if joint else inputs[name])[1])
+        return torch.cat(parts).float().cpu()
+
+    def save(self, folder: RunFolder, data: Dataset):
+        """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
+        rules = {rule: name for name, rule in fusion_rules.items()}
+        folder.save(
+            "model",
+            classes=data.classes,
+            modalities={
+                m: {
+                    "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
+                    "reads": list(view.reads),
+                    "make": None if view.make is torch.Tensor.float else address(view.make),
+                    "sample": {name: data.test.stored[name][:2].cpu() for name in view.reads},
+                }
+                for m, view in self.modalities.items()
+            },
+            models={
+                name: {"kind": getattr(model, "kind", None), "state": model.state_dict()}
+                for name, model in self.models.items()
+            },
+            rule=rules.get(type(self.rule)),
+            weights=self.rule.weights,
+            amp=self.amp,
+        )
+
+
+def load(
+    folder: str | Path,
+    dataset: Dataset | None = None,
+    encoders: dict[str, Encoder] | None = None,
+    device: str = "auto",
+) -> Predictor:
+    """The predictor of a finished run, in whatever process: ``load(folder).predict(split)``.
+
+    Encoders and functions of one's own are imported from the modules that defined them. What has no name there (a
+    lambda, a class of a notebook) is given again.
+
+    Args:
+        folder: of the run.
+        dataset: the modalities as they were trained on, where they cannot be imported.
+        encoders: as for :func:`train`.
+        device: where to compute.
+    """
+    folder, given = Path(folder), encoders or {}
+    if not (folder / FILE).exists():
+        raise UserError(
+            f"{folder} has no {FILE}: no run has ended there; an unended one goes on with --resume {folder}"
+        )
+    remedy = f"delete it, then --resume {folder} makes it again"
+    saved = load_tensors(folder / FILE, remedy)
+    if missing := {"classes", "modalities", "models", "rule", "weights", "amp"} - saved.keys():
+        raise UserError(f"{folder / FILE} lacks {', '.join(sorted(missing))}: {remedy}")
+    views = modalities_of(saved["modalities"], folder, dataset, given)
+    samples = {m: Split(torch.zeros(len(spec["sample"])), spec["sample"]) for m, spec in saved["modalities"].items()}
+    models, place = {}, choose_device(device)
+    for name, part in saved["models"].items():
+        if part["kind"] is None:
+            raise UserError(f"model {name} is of a class of its own: build it, and load its state from {folder / FILE}")
+        alone = part["kind"] == "unimodal"
+        made = {m: make_encoder(m, views[m], samples[m]) for m in ([name] if alone else views)}
+        networks, widths = ({m: pair[i] for m, pair in made.items()} for i in (0, 1))
+        inputs = (networks[name], widths[name]) if alone else (networks, widths)
+        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"])
+        try:
+            models[name].load_state_dict(part["state"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the encoders are not those of {folder / FILE}: {reason}") from None
+        models[name].to(place)
+    return Predictor(views, models, fusion_rules.find(saved["rule"])(saved["weights"]), saved["amp"])
+
+
+def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
+    """The modalities as a run had them: of the dataset, of one of the trainer's own, or put together by name."""
+    for m in given:
+        choose("modality", m, specs)
+    config = read_config(folder)
+    if dataset is None and config.get("dataset") in datasets:
+        dataset = datasets.find(config["dataset"])(config.get("data_root"))
+    views = {}
+    for m, spec in specs.items():
+        if dataset:
+            view = dataset.modalities[choose("modality", m, dataset.modalities)]
+        else:
+            make = imported(spec["make"], "dataset=...") if spec["make"] else torch.Tensor.float
+            view = Modality(spec["encoder"], tuple(spec["reads"]), make)
+        encoder = given.get(m, view.encoder)
+        if isinstance(encoder, str) and ":" in encoder:
+            encoder = imported(encoder, f"encoders={{{m!r}: ...}}")
+        views[m] = replace(view, encoder=encoder)
+    return views
+
+
+def address(thing) -> str:
+    """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
+    return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
+
+
+def imported(where: str, remedy: str):
+    module, _, path = where.partition(":")
+    try:
+        return attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"{where} cannot be imported: give it again, load(folder, {remedy})") from None

@@ -1,0 +1,40 @@
+"""What can be chosen by name: methods, datasets, encoders, fusion rules. Rooms fill these; this file imports none."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from .errors import UserError, choose
+
+
+class Registry(dict[str, Callable]):
+    """Names to things, filled by a decorator: ``@encoders.register("cnn")``."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self._needs: dict[str, tuple[tuple[str, ...], str | None]] = {}
+
+    def register(self, name: str, needs: tuple[str, ...] = (), extra: str | None = None) -> Callable:
+        """``needs``: modules without which it is of no use, that this extra of the package installs."""
+
+        def add(thing):
+            self[name], self._needs[name] = thing, (needs, extra)
+            return thing
+
+        return add
+
+    def find(self, name: str) -> Callable:
+        """The thing of this name, or an error that lists the names, or says what it lacks."""
+        thing = self[choose(self.kind, name, self)]
+        modules, extra = self._needs[name]
+        missing = [module for module in modules if find_spec(module) is None]
+        if missing:
+            raise UserError(f'{self.kind} {name} needs {", ".join(missing)}: pip install -e ".[{extra}]"')
+        return thing
+
+
+methods = Registry("method")
+datasets = Registry("dataset")
+encoders = Registry("encoder")
+classifiers = Registry("classifier")
+fusion_rules = Registry("fusion rule")

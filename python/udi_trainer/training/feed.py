@@ -1,0 +1,59 @@
+"""Batches on the device: of data that lives there, or prefetched from the host, in the same order either way."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from ..data.dataset import Split
+from ..run import Run
+
+AHEAD = 2  # batches prefetched
+
+
+class Feed:
+    """The batches of a split, with the stored tensors that these modalities read."""
+
+    def __init__(self, run: Run, split: Split, modalities: Sequence[str]):
+        self.split, self.device, self.resident = split, run.device, run.resident
+        self.names = sorted({name for m in modalities for name in run.data.modalities[m].reads})
+        # Of high priority: these streams come from a pool that no stage computes on.
+        copying = not self.resident and self.device.type == "cuda"
+        self.copies = torch.cuda.Stream(self.device, priority=-1) if copying else None
+
+    def batches(self, order: torch.Tensor, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """``order`` (samples, on the CPU) in batches: of resident data the indices alone, see :meth:`complete`."""
+        if self.resident:
+            return ({"index": index} for index in order.to(self.device).split(size))
+        return self._stream(order.split(size))
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The whole batch. Of resident data it is gathered here, on the device: a graph can contain that."""
+        return self.split.batch(batch["index"], self.names) if self.resident else batch
+
+    def _stream(self, indices):
+        def load(index):
+            batch = self.split.batch(index, self.names)
+            if self.copies is None:
+                return batch, None
+            with torch.cuda.stream(self.copies):
+                batch = {n: t.pin_memory().to(self.device, non_blocking=True) for n, t in batch.items()}
+            return batch, self.copies.record_event()
+
+        def arrive(batch, copied):
+            if copied:
+                compute = torch.cuda.current_stream(self.device)
+                compute.wait_event(copied)
+                for t in batch.values():
+                    t.record_stream(compute)
+            return batch
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque()
+            for index in indices:
+                ahead.append(pool.submit(load, index))
+                if len(ahead) > AHEAD:
+                    yield arrive(*ahead.popleft().result())
+            while ahead:
+                yield arrive(*ahead.popleft().result())

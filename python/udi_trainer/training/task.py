@@ -1,0 +1,63 @@
+"""What a stage of a method is made of: a model, and how a step trains it."""
+
+import torch
+from torch import nn
+
+from ..run import Run
+
+
+class Task:
+    """One stage of a method.
+
+    A subclass has its ``key``, and sets ``model``, ``parameters`` and ``parts``: everything with a state_dict that
+    training changes, by name, the model and the optimizers among them. Its seed, its name and the number of an epoch or
+    step determine all that is random in it, so a checkpoint needs no random state. Made by :meth:`Run.make`.
+    """
+
+    key = ""  # first part of its name, which seeds it and names its checkpoint
+    capturable = True  # whether a CUDA graph can hold its steps: nothing in them waits for the GPU
+    random = True  # whether its steps may draw random numbers; those that do not can run beside others in threads
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    parts: dict
+
+    def __init__(self, run: Run, modality: str | None = None):
+        self.run, self.modality = run, modality
+        self.phase = self.key  # as the log calls it
+        self.name = self.name_of(modality)
+        self.reads = tuple(run.data.modalities) if modality is None else (modality,)  # modalities whose input it needs
+
+    @classmethod
+    def name_of(cls, modality: str | None) -> str:
+        return "-".join(filter(None, (cls.key, modality)))
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the run's device, compiled if the run wants that."""
+        model.to(self.run.device)
+        if self.run.options.compile:
+            model.compile()
+        return model
+
+    def flags(self, number: int) -> dict:
+        """What kind of step this is: keyword arguments of `step`, of few values, the same names in every step."""
+        return {}
+
+    def step(self, batch: dict[str, torch.Tensor], **flags) -> dict[str, torch.Tensor]:
+        """Trains on the batch; returns named scalars, left on the device."""
+        raise NotImplementedError
+
+    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The prediction (N, C)."""
+        raise NotImplementedError
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Its parameters without those that an encoder of one's own keeps frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def update(optimizer: torch.optim.Optimizer, parameters, grads):
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()

@@ -1,0 +1,301 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from losses import EPS, assert_as_good_as_torch, distance, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from udi_kernels import js_div, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INF = float("inf")
+
+
+def logits(rows, classes, dtype=torch.float32, device="cpu", scale=3.0):
+    return [(torch.randn(rows, classes, device=device) * scale).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 2, 7, 16, 41, 64, 65, 101, 1271, 40000])
+def test_accuracy(classes, dtype, device):
+    rows = 37 if classes < 1000 else 3
+    for beta, temperature in ((0.5, 1.0), (0.1, 2.0), (0.9, 0.5)):
+        options = dict(beta=beta, temperature=temperature, reduction="none")
+        assert_as_good_as_torch(
+            partial(js_div, **options),
+            partial(reference.js_div, **options),
+            lambda: logits(rows, classes, dtype, device),
+        )
+
+
+def hostile(device):
+    big = torch.randn(8, 50, device=device) * 1e4
+    onehot = torch.eye(8, 50, device=device) * 1e4
+    some_inf = torch.randn(8, 50, device=device)
+    other_inf = torch.randn(8, 50, device=device)
+    some_inf[:, ::3] = -INF
+    other_inf[:, ::2] = -INF  # both, one, the other, neither
+    deep = torch.zeros(8, 50, device=device)
+    deep[:, 1:] = -200  # both sides underflow everywhere but at class 0
+    near = torch.randn(8, 50, device=device)
+    return {
+        "large": (big, torch.randn(8, 50, device=device) * 1e4),
+        "one-hot": (onehot, onehot.roll(1, 1)),
+        "one-hot against flat": (onehot, torch.zeros(8, 50, device=device)),
+        "-inf": (some_inf, other_inf),
+        "both underflow": (deep, deep + torch.randn(8, 50, device=device)),
+        "nearly equal": (near, near + 1e-3 * torch.randn(8, 50, device=device)),
+        "shifted by 1e3": (near + 1000, torch.randn(8, 50, device=device) - 1000),
+    }
+
+
+@pytest.mark.parametrize("name", hostile("cpu"))
+@pytest.mark.parametrize("wide", [False, True], ids=["50 classes", "500 classes"])
+def test_hostile_inputs(name, wide, device):
+    rows = partial(js_div, reduction="none"), partial(reference.js_div, reduction="none")
+    assert_as_good_as_torch(*rows, lambda: [t.repeat(1, 10 if wide else 1) for t in hostile(device)[name]])
+
+
+def test_equal_rows_give_exactly_zero(device):
+    for classes in (1, 6, 50, 1000):
+        for beta in (0.5, 0.1, 0.7):
+            x = torch.randn(9, classes, device=device) * 20
+            x[0, 0] = -INF if classes > 1 else 0
+            value, gx, gy = run(partial(js_div, beta=beta, reduction="none"), (x, x.clone()))
+            assert (value == 0).all() and (gx == 0).all() and (gy == 0).all()
+
+
+def test_never_negative_beyond_rounding_and_never_above_its_maximum(device):
+    x = torch.randn(500, 40, device=device) * 10
+    for step in (1e-7, 1e-5, 1e-3, 1.0, 1e3):
+        value = js_div(x, x + step * torch.randn_like(x), reduction="none")
+        assert value.min() >= -EPS[torch.float32] and value.max() <= math.log(2) * (1 + 1e-6)
+
+
+def test_shift_invariance(device):
+    x, y = (t.round(decimals=2) for t in logits(20, 30, torch.float64, device))
+    assert distance(js_div(x, y, reduction="none"), js_div(x + 512, y - 256, reduction="none")) < 1e-12
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_definition(beta, device):
+    """beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q: liger-kernel's generalized JSD, same beta."""
+    x, y = logits(11, 13, torch.float64, device)
+    q, p = x.softmax(-1), y.softmax(-1)
+    m = beta * p + (1 - beta) * q
+    kl = lambda a: F.kl_div(m.log(), a, reduction="batchmean")  # noqa: E731
+    torch.testing.assert_close(js_div(x, y, beta=beta), beta * kl(p) + (1 - beta) * kl(q))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_parity_with_liger(beta):
+    liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
+    x, y = logits(64, 5000, device="cuda")
+    theirs = liger.LigerJSD(beta=beta)
+    a = run(partial(js_div, beta=beta), (x, y), needs=(True, False))
+    b = run(lambda u, v: theirs(u.log_softmax(-1), v.log_softmax(-1)), (x, y), needs=(True, False))
+    for ours, other in zip(a[:2], b[:2], strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_and_reductions(device):
+    x, y = logits(12, 9, torch.float64, device)
+    w = torch.rand(12, device=device, dtype=torch.float64)
+    w[::3] = 0
+    for reduction in ("mean", "sum", "none"):
+        for weight in (None, w):
+            options = dict(weight=weight, reduction=reduction)
+            grad = torch.rand(12 if reduction == "none" else (), device=device, dtype=torch.float64)
+            ours = run(partial(js_div, **options), (x, y), grad=grad)
+            theirs = run(partial(reference.js_div, **options), (x, y), grad=grad)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b)
+    assert js_div(x.float(), y.float(), weight=w).dtype == torch.float32  # whatever the dtype of the weight
+    masked = run(partial(js_div, weight=w), (x, y))
+    assert (masked[1][::3] == 0).all()
+    torch.testing.assert_close(masked[0], js_div(x[w > 0], y[w > 0], weight=w[w > 0]))
+
+
+@pytest.mark.parametrize("classes", [6, 101])
+def test_strides(classes, device):
+    base = torch.randn(14, 3 * classes, device=device)
+    other = torch.randn(classes, 14, device=device)
+    views = {
+        "column slice": (base[:, classes : 2 * classes], base[:, 2 * classes :]),
+        "row step": (base[::2, :classes], base[1::2, :classes]),
+        "transposed": (base[:, :classes], other.T),
+        "column step": (base[:, ::3], base[:, 1::3]),
+        "expanded": (base[:1, :classes].expand(14, classes), other.T),
+    }
+    for x, y in views.values():
+        want = run(partial(js_div, reduction="none"), (x.contiguous(), y.contiguous()))
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        value = js_div(x, y, reduction="none")
+        grads = torch.autograd.grad(value, (x, y), torch.ones_like(value))
+        for got, expected in zip((value, *grads), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_expanded_grad_output(device):
+    x, y = logits(6, 40, device=device)
+    x.requires_grad_()
+    js_div(x, y, reduction="none").sum().backward()  # sum's gradient has stride 0
+    assert torch.equal(x.grad, run(partial(js_div, reduction="sum"), (x, y))[1])
+
+
+def test_leading_dimensions(device):
+    x, y = (t.reshape(2, 3, 4, 10) for t in logits(24, 10, device=device))
+    w = torch.rand(2, 3, 4, device=device)
+    rows = js_div(x, y, weight=w, reduction="none")
+    assert rows.shape == (2, 3, 4)
+    flat = js_div(x.reshape(24, 10), y.reshape(24, 10), weight=w.reshape(24), reduction="none")
+    assert torch.equal(rows.reshape(24), flat)
+    permuted = js_div(x.permute(1, 0, 2, 3), y.permute(1, 0, 2, 3), reduction="none")
+    assert torch.equal(permuted, js_div(x, y, reduction="none").permute(1, 0, 2))
+    assert js_div(x[0, 0, 0], y[0, 0, 0], reduction="none").shape == ()
+
+
+def test_partial_requires_grad_and_retain_graph(device):
+    x, y = logits(5, 70, device=device)
+    _, gx, gy = run(js_div, (x, y))
+    assert torch.equal(run(js_div, (x, y), needs=(True, False))[1], gx)
+    assert torch.equal(run(js_div, (x, y), needs=(False, True))[2], gy)
+    assert not js_div(x, y).requires_grad
+    x.requires_grad_()
+    loss = js_div(x, y)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, gx) and torch.equal(second, gx)
+
+
+def test_gradcheck_and_double_backward(device):
+    x, y = (t.requires_grad_() for t in logits(4, 5, torch.float64, device))
+    assert torch.autograd.gradcheck(partial(js_div, beta=0.3, temperature=1.7), (x, y))
+    assert torch.autograd.gradgradcheck(partial(js_div, beta=0.3, temperature=1.7), (x, y))
+    (first,) = torch.autograd.grad(js_div(x, y.detach()), x, create_graph=True)  # where only one needs a gradient
+    (again,) = torch.autograd.grad(reference.js_div(x, y.detach()), x, create_graph=True)
+    ours, theirs = (torch.autograd.grad(g.square().sum(), x)[0] for g in (first, again))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_dtypes_devices_and_autocast(device):
+    x, y = logits(4, 5, device=device)
+    assert js_div(x, y).dtype == torch.float32 and js_div(x.double(), y.double()).dtype == torch.float64
+    half = x.bfloat16().requires_grad_()
+    loss = js_div(half, y)  # mixed, as autocast makes them
+    loss.backward()
+    assert loss.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(js_div(x, y), js_div(x, y))
+        linear = torch.nn.Linear(5, 5, device=device)
+        loss = js_div(linear(x), y)
+    loss.backward()
+    assert loss.dtype == torch.float32 and linear.weight.grad is not None
+
+
+def test_empty_batch(device):
+    x = torch.empty(0, 5, device=device, requires_grad=True)
+    y = torch.empty(0, 5, device=device)
+    assert js_div(x, y, reduction="sum") == 0 and js_div(x, y).isnan() and js_div(x, y, reduction="none").shape == (0,)
+    for reduction in ("sum", "mean"):
+        assert torch.autograd.grad(js_div(x, y, reduction=reduction), x)[0].shape == (0, 5)
+
+
+def test_bit_identical_repeats(device):
+    x, y = logits(300, 501, device=device)
+    first = run(js_div, (x, y))
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(js_div, (x, y)), strict=True))
+
+
+def test_threads_do_not_change_the_result():
+    x, y = logits(300, 501)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(run(js_div, (x, y)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (5, 130)])
+def test_opcheck(shape, device):
+    ops = torch.ops.udi_kernels
+    x, y = logits(*shape, device=device)
+    js_div(x, y)  # loads the kernels
+    w = torch.rand(shape[0], device=device)
+    for a, b in ((x, y), (x[::2], y[::2])):
+        for reduction in range(3):
+            weight = w[: len(a)] if reduction < 2 else None
+            torch.library.opcheck(ops.js_div.default, (a.detach().requires_grad_(), b, weight, 0.4, 2.0, reduction))
+            torch.library.opcheck(ops.js_div_fwd.default, (a, b, weight, 0.4, 2.0, reduction))
+            loss, stats = ops.js_div_fwd(a, b, weight, 0.4, 2.0, reduction)
+            for needs in ((True, False), (False, True), (True, True)):
+                args = (torch.ones_like(loss), a, b, weight, stats, 0.4, 2.0, reduction, *needs)
+                torch.library.opcheck(ops.js_div_bwd.default, args)
+
+
+def test_compile_fullgraph(device):
+    compiled = torch.compile(
+        lambda x, y, w: js_div(x * 2, y, beta=0.3, weight=w, reduction="mean"), fullgraph=True, backend="aot_eager"
+    )
+    for shape in ((4, 8), (7, 8), (2, 3, 8)):  # new sizes, then a new rank
+        x, y = torch.randn(shape, device=device), torch.randn(shape, device=device)
+        w = torch.rand(shape[:-1], device=device)
+        ours = run(lambda a, b, w=w: compiled(a, b, w), (x, y))
+        eager = run(lambda a, b, w=w: js_div(a * 2, b, beta=0.3, weight=w), (x, y))
+        for a, b in zip(ours, eager, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_dispatch_for_cuda():
+    """What serves there, told by fake tensors: the kernels, and for float64 the reference, which makes no such call."""
+    js_div(torch.zeros(1, 1), torch.zeros(1, 1))  # loads the kernels
+    for dtype, other, kernels in ((torch.float32, torch.float64, 1), (torch.float64, torch.float32, 0)):
+        with FakeTensorMode(), Calls() as calls:
+            x, w = torch.zeros(4, 5, device="cuda", dtype=dtype), torch.ones(4, device="cuda", dtype=other)
+            loss = js_div(x, x, weight=w)
+        assert loss.dtype == dtype and calls.names.count("udi_kernels::js_div_fwd") == kernels
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+BAD = {
+    "input .* torch.Tensor, got list": lambda x: js_div([1.0], x),
+    "target .* float.*, got torch.int64": lambda x: js_div(x, x.long()),
+    r"target .* \(3, 4\), got \(3, 5\)": lambda x: js_div(x, torch.zeros(3, 5)),
+    "at least one class": lambda x: js_div(x[:, :0], x[:, :0]),
+    r"got \(\)": lambda x: js_div(x[0, 0], x[0, 0]),
+    "target must be on cpu .* got meta": lambda x: js_div(x, x.to("meta")),
+    "beta .* got 1": lambda x: js_div(x, x, beta=1),
+    "beta .* got 0": lambda x: js_div(x, x, beta=0.0),
+    "beta .* got nan": lambda x: js_div(x, x, beta=math.nan),
+    "beta must be a number, got a tensor": lambda x: js_div(x, x, beta=torch.tensor(0.5, requires_grad=True)),
+    "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
+    "temperature .* got 0": lambda x: js_div(x, x, temperature=0),
+    "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
+    "reduction .* got 'batchmean'": lambda x: js_div(x, x, reduction="batchmean"),
+    r"weight .* \(3,\), one per row, got \(4,\)": lambda x: js_div(x, x, weight=torch.ones(4)),
+    "weight gets no gradient": lambda x: js_div(x, x, weight=torch.ones(3, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, backend):
+    with pytest.raises((ValueError, TypeError), match=f"js_div: .*{message}"):
+        BAD[message](torch.zeros(3, 4))
