@@ -13,6 +13,8 @@ import math
 import triton
 import triton.language as tl
 
+# Triton 3.10 no longer contracts a * b + c on its own; these kernels want it.
+FUSED = {"enable_fp_fusion": True}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAX_GRID_Y = 65535
 
@@ -34,7 +36,7 @@ class Launch:
     __slots__ = "compiled", "grid", "kernel", "options", "rest"
 
     def __init__(self, kernel, grid, values, **options):
-        self.kernel, self.grid, self.options = kernel, (*grid, 1, 1)[:3], options
+        self.kernel, self.grid, self.options = kernel, (*grid, 1, 1)[:3], options | FUSED
         self.rest = tuple(values[name] for name in kernel.arg_names if name in values)
         self.compiled = None
 
@@ -49,8 +51,7 @@ class Launch:
             self.compiled = kernel and kernel[self.grid]  # the interpreter returns None
 
     def _by_triton(self, tensors):
-        # Triton 3.10 no longer contracts a * b + c on its own; these kernels want it.
-        return self.kernel[self.grid](*tensors, *self.rest, enable_fp_fusion=True, **self.options)
+        return self.kernel[self.grid](*tensors, *self.rest, **self.options)
 
 
 def cdiv(a, b):
@@ -125,7 +126,14 @@ def _total(PARTS, OUT, n, BLOCK: tl.constexpr):
     tl.store(OUT, tl.sum(acc, 0).to(tl.float32))
 
 
-def total(n):
-    """The launch that adds up n float32 numbers: (numbers, scalar)."""
+@plan
+def _total_of(device, n):
     block = 256 if n <= 1024 else 4096
     return Launch(_total, (1,), dict(n=n, BLOCK=block), num_warps=warps(block, 8))
+
+
+def total(parts):
+    """Sum of a float32 vector as a scalar tensor."""
+    out = parts.new_empty(())
+    _total_of(parts.get_device(), len(parts))(parts, out)
+    return out

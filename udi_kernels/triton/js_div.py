@@ -421,7 +421,7 @@ def _fwd_by_tiles(R, C, reduction, values):
     programs = cdiv(R, rows * steps)
     num_warps = min(16, warps(rows * block, 4)) if programs == 1 else min(8, warps(rows * block, 8))
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
-    launch, add = Launch(_fwd_tile, (programs,), values, num_warps=num_warps), total(programs)
+    launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
     def each(input, target, weight):
         stats, losses = _float32(input, 6, R), _float32(input, R)
@@ -434,10 +434,9 @@ def _fwd_by_tiles(R, C, reduction, values):
         return loss, stats
 
     def in_two_stages(input, target, weight):
-        stats, parts, loss = _float32(input, 6, R), _float32(input, programs), _float32(input)
+        stats, parts = _float32(input, 6, R), _float32(input, programs)
         launch(input, target, weight, stats, parts)
-        add(parts, loss)
-        return loss, stats
+        return total(parts), stats
 
     return each if reduction == 0 else at_once if programs == 1 else in_two_stages
 
@@ -457,16 +456,11 @@ def _rows_and_steps(R, block):
 
 def _fwd_by_rows(R, reduction, values, num_warps):
     launch = Launch(_fwd_row, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
-    add = total(R)
 
     def run(input, target, weight):
         stats, losses = _float32(input, 6, R), _float32(input, R)
         launch(input, target, weight, stats, losses)
-        if reduction == 0:
-            return losses, stats
-        loss = _float32(input)
-        add(losses, loss)
-        return loss, stats
+        return losses if reduction == 0 else total(losses), stats
 
     return run
 
