@@ -4,6 +4,7 @@ import importlib
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,9 @@ class Predictor:
     A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs.
     """
 
-    def __init__(self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"):
+    def __init__(
+        self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"
+    ) -> None:
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
 
     @torch.no_grad()
@@ -42,7 +45,7 @@ class Predictor:
         logits = [self._logits(name, model, stored, count) for name, model in self.models.items()]
         return self.rule(torch.stack(logits))
 
-    def _logits(self, name, model, stored, count):
+    def _logits(self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         device = next(model.parameters()).device
         joint = name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
@@ -56,7 +59,7 @@ class Predictor:
                 parts.append(model(inputs if joint else inputs[name])[1])
         return torch.cat(parts).float().cpu()
 
-    def save(self, folder: RunFolder, data: Dataset):
+    def save(self, folder: RunFolder, data: Dataset) -> None:
         """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
         rules = {rule: name for name, rule in fusion_rules.items()}
         folder.save(
@@ -152,12 +155,12 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     return views
 
 
-def address(thing) -> str:
+def address(thing: object) -> str:
     """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
 
 
-def imported(where: str, remedy: str):
+def imported(where: str, remedy: str) -> Any:
     module, _, path = where.partition(":")
     try:
         return attrgetter(path)(importlib.import_module(module))

@@ -25,7 +25,7 @@ class RunFolder:
     left as it is.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.ended = path is not None and (path / "metrics.json").exists()
         self.kept: dict[str, memoryview] = {}  # the checkpoints in memory
@@ -40,16 +40,16 @@ class RunFolder:
             return torch.load(io.BytesIO(self.kept[stage]), map_location="cpu") if stage in self.kept else None
         return load_tensors(path, REPEAT) if path.exists() else None
 
-    def save(self, name: str, /, **state):
+    def save(self, name: str, /, **state) -> None:
         if self.path:
             self.write(f"checkpoints/{name}.pt", packed(state))
         else:
             self.kept[name] = packed(state)
 
-    def write_log(self, rows: list[dict]):
+    def write_log(self, rows: list[dict]) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def append_log(self, row: dict):
+    def append_log(self, row: dict) -> None:
         if not self.path:
             return
         log = self.path / "metrics.jsonl"
@@ -141,7 +141,7 @@ def as_json(value) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value) -> None:
     write(path, as_json(value))
 
 
@@ -171,7 +171,7 @@ def packed(state: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def write(path: Path, data):
+def write(path: Path, data: bytes | memoryview) -> None:
     """All or nothing: a reader, or a process killed here, sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:

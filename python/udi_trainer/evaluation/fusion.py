@@ -31,7 +31,7 @@ class Rule:
 class Mean(Rule):
     """Mean of the probabilities: the plain ensemble."""
 
-    def __call__(self, logits):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.softmax(-1).mean(0)
 
 
@@ -39,7 +39,7 @@ class Mean(Rule):
 class Sum(Rule):
     """Sum of the logits: a product of experts, in which a confident modality counts for more."""
 
-    def __call__(self, logits):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sum(0).softmax(-1)
 
 
@@ -51,7 +51,7 @@ class Weighted(Rule):
     """
 
     @classmethod
-    def fit(cls, logits, labels):
+    def fit(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Rule":
         likelihood = logits.double().softmax(-1)[:, torch.arange(len(labels)), labels].clamp_min(1e-12)
         weights = torch.full((len(logits),), 1 / len(logits), dtype=torch.float64)
         for _ in range(500):
@@ -59,7 +59,7 @@ class Weighted(Rule):
             weights = (share / share.sum(0)).mean(1)
         return cls(weights.tolist())
 
-    def __call__(self, logits):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         weights = torch.tensor(self.weights, dtype=torch.float64)
         return torch.einsum("m,mnc->nc", weights, logits.double().softmax(-1))
 
@@ -94,7 +94,7 @@ def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) 
     fitted = {name: rule.fit(stacked["val"], labels["val"]) for name, rule in fusion_rules.items()}
     probabilities = {name: {s: rule(stacked[s]) for s in stacked} for name, rule in fitted.items()}
 
-    def merit(name):
+    def merit(name: str) -> tuple[float, float]:
         p = probabilities[name]["val"]
         return accuracy(p, labels["val"]), p[torch.arange(len(p)), labels["val"]].clamp_min(1e-12).log().mean().item()
 

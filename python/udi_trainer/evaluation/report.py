@@ -1,6 +1,7 @@
 """What a run shows of itself: the table on the terminal, and report.png."""
 
 from pathlib import Path
+from typing import IO
 
 from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, finish, new_figure
 
@@ -47,7 +48,7 @@ def rule(scores: dict) -> str:
     return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
-def draw(metrics: dict, history: History, path: Path):
+def draw(metrics: dict, history: History, path: Path | IO[bytes]):
     """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
@@ -56,6 +57,7 @@ def draw(metrics: dict, history: History, path: Path):
     found = metrics.get("effective_dims")
     whole = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
     colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
+    colors[metrics["method"]] = INK
     bars = picked(metrics)
     two = bool(followers or found)
     top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * two
@@ -65,7 +67,7 @@ def draw(metrics: dict, history: History, path: Path):
     accuracies(left, history, metrics["anchor"], colors)
     compare(right, bars, metrics["method"], colors)
     if followers:
-        drives(rows[1, 0], followers, metrics["controller"], colors)
+        drives(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
     if found:
         dimensions(rows[1, 0], found, history, colors)
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
@@ -95,12 +97,12 @@ def accuracies(axes, history: History, anchor: str | None, colors: dict):
     finish(axes, "Validation accuracy, %")
 
 
-def drives(figure, followers: History, controller: str, colors: dict):
+def drives(figure, followers: History, dynamic: bool, colors: dict):
     """The followers' losses, and the weights of two of them: a panel each where a controller moves them."""
-    shown = LOSSES | (ALPHAS if controller == "dynamic" else {})
+    shown = LOSSES | (ALPHAS if dynamic else {})
     last = next(iter(followers.values()))[-1]
     fixed = ", ".join(f"{label} = {last[name]:g}" for name, label in ALPHAS.items())
-    weights = ", and their weights (dynamic controller)" if controller == "dynamic" else f"; weights {fixed}"
+    weights = ", and their weights (dynamic controller)" if dynamic else f"; weights in the last epoch {fixed}"
     title = f"Follower{'s' * (len(followers) > 1)}: losses before weighting, nats{weights}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
@@ -137,14 +139,14 @@ def picked(metrics: dict) -> list[tuple[str, str | None, dict]]:
     """The comparison without the anchor's second entry: it stays as it was trained alone."""
     anchor, part = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
     entries = [entry for entry in comparison(metrics) if entry[0] != part]
-    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, *rest) for name, *rest in entries]
+    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, m, s) for name, m, s in entries]
 
 
 def compare(axes, bars: list, method: str, colors: dict):
     """Test accuracy of everything; a dot marks what the plain mean of probabilities reaches in a fusion's place."""
     title = "Test accuracy, %"
     for y, (name, modality, scores) in enumerate(bars):
-        color = colors.get(modality, INK if name == method else colors.get(name, MUTED))
+        color = colors.get(modality or name, MUTED)
         value = 100 * scores["test_acc"]
         axes.barh(y, value, color=color, height=0.68, alpha=0.5 if " alone" in name else 1)
         if scores.get("rule") != "mean" and "by_rule" in scores:

@@ -6,6 +6,7 @@ from its labels and from the anchor, which gets nothing back.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class Follower(Unimodal):
         self.controller = Controller(run).to(run.device)
         self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
 
-    def flags(self, number):
+    def flags(self, number: int) -> dict:
         return {"align": self.controller.due(number), "fitted": number >= self.warmup}
 
     def step(self, batch, align, fitted):
@@ -91,14 +92,15 @@ class Follower(Unimodal):
         scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
         return scalars | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
 
-    def fit_q(self, x, y):
+    def fit_q(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Another step of q alone: the optimizer skips weights that have no gradient."""
         with self.run.autocast():
-            nll = club_nll(*self.q(x), y)
+            mu, logvar = self.q(x)
+            nll = club_nll(mu, logvar, y)
         grad = [*[None] * len(self.parameters), *torch.autograd.grad(nll, self.q_parameters)]
         update(self.optimizer, self.parameters + self.q_parameters, grad)
 
-    def normalise(self, features):
+    def normalise(self, features: torch.Tensor) -> torch.Tensor:
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
         return layer_norm(features, features.shape[1:]) if self.run.options.club_norm == "layer" else features
 
@@ -110,10 +112,10 @@ class Controller(nn.Module):
         super().__init__()
         options = run.options
         static = options.controller == "static"
-        self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha if static else (0, 0))]))
-        self.every = None if static else run.steps if options.align_every == "epoch" else options.align_every
+        self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha or (0, 0))]))
+        self.every = None if static else run.steps if options.align_every == "epoch" else int(options.align_every)
 
-    def due(self, number):
+    def due(self, number: int) -> bool:
         return self.every is not None and number % self.every == 0
 
 
@@ -158,7 +160,7 @@ def choose_anchor(option: str, histories: dict[str, list[dict]]) -> tuple[str, d
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
-def predictions(tasks: dict[str, Unimodal], run: Run) -> tuple[dict, dict]:
+def predictions(tasks: Mapping[str, Unimodal], run: Run) -> tuple[dict, dict]:
     """Features and logits of each modality, on validation and test, from one pass."""
     both = {m: outputs(task, run, task.features_and_logits) for m, task in tasks.items()}
     features = {m: {split: z[:, : tasks[m].width] for split, z in seen.items()} for m, seen in both.items()}

@@ -1,5 +1,7 @@
 """Classifiers: encoders under linear heads. All return (features, logits)."""
 
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -52,6 +54,13 @@ class JointClassifier(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
 
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The logits that come of each modality."""
+        raise NotImplementedError
+
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
         return features, self.fuse(features)
@@ -72,10 +81,10 @@ class ConcatClassifier(JointClassifier):
         self.widths = [features or width for width in widths.values()]
         self.head = nn.Linear(sum(self.widths), classes)
 
-    def fuse(self, features):
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.head(torch.cat(tuple(features.values()), dim=1))
 
-    def shares(self, features):
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weights, bias = self.head.weight.split(self.widths, dim=1), self.head.bias / len(features)
         pairs = zip(features.items(), weights, strict=True)
         return {name: nn.functional.linear(x, weight, bias) for (name, x), weight in pairs}
@@ -91,10 +100,10 @@ class SumClassifier(JointClassifier):
         super().__init__(encoders)
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 
-    def fuse(self, features):
-        return sum(self.shares(features).values())
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reduce(torch.add, self.shares(features).values())
 
-    def shares(self, features):
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.heads[name](x) for name, x in features.items()}
 
 

@@ -22,7 +22,7 @@ from .feed import Feed
 from .task import Task
 
 
-def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
+def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
 
     Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
@@ -53,14 +53,14 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
         stage.finish()
 
 
-def share_stream(stages: Sequence["Stage"]):
+def share_stream(stages: Sequence["Stage"]) -> None:
     """Stages that draw random numbers share a stream: graphs read their seeds from one place, one after the other."""
     drawing = [stage for stage in stages if stage.task.random and stage.stream]
     for stage in drawing:
         stage.stream = drawing[0].stream
 
 
-def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress):
+def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress) -> None:
     """An epoch of each stage, step by step in turn; or at the same time, each with so many threads of the CPU.
 
     Stages that draw random numbers take turns there too, for the generator is one for all.
@@ -96,7 +96,7 @@ def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: thre
 class Stage:
     """A task on its way: trained epoch by epoch, checkpointed after each."""
 
-    def __init__(self, task: Task, run: Run):
+    def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
@@ -107,7 +107,7 @@ class Stage:
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
         self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
 
-    def restore(self):
+    def restore(self) -> None:
         """Goes on from its last checkpoint, if there is one."""
         saved = self.run.restore(self.task.name)
         self.history = self.run.history[self.task.name]
@@ -150,7 +150,7 @@ class Stage:
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
         return self.epoch >= (epochs or self.task.epochs) or bool(waited)
 
-    def on_stream(self):
+    def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
     def epoch_steps(self):
@@ -178,7 +178,7 @@ class Stage:
             self.seconds += (time.perf_counter() - began) / shared
             self.save()
 
-    def end(self, began: float, shared: int):
+    def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
         means, fault = self.engine.means(), self.engine.fault()
         val = self.task.validate(predict(self.task, self.run, self.run.data.val), self.run.labels["val"])
@@ -201,9 +201,10 @@ class Stage:
         where = f"in step {number}, of epoch {self.epoch + 1}"
         return UserError(f"{self.label}: {name} is not finite {where}: lower --lr (it is {lr}){good}")
 
-    def finish(self):
+    def finish(self) -> None:
         if self.stream:
             torch.cuda.current_stream(self.run.device).wait_stream(self.stream)
+        assert self.best is not None
         self.task.model.load_state_dict(self.best)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
