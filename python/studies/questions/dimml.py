@@ -67,7 +67,7 @@ class DIMML(Study):
                 counts = [found[m][0] for found in whole]
                 lacking = [n for found in whole for n in found[m][1].values()]
                 lines.append(
-                    f"{condition}: {m} is effective in {min(counts)} to {max(counts)} of 64 dimensions; another modality"
-                    f" lacks {min(lacking)} to {max(lacking)} of them."
+                    f"{condition}: {m} is effective in {min(counts)} to {max(counts)} of 64 dimensions;"
+                    f" another modality lacks {min(lacking)} to {max(lacking)} of these."
                 )
         return lines
