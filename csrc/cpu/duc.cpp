@@ -16,9 +16,9 @@
 namespace udi {
 namespace {
 
-// Rows and columns of a tile. The rows are also what threads share out, whatever their number.
-constexpr int64_t kTileColumns = 512;
-inline int64_t tile_rows(int64_t n) { return n <= 128 ? 16 : n <= 512 ? 32 : 128; }
+// Columns and rows of a tile. The rows are also what threads share out, whatever their number.
+constexpr int64_t kTileColumns = 512, kMostRows = 128;
+inline int64_t tile_rows(int64_t n) { return n <= 128 ? 16 : n <= 512 ? 32 : kMostRows; }
 
 // Rows of `stats`: the largest z of the negatives, 1/sum_j e^((z_ij - that)/T), and 1 - p_ii.
 enum Stat { kMax, kInvSum, kOthers, kStats };
@@ -145,7 +145,7 @@ void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const s
     Buffer<S> s(height, depth), sums(direction ? height : 0, depth), room(height, std::min(n, kTileColumns));
     for (int64_t begin = first; begin < last; begin += height) {
       const int64_t rows = std::min(height, last - begin);
-      Running<S> running[128];
+      Running<S> running[kMostRows];
       gather(student, begin, dims, s.slice(0, rows));
       for (int64_t c = 0; c < n; c += kTileColumns) {
         Matrix<S> t = all_t.slice(c, std::min(c + kTileColumns, n)), tile{room.data, rows, t.rows, room.stride};

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from losses import assert_as_good_as_torch, run
+from losses import assert_as_good_as_torch, resident, run
 
 from udi_kernels import duc_loss, reference
 
@@ -203,15 +203,6 @@ def test_no_matrix_of_all_pairs(device):
         duc_loss(student, teacher, dims, temperature=10.0).backward()
         peak = resident("VmHWM") - before
     assert peak < 8192 * 8192 * 4 / 2
-
-
-def resident(what="VmRSS"):
-    """Bytes of memory now, or (VmHWM) at the peak, which starts anew here."""
-    if what == "VmRSS":
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(what))
 
 
 def test_opcheck(device):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from losses import resident
 
 from udi_kernels import effective_dims, reference
 
@@ -71,6 +72,13 @@ def test_empty(shape, device):
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
     got = effective_dims(torch.zeros(shape, device=device), labels, 3)
     assert got.dtype == torch.bool and got.shape == shape[1:] and not got.any()
+
+
+def test_memory_beyond_the_features():
+    features, labels = draw(10_000, 101, 512)
+    before = resident()
+    effective_dims(features, labels, 101)
+    assert resident("VmHWM") - before < 50e6  # all distances take 2 GB
 
 
 def test_strides_and_int32(device):

@@ -17,6 +17,7 @@ the narrowest width.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from udi_kernels import duc_loss, effective_dims
 
 from ..console import log
+from ..data.dataset import Batch
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import ConcatClassifier, DetachedClassifiers
@@ -55,12 +57,14 @@ class Dimensions(nn.Module):
 
 class Detached(Task):
     key = "dimml"
+    model: DetachedClassifiers
 
     def __init__(self, run: Run):
         super().__init__(run)
         self.phase, self.views = "detached", run.data.modalities
         made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
-        encoders, widths = {m: made[m][0] for m in made}, {m: made[m][1] for m in made}
+        encoders = {name: encoder for name, (encoder, _) in made.items()}
+        widths = {name: width for name, (_, width) in made.items()}
         self.random = any(view.augment for view in self.views.values()) or any(map(may_draw, encoders.values()))
         self.model = self.place(DetachedClassifiers(encoders, widths, run.data.classes))
         self.projected = {name: width for name, width in widths.items() if width != self.model.width}
@@ -70,16 +74,16 @@ class Detached(Task):
         self.warmup = round(run.options.contrast_warmup * run.options.epochs)
         self.parts = {"model": self.model, "optimizer": self.optimizer, "dimensions": self.dimensions}
 
-    def forward(self, batch, training=False):
+    def forward(self, batch: Batch, training: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """(features, logits) by modality."""
         return self.model({name: view.input(batch, training) for name, view in self.views.items()})
 
-    def begin_epoch(self, epoch):
+    def begin_epoch(self, epoch: int) -> None:
         if epoch == self.warmup and self.run.options.contrast == "duc":
             self.dimensions.effective.copy_(self.find_dimensions())
 
     @torch.no_grad()
-    def find_dimensions(self):
+    def find_dimensions(self) -> torch.Tensor:
         train = self.run.data.train
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
@@ -90,7 +94,7 @@ class Detached(Task):
         columns = (torch.cat(parts) for parts in zip(*features, strict=True))
         return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
 
-    def flags(self, number):
+    def flags(self, number: int) -> dict:
         return {"interact": number >= self.warmup * self.run.steps and self.run.options.contrast_weight > 0}
 
     def step(self, batch, interact):
@@ -102,32 +106,32 @@ class Detached(Task):
             shared = [cross_entropy(self.model.shared(x), batch["labels"]) for x in features]
             contrast = self.contrast(features) if interact else 0 * own[0]
         loss = sum(own) + options.shared_weight * sum(shared) + options.contrast_weight * contrast
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters))
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
         scalars = {"loss": loss, "contrast": contrast} | {f"cls_{m}": x for m, x in zip(self.views, own, strict=True)}
         return scalars | {f"shared_{m}": x for m, x in zip(self.views, shared, strict=True)}
 
-    def contrast(self, features):
+    def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss by which modalities learn from each other, over all ordered pairs."""
         temperature, full = self.run.options.contrast_temperature, self.run.options.contrast == "full"
-        total = 0
+        total = torch.zeros((), device=features[0].device)
         for a, b in itertools.permutations(range(len(features)), 2):
             teacher = features[a] if full else features[a].detach()
             dims = self.dimensions.effective[a] if full else self.dimensions.complementary(a, b)
             total = total + duc_loss(features[b], teacher, dims, temperature=temperature)
         return total
 
-    def logits(self, batch):
+    def logits(self, batch: Batch) -> torch.Tensor:
         """Those of all heads, side by side: (N, M C)."""
         with self.run.autocast():
             return torch.cat([z for _, z in self.forward(batch).values()], dim=1)
 
-    def validate(self, logits, labels):
+    def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Means over the modalities, and each one's accuracy."""
         each = [Task.validate(self, z, labels) for z in self.by_modality(logits).values()]
         means = {name: sum(row[name] for row in each) / len(each) for name in each[0]}
         return means | {f"val_acc_{m}": row["val_acc"] for m, row in zip(self.views, each, strict=True)}
 
-    def by_modality(self, logits):
+    def by_modality(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self.views, logits.split(self.run.data.classes, dim=1), strict=True))
 
 
@@ -135,6 +139,7 @@ class FusionHead(Task):
     """A linear head on the frozen modalities' concatenated features."""
 
     key = "dimml-fusion"
+    model: nn.Linear
 
     def __init__(self, run: Run, frozen: dict[str, Frozen]):
         super().__init__(run)
@@ -147,17 +152,17 @@ class FusionHead(Task):
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
     @property
-    def epochs(self):
+    def epochs(self) -> int:
         return self.run.options.fusion_epochs
 
     def step(self, batch):
         features = torch.cat([modality.outputs(batch)[0] for modality in self.frozen.values()], dim=1)
         with self.run.autocast():
             loss = cross_entropy(self.model(features.float()), batch["labels"])
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters))
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
         return {"loss": loss}
 
-    def logits(self, batch):
+    def logits(self, batch: Batch) -> torch.Tensor:
         features = torch.cat([modality.compute(batch)[0] for modality in self.frozen.values()], dim=1)
         with self.run.autocast():
             return self.model(features.float())
@@ -193,7 +198,9 @@ def dimml(run: Run) -> Outcome:
     logits = {split: detached.by_modality(z) for split, z in outputs(detached, run).items()}
     own = {name: {split: logits[split][name] for split in logits} for name in detached.views}
     alone = dict(detached.model.alone.items())
-    head = run.make(FusionHead, frozen={name: Frozen(run, name, model) for name, model in alone.items()})
+    head = run.make(
+        FusionHead, frozen={name: Frozen(run, name, model, detached.model.width) for name, model in alone.items()}
+    )
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
     fused, rule = fuse("certainty" if run.options.fusion == "auto" else run.options.fusion, heads, run.labels)

@@ -1,9 +1,9 @@
 """A trained modality whose outputs others learn from: UDI's anchor, the encoders under DI-MML's fusion head."""
 
 import torch
+from torch import nn
 
 from ..data.dataset import Batch
-from ..models.classifiers import Classifier
 from ..run import Run
 from ..training.feed import Feed
 
@@ -13,9 +13,9 @@ CACHE_LIMIT = 2**30  # bytes of outputs above which they are kept in bfloat16
 class Frozen:
     """Its features and logits of the training samples: computed once, unless its input is augmented."""
 
-    def __init__(self, run: Run, modality: str, model: Classifier) -> None:
+    def __init__(self, run: Run, modality: str, model: nn.Module, width: int):
         self.run, self.view, self.reads = run, run.data.modalities[modality], (modality,)
-        self.model, self.width = model.requires_grad_(False).eval(), model.head.in_features
+        self.model, self.width = model.requires_grad_(False).eval(), width
         self.cache = None if self.view.augment else self.compute_all()
 
     def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:

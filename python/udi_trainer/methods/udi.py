@@ -196,7 +196,7 @@ def udi(run: Run) -> Outcome:
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
-    anchor, warm = Frozen(run, name, tasks[name].model), run.options.follower_init == "anchor-phase"
+    anchor, warm = Frozen(run, name, tasks[name].model, tasks[name].width), run.options.follower_init == "anchor-phase"
     warmup, steps = q_warmup(run), run.options.epochs * run.steps
     if warmup >= steps:
         log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)

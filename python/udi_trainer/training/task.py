@@ -52,7 +52,7 @@ class Task:
         """Its length, which the learning rate's schedule follows."""
         return self.run.options.epochs
 
-    def begin_epoch(self, epoch: int):
+    def begin_epoch(self, epoch: int) -> None:
         """What comes before an epoch's steps, outside of any graph; epochs count from 0."""
 
     def flags(self, number: int) -> dict:
