@@ -14,14 +14,15 @@ import udi_kernels
 
 from .console import console, log
 from .data.check import check
-from .data.dataset import Dataset, Encoder, Split
+from .data.dataset import Dataset, Encoder, Modality, Split
 from .data.noise import corrupt
 from .errors import UserError, choose
+from .evaluation.predictions import details, write_predictions
 from .evaluation.report import draw, table
 from .methods.outcome import Outcome
 from .options import Options, resumed
-from .predictor import Predictor
-from .registry import datasets, methods
+from .predictor import Predictor, imported
+from .registry import datasets, methods, offered
 from .run import Run, choose_device
 from .run_folder import RunFolder, new_folder, read_json, write_json
 
@@ -121,11 +122,8 @@ class Plan:
         self.method = method if callable(method) else methods.find(options.method)
         self.baselines = {name: methods.find(name) for name in options.baselines if name != options.method}
         self.device = choose_device(options.device)
-        data = data or datasets.find(options.dataset)(options.data_root)
-        for m in encoders or {}:
-            choose("modality", m, data.modalities)
-        replaced = {m: replace(data.modalities[m], encoder=encoder) for m, encoder in (encoders or {}).items()}
-        data = replace(data, modalities=data.modalities | replaced)
+        data = data or offered(datasets.find(options.dataset), options.data_root, options)
+        data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
         if options.noise:
             data = corrupt(data, *options.noise)
@@ -153,6 +151,12 @@ class Plan:
             metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
             metrics["seconds"] = seconds(run)
             predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
+            if predictor.complete():
+                fused = predictor.predict(run.data.test)
+                metrics["fused"] |= details(fused, self.data.test.labels)
+                if folder:
+                    each = predictor.logits(run.data.test, shares=True)
+                    write_predictions(folder / "predictions.csv", self.data, each, fused)
             if folder:
                 predictor.save(folder, self.data)
                 draw(metrics, run.history, folder / "report.png")
@@ -186,13 +190,27 @@ class Plan:
         return self.options.batch_size * sum(sizes) < 2**16
 
 
+def with_encoders(modalities: dict[str, Modality], options: Options, given: dict[str, Encoder]) -> dict[str, Modality]:
+    """The modalities with the encoders that are given, or chosen by option."""
+    chosen, weights = (options.encoder or {}) | given, options.encoder_weights or {}
+    for m in [*chosen, *weights]:
+        choose("modality", m, modalities)
+    views = {}
+    for m, view in modalities.items():
+        encoder = chosen.get(m, view.encoder)
+        if isinstance(encoder, str) and ":" in encoder:
+            encoder = imported(encoder, "--encoder MODALITY=module:Class")
+        views[m] = replace(view, encoder=encoder, width=options.features, weights=weights.get(m))
+    return views
+
+
 def labelled(data: Dataset) -> Dataset:
     """Without the training samples that have no label: no method uses them."""
     known = data.train.labels >= 0
     if known.all():
         return data
     log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
-    return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
+    return replace(data, train=data.train.take(known))
 
 
 def seconds(run: Run) -> dict[str, float]:

@@ -44,7 +44,7 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
         facts = field.metadata
         if facts["group"] not in groups:
             groups[facts["group"]] = parser.add_argument_group(facts["group"])
-        default = facts["shown"] or (field.default if field.default is not None else None)
+        default = facts["shown"] or field.default
         shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
         kind = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
         if isinstance(field.default, bool):
