@@ -9,14 +9,17 @@ from pathlib import Path
 
 from .api import Plan, restored
 from .console import console
+from .data import scan
 from .errors import UserError
 from .options import Options, filled, spelled
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    folder = None
+    folder, argv = None, sys.argv[1:] if argv is None else argv
     try:
-        options, folder = parse(sys.argv[1:] if argv is None else argv, prog)
+        if argv[:1] == ["manifest"]:
+            return scan.main(argv[1:], prog)
+        options, folder = parse(argv, prog)
         with console():
             plan = Plan(options)
             folder = folder or plan.new_folder()
@@ -37,7 +40,10 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
     """The options, and the folder of the run to resume, if that is asked for."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
-    text = "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines."
+    text = (
+        "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. The word manifest in the place"
+        " of options writes a manifest of a folder's files: manifest --help."
+    )
     parser = Parser(prog=prog, description=text, formatter_class=layout)
     groups = {}
     for field in dataclasses.fields(Options):

@@ -243,7 +243,7 @@ class Frames(Image):
     """
 
     def paths(self, cell):
-        return frames_of(cell)
+        return noted(frames_of(cell))
 
     def first(self, cell):
         return frames_of(cell)[0]
@@ -258,6 +258,12 @@ class Frames(Image):
 
     def decode(self, cell):
         return np.stack([self.pixels(path) for path in spread(frames_of(cell), self.shape[0])])
+
+
+def noted(frames: list[Path]) -> list[Path]:
+    """Those whose change is noticed: of a long clip the folders, which change with the number of frames, and some."""
+    folders = sorted({frame.parent for frame in frames})
+    return frames if len(frames) <= 32 else [*folders, *spread(frames, 32)]
 
 
 def spread(paths: list, count: int) -> list:
@@ -282,7 +288,7 @@ class Flow(Frames):
 
     def paths(self, cell):
         u, v = self.halves(cell)
-        return [*u, *v]
+        return noted([*u, *v])
 
     def first(self, cell):
         return self.halves(cell)[0][0]

@@ -187,7 +187,9 @@ def guess(source: Rows, name: str) -> str:
         raise UserError(f"{source.source}: column {name} is empty")
     if all(map(is_number, values)):
         return "number"
-    several = paths_of(values[0], source.folder)
+    there = (value for value in values[:100] if paths_of(value, source.folder)[0].exists())
+    value = next(there, values[0])
+    several = paths_of(value, source.folder)
     suffix = kinds.parted(several[0])[0].suffix.lower()
     for kind, suffixes in {
         "image": kinds.IMAGES,
@@ -199,8 +201,9 @@ def guess(source: Rows, name: str) -> str:
             return "frames" if kind == "image" and len(several) > 1 else kind
     if several[0].is_dir():
         return "flow" if len(several) == 2 or (several[0] / "u").is_dir() else "frames"
-    if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", values[0]):
-        raise UserError(f"{source.source}: column {name} holds {values[0]!r}: what is that? --kinds {name}=KIND tells")
+    if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
+        gone = "" if several[0].exists() else ", and there is no such file"
+        raise UserError(f"{source.source}: column {name} holds {value!r}{gone}: --kinds {name}=KIND tells what that is")
     return "text"
 
 

@@ -41,7 +41,7 @@ def test_all_kinds_in_one_manifest(folder, options):
             "motion": folder.flow(f"m/{i}", c),
             "sound": folder.sound(f"a/{i}.flac", c, 0.1 + 0.01 * i, rate=(4000, 8000)[i % 2]),
             "vector": folder.array(f"v/{i}.npy", np.full(5, c) + folder.random.normal(size=5)),
-            "sequence": folder.array(f"q/{i}.npy", np.full((8 + i % 4, 3), c) + folder.random.normal(size=(8 + i % 4, 3))),
+            "sequence": folder.array(f"q/{i}.npy", c + folder.random.normal(size=(8 + i % 4, 3))),
             "title": ["red fish soup", "green leaf salad", "Brown bread, baked"][c],
             "pulse": 60 + c, "age": 30 + i, "label": c,
         })  # fmt: skip
@@ -216,7 +216,7 @@ def test_class_absent_from_training(folder, options):
     ("image,label,label\na.png,1,1\n", "columns of the same name"),
     ("image,label\na.png,1,2\n", "line 2 has 3 cells, the header 2"),
     ("image,label\n,1\n", "column image is empty"),
-    ("film,label\na.mp4,1\n", "column film holds 'a.mp4': what is that"),
+    ("film,label\na.mp4,1\n", "column film holds 'a.mp4', and there is no such file: --kinds"),
     ('image,label\n"a.png,1\n', "no CSV in UTF-8"),
 ])  # fmt: skip
 def test_manifest_that_is_none(tmp_path, options, text, wanted):
