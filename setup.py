@@ -42,6 +42,7 @@ setup(
     ],
     package_dir={"udi_kernels.csrc": "csrc", "udi_trainer": "python/udi_trainer"},
     package_data={
+        "udi_kernels": ["py.typed"],
         "udi_kernels.csrc": ["**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"],
         "udi_trainer": ["py.typed"],
     },

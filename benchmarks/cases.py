@@ -157,7 +157,7 @@ def gramian_providers(k, params):
     matmuls = {"stacked": of_stacked(peers.gramian_matmuls), "lists": of_lists(peers.gramian_matmuls_of_lists)}
     return {
         "udi_kernels": Provider({"": of_lists(gramian)}, 0.1),
-        "udi_kernels, stacked": Provider({"": of_stacked(gramian)}, 0.1),
+        "udi_kernels, stacked": Provider({"": of_stacked(partial(gramian, stacked=True))}, 0.1),
         "udi_kernels, plan": Provider({"": lambda lists, stacked: GradientPlan(lists).gramian}, 0.1),
         "cat + matmul": Provider({"": of_lists(peers.gramian_cat)}, 1.1),
         "dot products": Provider({"": dots}, 0.1),
@@ -175,7 +175,7 @@ def weighted_sum_providers(k, params):
     loop = at_most(COMPILED_DOTS, params * k, of_lists(compiled(peers.weighted_sum_loop)))
     return {
         "udi_kernels": Provider({"": of_lists(weighted_sum)}, 1 / k),
-        "udi_kernels, stacked": Provider({"": of_stacked(weighted_sum)}, 1 / k),
+        "udi_kernels, stacked": Provider({"": of_stacked(partial(weighted_sum, stacked=True))}, 1 / k),
         "udi_kernels, plan": Provider({"": plan}, 1 / k),
         "eager": Provider({"": of_lists(peers.weighted_sum_loop)}, 1.5 / k),
         "foreach": Provider({name: of_lists(f) for name, f in foreach.items()}, 2 / k),

@@ -1,14 +1,13 @@
-// What the ops and the plan share: gradients as addresses, and the work on them prepared once.
-// cpu/gradients.cpp and cuda/gradients.cu implement Plan, each for the library it is linked into.
+// Gradients as addresses, and the work on them prepared once: what ops/gradients.h asks of a device.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-namespace udi {
+#include "enums.h"
 
-enum class DType : int { kFloat, kDouble, kBFloat16, kHalf };
+namespace udi {
 
 // K gradients over P parameters. A parameter's gradients are dense, and their elements lie in the same order.
 struct Gradients {
@@ -25,20 +24,19 @@ struct Gradients {
 
 class Plan {
  public:
-  explicit Plan(Gradients gradients);
+  virtual ~Plan() = default;
 
   // Doubles of memory that gramian needs on the device, uninitialised; one call at a time may use them.
-  int64_t scratch() const;
+  virtual int64_t scratch() const = 0;
 
   // gram: (K, K) float, or double if wide.
-  void gramian(double* scratch, void* gram, bool wide) const;
+  virtual void gramian(double* scratch, void* gram, bool wide) const = 0;
 
   // weights: K floats, or doubles if wide.
-  void weighted_sum(const void* weights, bool wide) const;
-
- private:
-  struct Impl;
-  std::shared_ptr<const Impl> impl_;
+  virtual void weighted_sum(const void* weights, bool wide) const = 0;
 };
+
+// Each library makes plans for its own device.
+std::unique_ptr<const Plan> make_plan(Gradients gradients);
 
 }  // namespace udi

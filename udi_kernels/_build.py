@@ -125,7 +125,9 @@ def _ninja_file(kind, tools, output):
 
 
 def _sources(kind):
-    return [*sorted((SOURCES / kind).glob("*.cpp")), *sorted((SOURCES / kind).glob("*.cu")), SOURCES / "plan.cpp"]
+    ops = [SOURCES / "ops.cpp"] if kind == "cpu" else []  # for all devices; the slowest to compile goes first
+    own = [path for suffix in ("cpp", "cu") for path in sorted((SOURCES / kind).glob(f"*.{suffix}"))]
+    return [*ops, *own, SOURCES / "python.cpp"]
 
 
 def _tools(kind):
@@ -174,7 +176,7 @@ def _capability():
 def _key(kind):
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
-        if path.is_file() and path.parent.name in (kind, SOURCES.name):
+        if path.is_file() and path.parent.name in (kind, "ops", SOURCES.name):
             digest.update(path.name.encode() + path.read_bytes())
     version = re.search(r"__version__ = '(.+)'", (_torch() / "version.py").read_text())
     for part in (CXX_FLAGS, CUDA_FLAGS, CUDA_ARCHS, CPU_FLAGS.get(_capability(), ""), platform.machine(), version[1]):

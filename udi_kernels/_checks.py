@@ -1,43 +1,58 @@
-"""Argument checks shared by the public ops: the same errors on every backend."""
+"""Checks in Python: of what an op's schema cannot carry, and, where csrc does not serve, of all that csrc checks.
+
+The words are those of csrc/ops; tests compare them.
+"""
+
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from ._ops import REDUCTIONS
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tensors(op, **named):
-    """Every argument is a floating-point tensor on one device."""
-    first = None
-    for name, t in named.items():
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATING:
-            raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if first is None:
-            first, device = name, t.device
-        elif t.device != device:
-            raise ValueError(f"{op}: {name} must be on {device} as {first} is, got {t.device}")
+def not_tensors(op: str, **named: object) -> NoReturn:
+    """Raises for the first that is not a tensor."""
+    name, value = next((name, value) for name, value in named.items() if not isinstance(value, Tensor))
+    raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def promote(*ts):
-    """Brings mixed dtypes (autocast makes them) to the common one, as torch does for its own operators."""
-    dtype = ts[0].dtype
-    if all(t.dtype == dtype for t in ts):
-        return ts
-    for t in ts[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return tuple(t.to(dtype) for t in ts)
+def number(op: str, name: str, value: object) -> None:
+    """Not a tensor: reading that would wait for its device, and it would get no gradient."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a number, got a tensor, which would get no gradient; pass {name}.item()")
 
 
-def reduction(op, value):
+def reduction(op: str, value: str) -> int:
     """The reduction as the ops take it."""
     if value not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
     return REDUCTIONS.index(value)
 
 
-def device_type(t):
-    """`t.device.type`, without the 3 us that formatting that string takes on a CPU."""
-    return "cpu" if t.is_cpu else t.device.type
+def tensors(op: str, **named: Tensor) -> None:
+    """Every argument has a floating-point dtype, and all are on one device."""
+    first, like = next(iter(named.items()))
+    for name, t in named.items():
+        if t.dtype not in FLOATING:
+            raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.device != like.device:
+            raise ValueError(f"{op}: {name} must be on {like.device} as {first} is, got {t.device}")
+
+
+def same_shape(op: str, **named: Tensor) -> None:
+    """Every argument has the first one's shape."""
+    first, like = next(iter(named.items()))
+    for name, t in named.items():
+        if t.shape != like.shape:
+            raise ValueError(f"{op}: {name} must have {first}'s shape {tuple(like.shape)}, got {tuple(t.shape)}")
+
+
+def promote(*ts: Tensor) -> tuple[Tensor, ...]:
+    """Brings mixed dtypes (autocast makes them) to the common one, as torch does for its own operators."""
+    dtype = ts[0].dtype
+    for t in ts[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in ts)

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from ._ops import backend
 OPS = {"losses": ("js_div", "club_mi", "club_nll"), "gradients": ("gramian", "weighted_sum")}
 
 
-def build_info():
+def build_info() -> dict[str, Any]:
     """Versions, the native libraries with compiler and path, and the backend of each op by device and dtype.
 
     Builds what is not built yet. Returns a dict that is ready for `json.dumps`.
@@ -42,11 +43,11 @@ def build_info():
     }
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     return __import__(package).__version__ if find_spec(package) else None
 
 
-def main():
+def main() -> None:
     info = build_info()
     gpu = info["gpu"] or "no GPU seen"
     print(f"udi_kernels on Python {info['python']}, torch {info['torch']}, triton {info['triton'] or 'not installed'}")

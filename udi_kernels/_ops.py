@@ -1,183 +1,109 @@
-"""Schemas and fake kernels of `torch.ops.udi_kernels`, and which backend serves them.
+"""What the files of the ops share: the library `torch.ops.udi_kernels`, and who serves it.
 
-CPU and CUDA C++ register their kernels when `_build` loads them; the Triton launchers register here.
-Reductions travel as an int: index into `REDUCTIONS`.
+An op's file defines its schemas, fake kernels and derivatives; csrc/ops registers the op itself and CPU kernels, once
+`native` has loaded it; launchers of GPU kernels register here. Reductions travel as an int: index into `REDUCTIONS`.
 """
 
 import functools
 import importlib
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_autograd
 
-from . import _build, reference
+from . import _build
 from .reference import accumulation_dtype
 
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = ("none", "sum", "mean")  # enum Reduction in csrc/enums.h
 
-_lib = Library("udi_kernels", "DEF")
-# The losses, differentiable and for any arguments that fit; csrc/cpu/autograd.cpp makes them of the kernels below.
-_lib.define(
-    "js_div(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction) -> Tensor"
-)
-_lib.define("club_mi(Tensor mu, Tensor logvar, Tensor y, int reduction) -> Tensor")
-_lib.define("club_nll(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
-# stats: (6, R), what the backward of the same backend needs. A gradient that is not asked for comes back empty.
-_lib.define(
-    "js_div_fwd(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
-    " -> (Tensor loss, Tensor stats)"
-)
-_lib.define(
-    "js_div_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, float beta,"
-    " float temperature, int reduction, bool need_input, bool need_target) -> (Tensor, Tensor)"
-)
-# stats: (5, D) column statistics of the shifted data, the shift first.
-_lib.define("club_mi_fwd(Tensor mu, Tensor logvar, Tensor y, int reduction) -> (Tensor loss, Tensor stats)")
-_lib.define(
-    "club_mi_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, Tensor stats, int reduction,"
-    " bool need_mu, bool need_logvar, bool need_y) -> (Tensor, Tensor, Tensor)"
-)
-_lib.define("club_nll_fwd(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
-_lib.define(
-    "club_nll_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, bool need_mu, bool need_logvar, bool need_y)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-# grads: K*P tensors, list after list; or, stacked, P tensors of shape (K, *shape).
-_lib.define("gramian(Tensor?[] grads, int k, bool stacked) -> Tensor")
-_lib.define("weighted_sum(Tensor(a!)[] out, Tensor?[] grads, Tensor weights, bool stacked) -> ()")
+LIBRARY = Library("udi_kernels", "DEF")
+ops: Any = torch.ops.udi_kernels
 
 
-def _loss_like(x, reduction, rows):
-    return x.new_empty((rows,) if reduction == 0 else (), dtype=accumulation_dtype(x.dtype))
+def native() -> bool:
+    """Whether csrc serves, which the first call loads, and builds if need be; where it does not, the reference does."""
+    return _build.load("cpu") is not None
 
 
-def _grads_like(tensors, needs):
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True))
+def load_cuda() -> None:
+    """Makes sure that the kernels on pointer tables serve GPUs if they can."""
+    _load_cuda()
 
 
-@register_fake("udi_kernels::js_div_fwd", lib=_lib)
-def _(input, target, weight, beta, temperature, reduction):
-    stats = input.new_empty((6, input.shape[0]), dtype=accumulation_dtype(input.dtype))
-    return _loss_like(input, reduction, input.shape[0]), stats
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo, 1.3 s.
+native._dynamo_marked_constant = load_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@register_fake("udi_kernels::js_div_bwd", lib=_lib)
-def _(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target):
-    return _grads_like((input, target), (need_input, need_target))
+@functools.cache
+def _load_cuda() -> bool:
+    cuda = native() and _build.load("cuda")
+    if cuda:
+        torch.classes.udi_kernels.GradientPlan.use_cuda(cuda.make_plan)
+    return bool(cuda)
 
 
-@register_fake("udi_kernels::club_mi_fwd", lib=_lib)
-def _(mu, logvar, y, reduction):
-    stats = mu.new_empty((5, mu.shape[1]), dtype=accumulation_dtype(mu.dtype))
-    return _loss_like(mu, reduction, mu.shape[0]), stats
+def backend(family: str, device_type: str, dtype: torch.dtype) -> str:
+    """What serves this family of ops ("losses" or "gradients") there."""
+    if device_type == "cpu" and native():
+        return "C++"
+    if device_type == "cuda" and family == "gradients" and _load_cuda():
+        return "CUDA"
+    # Triton kernels compute in float32, so float64 is left to the reference. What makes them differentiable is C++.
+    if device_type == "cuda" and family == "losses" and dtype != torch.float64 and find_spec("triton") and native():
+        return "Triton"
+    return "reference"
 
 
-@register_fake("udi_kernels::club_mi_bwd", lib=_lib)
-def _(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, need_y):
-    return _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
+def launched_by_triton(module: str, names: Sequence[str]) -> None:
+    """Registers launchers of udi_kernels.triton, imported at their first call: that is slow, and may be missing."""
+
+    def launcher(name: str) -> Callable:
+        return lambda *args: getattr(importlib.import_module(f"udi_kernels.triton.{module}"), name)(*args)
+
+    for name in names if find_spec("triton") else ():
+        LIBRARY.impl(name, launcher(name), "CUDA")
 
 
-@register_fake("udi_kernels::club_nll_fwd", lib=_lib)
-def _(mu, logvar, y):
-    return _loss_like(mu, 1, None)
+def served_by_reference(name: str, function: Callable) -> None:
+    """Registers what the op falls back to where no kernel serves."""
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
 
 
-@register_fake("udi_kernels::club_nll_bwd", lib=_lib)
-def _(grad, mu, logvar, y, need_mu, need_logvar, need_y):
-    return _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
-
-
-@register_fake("udi_kernels::gramian", lib=_lib)
-def _(grads, k, stacked):
-    tensors = [g for g in grads if g is not None]
-    return tensors[0].new_empty((k, k), dtype=accumulation_dtype(*(g.dtype for g in tensors)))
-
-
-@register_fake("udi_kernels::weighted_sum", lib=_lib)
-def _(out, grads, weights, stacked):
-    return None
-
-
-def _differentiable(name, inputs, loss):
+def differentiable(name: str, inputs: int, loss: Callable) -> None:
     """Gives a backward op an autograd, by the reference: it serves create_graph, and so all higher derivatives.
 
     inputs: how many follow the first argument, the loss's gradient; loss: the reference, of the arguments up to the
     flags, which say what inputs need a gradient.
     """
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs))
         ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in inputs]
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> tuple:
         args = [x if t is None else t for t, x in zip(ctx.saved_tensors, ctx.rest, strict=True)]
         flags, create_graph = args[-inputs:], torch.is_grad_enabled()
         needed = [x for x, need in zip(args[1:], flags, strict=False) if need]
-        grads = [g for g, need in zip(grads, flags, strict=True) if need]
+        present = [g for g, need in zip(grads, flags, strict=True) if need]
         with torch.enable_grad():
             first = torch.autograd.grad(loss(*args[1:-inputs]), needed, args[0], create_graph=True)
         wanted = [i for i in range(1 + inputs) if args[i].requires_grad]
         second = torch.autograd.grad(
-            first, [args[i] for i in wanted], grads, allow_unused=True, create_graph=create_graph
+            first, [args[i] for i in wanted], present, allow_unused=True, create_graph=create_graph
         )
         result = dict(zip(wanted, second, strict=True))
         return tuple(map(result.get, range(len(args))))
 
-    register_autograd(f"udi_kernels::{name}", backward, setup_context=setup_context, lib=_lib)
+    register_autograd(f"udi_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-_differentiable(
-    "js_div_bwd",
-    2,
-    lambda input, target, weight, stats, beta, temperature, reduction: reference.js_div(
-        input, target, beta=beta, temperature=temperature, weight=weight, reduction=REDUCTIONS[reduction]
-    ),
-)
-_differentiable(
-    "club_mi_bwd",
-    3,
-    lambda mu, logvar, y, stats, reduction: reference.club_mi(mu, logvar, y, reduction=REDUCTIONS[reduction]),
-)
-_differentiable("club_nll_bwd", 3, reference.club_nll)
+def loss_like(x: torch.Tensor, reduction: int, rows: int) -> torch.Tensor:
+    """The loss that kernels return, for fake kernels."""
+    return x.new_empty((rows,) if reduction == 0 else (), dtype=accumulation_dtype(x.dtype))
 
 
-def _launcher(module, name):
-    """A Triton launcher, imported at its first call: Triton is slow to import, and may be missing."""
-
-    def call(*args):
-        return getattr(importlib.import_module(f"udi_kernels.triton.{module}"), name)(*args)
-
-    return call
-
-
-for _module, _names in {"js_div": ("js_div",), "club": ("club_mi", "club_nll")}.items():
-    for _name in (f"{n}_{way}" for n in _names for way in ("fwd", "bwd")):
-        _lib.impl(_name, _launcher(_module, _name), "CUDA")
-
-ops = torch.ops.udi_kernels
-
-
-def served(family, device_type, dtype):
-    """Whether a kernel serves this family of ops ("losses" or "gradients") there; if not, the reference does.
-
-    The first question loads the native library, and builds it if need be.
-    """
-    return backend(family, device_type, dtype) != "reference"
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo, 1.3 s.
-served._dynamo_marked_constant = True
-
-
-@functools.cache
-def backend(family, device_type, dtype):
-    if device_type == "cpu" and _build.load("cpu"):
-        return "C++"
-    if device_type == "cuda" and family == "gradients" and _build.load("cuda"):
-        return "CUDA"
-    # Triton kernels compute in float32, so float64 is left to the reference. What makes them differentiable is C++.
-    losses = family == "losses" and dtype != torch.float64 and find_spec("triton")
-    if device_type == "cuda" and losses and _build.load("cpu"):
-        return "Triton"
-    return "reference"
+def grads_like(tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    """The gradients that kernels return, for fake kernels: one that is not asked for is empty."""
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True))

@@ -1,13 +1,23 @@
 """CLUB: a contrastive log-ratio upper bound of mutual information (Cheng et al., ICML 2020, arXiv 2006.12013)."""
 
-from torch import nn
-from torch.compiler import is_dynamo_compiling
+from torch import Tensor, nn
+from torch.library import register_fake
 
 from . import _checks, reference
-from ._ops import REDUCTIONS, ops, served
+from ._ops import (
+    LIBRARY,
+    REDUCTIONS,
+    differentiable,
+    grads_like,
+    launched_by_triton,
+    loss_like,
+    native,
+    ops,
+    served_by_reference,
+)
 
 
-def club_mi(mu, logvar, y, *, reduction="mean"):
+def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
     r"""CLUB upper bound of the mutual information, in nats, with all N x N negatives in O(N D).
 
     ``q(y|x) = N(mu(x), exp(logvar(x)))`` is a diagonal Gaussian. The value of row i is the mean over all j of
@@ -27,30 +37,24 @@ def club_mi(mu, logvar, y, *, reduction="mean"):
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes or devices disagree, or the reduction is unknown.
     """
-    if not is_dynamo_compiling():
-        try:  # as in js_div
-            return ops.club_mi.default(mu, logvar, y, REDUCTIONS.index(reduction))
-        except Exception:
-            pass
-    mu, logvar, y = _checked("club_mi", mu, logvar, y)
+    if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor) and isinstance(y, Tensor)):
+        _checks.not_tensors("club_mi", mu=mu, logvar=logvar, y=y)
     code = _checks.reduction("club_mi", reduction)
-    if served("losses", _checks.device_type(mu), mu.dtype):
-        return ops.club_mi(mu, logvar, y, code)
-    return reference.club_mi(mu, logvar, y, reduction=reduction)
+    if native():
+        return ops.club_mi.default(mu, logvar, y, code)
+    return reference.club_mi(*_checked("club_mi", mu, logvar, y), reduction=reduction)
 
 
-def club_nll(mu, logvar, y):
+def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     r"""Negative log-likelihood that fits q, up to factor and constant: ``mean_i sum_d (y-mu)² exp(-logvar) + logvar``.
 
     Takes what :func:`club_mi` takes and returns a scalar; it is ``CLUB.learning_loss`` of the authors' code.
     """
-    if not is_dynamo_compiling():
-        try:
-            return ops.club_nll.default(mu, logvar, y)
-        except Exception:
-            pass
-    mu, logvar, y = _checked("club_nll", mu, logvar, y)
-    return (ops if served("losses", _checks.device_type(mu), mu.dtype) else reference).club_nll(mu, logvar, y)
+    if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor) and isinstance(y, Tensor)):
+        _checks.not_tensors("club_nll", mu=mu, logvar=logvar, y=y)
+    if native():
+        return ops.club_nll.default(mu, logvar, y)
+    return reference.club_nll(*_checked("club_nll", mu, logvar, y))
 
 
 class CLUB(nn.Module):
@@ -63,36 +67,81 @@ class CLUB(nn.Module):
     All methods take x_samples (N, x_dim), and y_samples (N, y_dim) where named.
     """
 
-    def __init__(self, x_dim, y_dim, hidden_size):
+    def __init__(self, x_dim: int, y_dim: int, hidden_size: int) -> None:
         super().__init__()
         hidden = hidden_size // 2
         self.p_mu = nn.Sequential(nn.Linear(x_dim, hidden), nn.ReLU(), nn.Linear(hidden, y_dim))
         self.p_logvar = nn.Sequential(nn.Linear(x_dim, hidden), nn.ReLU(), nn.Linear(hidden, y_dim), nn.Tanh())
 
-    def get_mu_logvar(self, x_samples):
+    def get_mu_logvar(self, x_samples: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(y|x), each (N, y_dim)."""
         return self.p_mu(x_samples), self.p_logvar(x_samples)
 
-    def forward(self, x_samples, y_samples):
+    def forward(self, x_samples: Tensor, y_samples: Tensor) -> Tensor:
         """The upper bound, a scalar in nats: :func:`club_mi`."""
         return club_mi(*self.get_mu_logvar(x_samples), y_samples)
 
-    def loglikeli(self, x_samples, y_samples):
+    def loglikeli(self, x_samples: Tensor, y_samples: Tensor) -> Tensor:
         """Mean log-likelihood of q up to factor and constant, a scalar."""
         return -self.learning_loss(x_samples, y_samples)
 
-    def learning_loss(self, x_samples, y_samples):
+    def learning_loss(self, x_samples: Tensor, y_samples: Tensor) -> Tensor:
         """The loss that fits q, a scalar: :func:`club_nll`."""
         return club_nll(*self.get_mu_logvar(x_samples), y_samples)
 
 
-def _checked(op, mu, logvar, y):
-    """The three in their common dtype."""
+def _checked(op: str, mu: Tensor, logvar: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The three in their common dtype, checked as csrc/ops/club.h does."""
     _checks.tensors(op, mu=mu, logvar=logvar, y=y)
-    shape = mu.shape
-    if len(shape) != 2:
-        raise ValueError(f"{op}: mu must have shape (N, D), got {tuple(shape)}")
-    for name, t in (("logvar", logvar), ("y", y)):
-        if t.shape != shape:
-            raise ValueError(f"{op}: {name} must have mu's shape {tuple(shape)}, got {tuple(t.shape)}")
+    if mu.dim() != 2:
+        raise ValueError(f"{op}: mu must have shape (N, D), got {tuple(mu.shape)}")
+    _checks.same_shape(op, mu=mu, logvar=logvar, y=y)
     return _checks.promote(mu, logvar, y)
+
+
+LIBRARY.define("club_mi(Tensor mu, Tensor logvar, Tensor y, int reduction) -> Tensor")
+LIBRARY.define("club_mi_reference(Tensor mu, Tensor logvar, Tensor y, int reduction) -> Tensor")
+# Of kernels: the inputs have one dtype. stats: (5, D) column statistics of the shifted data, the shift first.
+LIBRARY.define("club_mi_fwd(Tensor mu, Tensor logvar, Tensor y, int reduction) -> (Tensor loss, Tensor stats)")
+LIBRARY.define(
+    "club_mi_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, Tensor stats, int reduction,"
+    " bool need_mu, bool need_logvar, bool need_y) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("club_nll(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
+LIBRARY.define("club_nll_reference(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
+LIBRARY.define("club_nll_fwd(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
+LIBRARY.define(
+    "club_nll_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, bool need_mu, bool need_logvar, bool need_y)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+@register_fake("udi_kernels::club_mi_fwd", lib=LIBRARY)
+def _(mu, logvar, y, reduction):
+    return loss_like(mu, reduction, mu.shape[0]), loss_like(mu, 0, 0).new_empty((5, mu.shape[1]))
+
+
+@register_fake("udi_kernels::club_mi_bwd", lib=LIBRARY)
+def _(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, need_y):
+    return grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
+
+
+@register_fake("udi_kernels::club_nll_fwd", lib=LIBRARY)
+def _(mu, logvar, y):
+    return loss_like(mu, 1, 0)
+
+
+@register_fake("udi_kernels::club_nll_bwd", lib=LIBRARY)
+def _(grad, mu, logvar, y, need_mu, need_logvar, need_y):
+    return grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
+
+
+def _mi_reference(mu, logvar, y, reduction):
+    return reference.club_mi(mu, logvar, y, reduction=REDUCTIONS[reduction])
+
+
+served_by_reference("club_mi_reference", _mi_reference)
+served_by_reference("club_nll_reference", reference.club_nll)
+differentiable("club_mi_bwd", 3, lambda mu, logvar, y, stats, reduction: _mi_reference(mu, logvar, y, reduction))
+differentiable("club_nll_bwd", 3, reference.club_nll)
+launched_by_triton("club", ("club_mi_fwd", "club_mi_bwd", "club_nll_fwd", "club_nll_bwd"))

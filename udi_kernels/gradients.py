@@ -1,24 +1,30 @@
 """Inner products and weighted sums of whole gradients: lists of tensors, one per parameter, never concatenated."""
 
-from collections.abc import Iterable
-from itertools import cycle
-from operator import attrgetter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from types import NoneType
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.library import register_fake
 
-from . import _build, _checks, reference
-from ._ops import ops, served
+from . import _checks, reference
+from ._ops import LIBRARY, load_cuda, native, ops, served_by_reference
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType in csrc/gradients.h
+Gradients = Sequence[Sequence[Tensor | None]] | Sequence[Tensor | None]  # the second form: stacked
 
 
-def gramian(grads):
+def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
     r"""All inner products of K gradients: ``G[i, j] = sum_p <grads[i][p], grads[j][p]>``.
 
     Args:
-        grads: K sequences of P tensors or None (a zero gradient), the same P parameters in each; or P tensors of
-            shape (K, *shape), the K gradients of a parameter stacked. float16, bfloat16, float32 or float64, on one
-            device. A parameter's gradients share shape, dtype and memory layout; parameters may differ.
+        grads: K sequences of P tensors or None (a zero gradient), the same P parameters in each. float16, bfloat16,
+            float32 or float64, on one device. A parameter's gradients share shape, dtype and memory layout; those that
+            are not dense are copied first. Parameters may differ.
+        stacked: grads is one sequence of P tensors or None instead, each of shape (K, *shape): the K gradients of a
+            parameter.
 
     Returns:
         (K, K), symmetric, float32 (float64 if a gradient is); the terms are accumulated in float64, in an order that
@@ -27,17 +33,13 @@ def gramian(grads):
     Raises:
         TypeError, ValueError: naming the first gradient that does not fit.
     """
-    tensors = _unchecked(grads)
-    if tensors:
-        try:
-            return ops.gramian.default(tensors, len(grads), False)
-        except RuntimeError:
-            pass  # what follows says which gradient does not fit, or copies those that are not dense
-    g = _Gradients("gramian", grads)
-    return ops.gramian(g.tensors, g.k, g.stacked) if g.native else reference.gramian(g.lists())
+    tensors, k = _flatten("gramian", grads, stacked)
+    if _served(tensors):
+        return ops.gramian.default(tensors, k, False)
+    return reference.gramian(_check("gramian", tensors, k).lists)
 
 
-def alignment_weights(gram, *, anchor=0, cosine=False):
+def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) -> Tensor:
     r"""Weights of losses by how far their gradients agree with the anchor's: UDI's controller.
 
     ``w_k = relu(G[anchor, k]) / sum_{j != anchor} relu(G[anchor, j])`` for k != anchor, all 0 where no gradient
@@ -51,6 +53,8 @@ def alignment_weights(gram, *, anchor=0, cosine=False):
     Returns:
         (K,), dtype and device of ``gram``; nothing waits for the device.
     """
+    if not isinstance(gram, Tensor):
+        _checks.not_tensors("alignment_weights", gram=gram)
     _checks.tensors("alignment_weights", gram=gram)
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"alignment_weights: gram must have shape (K, K), got {tuple(gram.shape)}")
@@ -66,11 +70,13 @@ def alignment_weights(gram, *, anchor=0, cosine=False):
     return torch.where(others, gain / torch.where(total == 0, 1, total), 1)
 
 
-def weighted_sum(grads, weights, *, out=None):
+def weighted_sum(
+    grads: Gradients, weights: Tensor, *, out: Sequence[Tensor] | None = None, stacked: bool = False
+) -> list[Tensor | None]:
     r"""``sum_k weights[k] * grads[k][p]`` for every parameter p, in one pass over the gradients.
 
     Args:
-        grads: as for :func:`gramian`.
+        grads, stacked: as for :func:`gramian`.
         weights: (K,) tensor on the gradients' device.
         out: P tensors to write to, laid out as the gradients are; may be one of the lists itself.
 
@@ -81,27 +87,16 @@ def weighted_sum(grads, weights, *, out=None):
     Raises:
         TypeError, ValueError: naming what does not fit.
     """
-    tensors = _unchecked(grads) if out is None else None
-    if tensors and _plain(weights, len(grads)):
-        out = [torch.empty_like(t) for t in grads[0]]
-        try:
-            ops.weighted_sum.default(out, tensors, weights, False)
-            return out
-        except RuntimeError:
-            out = None
-    g = _Gradients("weighted_sum", grads)
-    weights = g.check_weights(weights)
-    out = g.new_outputs() if out is None else g.check_outputs(out)
-    if not g.native:
-        g.combine(out, weights)
-    else:
-        live = [t is not None for t in out]
-        tensors = [t for t, keep in zip(g.tensors, cycle(live)) if keep]
-        written = [t for t in out if t is not None]
-        ops.weighted_sum(written, tensors, weights, g.stacked)
-        if not torch.compiler.is_compiling():  # compiled code does this by itself
-            torch.autograd.graph.increment_version(written)
-    return out
+    tensors, k = _flatten("weighted_sum", grads, stacked)
+    if not isinstance(weights, Tensor):
+        _checks.not_tensors("weighted_sum", weights=weights)
+    written = None if out is None else _output_list("weighted_sum", out)
+    if not _served(tensors):
+        return _ReferencePlan("weighted_sum", tensors, k, written).weighted_sum(weights)
+    if written is None:
+        return _with_none(ops.weighted_sum.default(tensors, k, weights), tensors)
+    ops.weighted_sum_out.default(written, tensors, k, weights)
+    return written
 
 
 class GradientPlan:
@@ -112,258 +107,291 @@ class GradientPlan:
     not overlap on two streams.
 
     Args:
-        grads: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: a gradient that is
-            replaced by another tensor (``zero_grad(set_to_none=True)``) is not seen.
+        grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: a gradient that
+            is replaced by another tensor (``zero_grad(set_to_none=True)``) is not seen.
         out: as for :func:`weighted_sum`; by default allocated at the first ``weighted_sum``.
 
     Raises:
-        TypeError, ValueError: as the functions do, and for gradients that are not dense.
+        TypeError, ValueError: as the functions do, and for gradients that are not dense or whose memory is not their
+            own, as that of tensor subclasses such as DTensor.
+        RuntimeError: at a call, where a buffer is no longer what it was when the plan was made.
     """
 
-    def __init__(self, grads, *, out=None):
-        self._grads = _Gradients("GradientPlan", grads, may_copy=False)
-        self.out = None if out is None else self._grads.check_outputs(out)
-        self._prepare()
+    def __init__(self, grads: Gradients, *, out: Sequence[Tensor] | None = None, stacked: bool = False) -> None:
+        self._tensors, k = _flatten("GradientPlan", grads, stacked)
+        self.out: list[Tensor | None] | None = None if out is None else _output_list("GradientPlan", out)
+        plan = torch.classes.udi_kernels.GradientPlan if _served(self._tensors) else _ReferencePlan.for_plan
+        self._plan = plan(self._tensors, k, self.out)
 
-    def gramian(self):
+    def gramian(self) -> Tensor:
         """(K, K), a new tensor; see :func:`gramian`."""
-        g = self._grads
-        if not g.native:
-            return reference.gramian(g.lists())
-        gram = torch.empty(g.k, g.k, dtype=g.sum_dtype, device=g.device)
-        self._native.gramian(self._scratch.data_ptr(), gram.data_ptr(), g.sum_dtype == torch.float64)
-        return gram
+        return self._plan.gramian()
 
-    def weighted_sum(self, weights):
+    def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """Writes ``out`` and returns it, the same list at each call; see :func:`weighted_sum`."""
-        g = self._grads
-        weights = g.check_weights(weights)
+        if not isinstance(weights, Tensor):
+            _checks.not_tensors("GradientPlan", weights=weights)
         if self.out is None:
-            self.out = g.new_outputs()
-            self._prepare()
-        if g.native:
-            self._native.weighted_sum(weights.data_ptr(), g.sum_dtype == torch.float64)
-        else:
-            g.combine(self.out, weights)
+            self.out = _with_none(self._plan.allocate(), self._tensors)
+        self._plan.weighted_sum(weights)
         return self.out
 
-    def _prepare(self):
-        g = self._grads
-        if not g.native:
-            return
-        like = g.like if self.out is None else self.out
-        params = [(p, t) for p, t in enumerate(like) if t is not None]
-        self._native = _build.load(g.device.type).Plan(
-            k=g.k,
-            device=g.device.index or 0,
-            dtypes=[DTYPES.index(t.dtype) for _, t in params],
-            sizes=[t.numel() for _, t in params],
-            data=[address for p, _ in params for address in g.addresses(p)],
-            out=[0 if self.out is None else t.data_ptr() for _, t in params],
-        )
-        self._scratch = torch.empty(self._native.scratch(), dtype=torch.float64, device=g.device)
 
-
-class _Gradients:
-    """K gradients over P parameters, checked.
-
-    `tensors` is what the ops take: K*P tensors or None, list after list, or P stacked ones. `like` has one
-    gradient of each parameter, or None where all are.
-    """
-
-    def __init__(self, op, grads, may_copy=True):
-        if isinstance(grads, torch.Tensor):
-            raise TypeError(f"{op}: grads must be a sequence, got a tensor; [grads] if it is one parameter's, stacked")
-        grads = list(grads)
-        self.op, self.may_copy, self.device = op, may_copy, None
-        self.stacked = any(isinstance(g, torch.Tensor) for g in grads)
-        self.tensors, self.like = self._from_stacked(grads) if self.stacked else self._from_lists(grads)
-        if self.device is None:
-            raise ValueError(f"{op}: grads must hold at least one tensor, got none")
-        wide = any(t is not None and t.dtype == torch.float64 for t in self.like)
-        self.sum_dtype = torch.float64 if wide else torch.float32
-        self.native = served("gradients", self.device.type, self.sum_dtype)
-
-    def _from_lists(self, grads):
-        for i, row in enumerate(grads):
-            if not isinstance(row, Iterable):
-                raise TypeError(f"{self.op}: grads[{i}] must be a sequence of tensors, got {type(row).__name__}")
-        rows = [list(row) for row in grads]
+def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | None], int | None]:
+    """What the ops take: K*P tensors or None, list after list, and K; or P stacked ones, and None."""
+    if isinstance(grads, Tensor):
+        raise TypeError(f"{op}: grads must be a sequence, got a tensor; pass [grads] and stacked=True for K stacked")
+    tensors: list[Any]
+    if stacked:
+        tensors, k = list(grads), None
+        names = (f"grads[{p}]" for p in range(len(tensors)))
+    else:
+        rows: list[Any] = [row if type(row) in (list, tuple) else _row(op, i, row) for i, row in enumerate(grads)]
         for i, row in enumerate(rows):
-            self._expect(f"grads[{i}]", "length", len(rows[0]), len(row), "grads[0]")
-        self.k, likes = len(rows), []
-        for p, column in enumerate(zip(*rows, strict=True)):
-            like = layout = None
-            alike = True
-            for i, g in enumerate(column):
-                if g is not None:
-                    self._admit(g, "grads", i, p)
-                    its = g.dtype, g.shape, g.stride()
-                    if like is None:
-                        like, layout, alike = g, its, g.is_contiguous() or _dense(g.shape, g.stride())
-                    alike = alike and its == layout
-            if not alike:
-                column = self._align(p, column)
-                like = next(g for g in column if g is not None)
-                for row, g in zip(rows, column, strict=True):
-                    row[p] = g
-            likes.append(like)
-        return [g for row in rows for g in row], likes
+            if len(row) != len(rows[0]):
+                raise ValueError(f"{op}: grads[{i}] must have length {len(rows[0])} as grads[0] has, got {len(row)}")
+        tensors, k = list(chain.from_iterable(rows)), len(rows)
+        names = (f"grads[{i}][{p}]" for i, row in enumerate(rows) for p in range(len(row)))
+    if not {*map(type, tensors)} <= {Tensor, torch.nn.Parameter, NoneType}:
+        for name, t in zip(names, tensors, strict=True):
+            if not (t is None or isinstance(t, Tensor)):
+                raise TypeError(f"{op}: {name} must be a tensor or None, got {type(t).__name__}")
+    if all(t is None for t in tensors):
+        raise ValueError(f"{op}: grads must hold at least one tensor, got none")
+    return tensors, k
 
-    def _align(self, p, column):
-        """The K gradients of a parameter; those that are not dense are copied to the layout of those that are."""
-        names = [f"grads[{i}][{p}]" for i in range(self.k)]
-        present = [(name, g) for name, g in zip(names, column, strict=True) if g is not None]
-        first, like = present[0]
-        for name, g in present:
-            self._expect(name, "dtype", like.dtype, g.dtype, first)
-            self._expect(name, "shape", tuple(like.shape), tuple(g.shape), first)
-        dense = [(name, g) for name, g in present if _dense(g.shape, g.stride())]
-        first, like = dense[0] if dense else (None, like.contiguous())
-        for name, g in dense:
-            self._expect_layout(name, g, like, first)
-        loose = {name: self._copy(name, g, like) for name, g in present if not _same_layout(g, like)}
-        return [loose.get(name, g) for name, g in zip(names, column, strict=True)]
 
-    def _from_stacked(self, grads):
-        grads = list(grads)
-        self.k = None
-        for p, g in enumerate(grads):
-            if g is None:
-                continue
-            self._admit(g, "grads", p)
-            if g.dim() == 0:
-                raise ValueError(f"{self.op}: grads[{p}] must have shape (K, *shape), got ()")
-            if self.k is None:
-                first, self.k = f"grads[{p}]", len(g)
-            self._expect(f"grads[{p}]", "size K of the first dimension", self.k, len(g), first)
-            if not g.is_contiguous() and not _dense(g.shape[1:], g.stride()[1:]):
-                grads[p] = self._copy(f"grads[{p}]", g, torch.empty_like(g, memory_format=torch.contiguous_format))
-        if self.k == 0:
-            raise ValueError(f"{self.op}: {first} must hold at least one gradient, got shape {tuple(grads[0].shape)}")
-        return grads, [None if g is None else g[0] for g in grads]
+def _row(op: str, i: int, row: object) -> Sequence[Tensor | None]:
+    if isinstance(row, Tensor):
+        raise TypeError(
+            f"{op}: grads[{i}] must be a sequence of tensors, got a tensor; "
+            "pass stacked=True if each tensor holds K gradients, (K, *shape), and [tensor] if it is a whole gradient"
+        )
+    if not isinstance(row, Iterable):
+        raise TypeError(f"{op}: grads[{i}] must be a sequence of tensors, got {type(row).__name__}")
+    return list(row)
 
-    def _admit(self, t, *where):
-        """What a tensor must be by itself. The name is put together for an error only: this runs for every tensor."""
-        problem, kind = None, ValueError
-        if not isinstance(t, torch.Tensor):
-            problem, kind = f"be a tensor or None, got {type(t).__name__}", TypeError
-        elif t.layout is not torch.strided:
-            problem = f"be dense, got {t.layout}; call .to_dense()"
-        elif t.dtype not in DTYPES:
-            problem, kind = f"be float16, bfloat16, float32 or float64, got {t.dtype}", TypeError
-        elif t.requires_grad and torch.is_grad_enabled():
-            problem = "not require grad (this op is not differentiable); detach it, or call under torch.no_grad()"
-        elif self.device is None:
-            self.device = t.device
-        elif t.device != self.device:
-            problem = f"be on {self.device} as the others are, got {t.device}"
-        if problem:
-            name = where[0] + "".join(f"[{i}]" for i in where[1:])
-            raise kind(f"{self.op}: {name} must {problem}")
 
-    def _expect(self, name, what, want, got, other):
-        if got != want:
-            raise ValueError(f"{self.op}: {name} must have {what} {want} as {other} has, got {got}")
+def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
+    for p, t in enumerate(out := list(out)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: out[{p}] must be a tensor, got {type(t).__name__}".replace("NoneType", "None"))
+    return out
 
-    def _expect_layout(self, name, got, want, other):
-        if not _same_layout(got, want):
+
+def _served(tensors: list[Tensor | None]) -> bool:
+    """Whether csrc serves; the kernels for the tensors' device are then loaded."""
+    if next(t for t in tensors if t is not None).is_cuda:
+        load_cuda()
+    return native()
+
+
+def _with_none(out: list[Tensor], tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Puts None where a parameter has no gradient, for which the ops write a tensor without elements."""
+    if all(t is not None for t in tensors):
+        return out  # type: ignore[return-value]
+    return [None if all(t is None for t in tensors[p :: len(out)]) else value for p, value in enumerate(out)]
+
+
+# --- where csrc does not serve, and for fake kernels: what csrc/ops/gradients.h checks ---------------------------
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """K lists of P tensors or None, and one gradient of each parameter as results are laid out; None where all are."""
+
+    lists: list[list[Tensor | None]]
+    like: list[Tensor | None]
+    sum_dtype: torch.dtype
+
+
+def _check(op: str, tensors: Sequence[Tensor | None], k: int | None, may_copy: bool = True) -> _Checked:
+    first, like = next((n, t) for n, t in enumerate(tensors) if t is not None)
+    if k is None:
+        _check_stacked(op, tensors, f"grads[{first}]", like, may_copy)
+        lists = [[None if t is None else t[i] for t in tensors] for i in range(len(like))]
+        likes = lists[0]
+    else:
+        params = len(tensors) // k
+        lists = [list(tensors[i * params : (i + 1) * params]) for i in range(k)]
+        likes = [_aligned(op, p, column, like, may_copy) for p, column in enumerate(zip(*lists, strict=True))]
+    dtype = reference.accumulation_dtype(*(t.dtype for t in tensors if t is not None))
+    return _Checked(lists, likes, dtype)
+
+
+def _check_stacked(op: str, tensors: Sequence[Tensor | None], first: str, like: Tensor, may_copy: bool) -> None:
+    for p, t in enumerate(tensors):
+        if t is None:
+            continue
+        name = f"grads[{p}]"
+        _admit(op, name, t, like)
+        if t.dim() == 0:
+            raise ValueError(f"{op}: {name} must have shape (K, *shape), got ()")
+        if len(t) == 0 and t is like:
+            raise ValueError(f"{op}: {name} must hold at least one gradient, got shape {tuple(t.shape)}")
+        if len(t) != len(like):
             raise ValueError(
-                f"{self.op}: {name} must have strides {want.stride()} as {other} has, got {got.stride()}; "
-                "call .contiguous() on both"
+                f"{op}: {name} must have size K of the first dimension {len(like)} as {first} has, got {len(t)}"
             )
-
-    def _copy(self, name, t, like):
-        if not self.may_copy:
-            raise ValueError(f"{self.op}: {name} must be dense, got shape {tuple(t.shape)} with strides {t.stride()}")
-        return torch.empty_like(like).copy_(t)
-
-    def check_weights(self, weights):
-        _checks.tensors(self.op, weights=weights)
-        self._admit(weights, "weights")
-        if weights.shape != (self.k,):
-            raise ValueError(f"{self.op}: weights must have shape ({self.k},), got {tuple(weights.shape)}")
-        return weights.to(self.sum_dtype).contiguous()
-
-    def new_outputs(self):
-        return [None if t is None else torch.empty_like(t) for t in self.like]
-
-    def check_outputs(self, out):
-        out = list(out)
-        if len(out) != len(self.like):
-            raise ValueError(f"{self.op}: out must have length {len(self.like)}, one per parameter, got {len(out)}")
-        for p, (t, like) in enumerate(zip(out, self.like, strict=True)):
-            name, other = f"out[{p}]", f"parameter {p}'s gradient"
-            if t is None:
-                raise TypeError(f"{self.op}: {name} must be a tensor, got None")
-            self._admit(t, "out", p)
-            like = t.contiguous() if like is None else like
-            self._expect(name, "dtype", like.dtype, t.dtype, other)
-            self._expect(name, "shape", tuple(like.shape), tuple(t.shape), other)
-            self._expect_layout(name, t, like, other)
-        return out
-
-    def addresses(self, p):
-        """Of the K gradients of a parameter; 0 for None."""
-        if self.stacked:
-            t = self.tensors[p]
-            return [0 if t is None else t[i].data_ptr() for i in range(self.k)]
-        return [0 if t is None else t.data_ptr() for t in self.tensors[p :: len(self.like)]]
-
-    def lists(self):
-        """K lists of P tensors or None, as the reference takes them."""
-        if self.stacked:
-            return [[None if t is None else t[i] for t in self.tensors] for i in range(self.k)]
-        params = len(self.like)
-        return [self.tensors[i * params : (i + 1) * params] for i in range(self.k)]
-
-    def combine(self, out, weights):
-        """The reference's weighted sum, written to out."""
-        for t, value in zip(out, reference.weighted_sum(self.lists(), weights), strict=True):
-            if t is not None:
-                t.zero_() if value is None else t.copy_(value)
+        if not may_copy:
+            _check_dense(op, name, t, t[0])
 
 
-def _unchecked(grads):
-    """K lists of tensors as the ops take them, or None if they need a closer look.
-
-    The ops compare the gradients of a parameter by themselves, before they compute anything, in a fifth of the time
-    that it takes here (30 and 170 us for 3 x 62 tensors); only, their errors name no gradient.
-    """
-    if torch.compiler.is_compiling() or type(grads) not in (list, tuple) or not {*map(type, grads)} <= {list, tuple}:
+def _aligned(op: str, p: int, column: Sequence[Tensor | None], any_: Tensor, may_copy: bool) -> Tensor | None:
+    """The gradient whose layout holds for the K of a parameter: the first dense one."""
+    present = [(f"grads[{i}][{p}]", g) for i, g in enumerate(column) if g is not None]
+    for name, g in present:
+        _admit(op, name, g, any_)
+    if not present:
         return None
-    tensors = [g for row in grads for g in row]
-    if {*map(type, tensors)} != {torch.Tensor} or len({*map(len, grads)}) > 1:
-        return None
-    refused = ("is_meta", "requires_grad") if torch.is_grad_enabled() else ("is_meta",)
-    if any(any(map(attrgetter(name), tensors)) for name in refused):
-        return None
-    return tensors if served("gradients", tensors[0].device.type, tensors[0].dtype) else None
+    for name, g in present:
+        _check_like(op, name, g, present[0][1], present[0][0])
+    dense = [(name, g) for name, g in present if _dense(g)]
+    for name, g in dense:
+        _check_layout(op, name, g, dense[0][1], dense[0][0])
+    if not may_copy:
+        for name, g in present:
+            _check_dense(op, name, g, g)
+    return dense[0][1] if dense else present[0][1].contiguous()
 
 
-def _plain(weights, k):
-    """Whether the op takes these weights as they are."""
-    return (
-        type(weights) is torch.Tensor
-        and weights.dtype == torch.float32
-        and weights.shape == (k,)
-        and weights.is_contiguous()
-        and not weights.is_meta
-        and not weights.requires_grad
-    )
+def _admit(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be dense, got {t.layout}; call .to_dense()")
+    if t.dtype not in _checks.FLOATING:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} must not require grad (this op is not differentiable); "
+            "detach it, or call under torch.no_grad()"
+        )
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as the others are, got {t.device}")
 
 
-def _dense(shape, stride):
-    """Whether the elements fill one block of memory, in whatever order."""
-    if 0 in shape:
-        return True
+def _check_like(op: str, name: str, got: Tensor, want: Tensor, other: str) -> None:
+    for what in ("dtype", "shape"):
+        a, b = ((tuple(v) if what == "shape" else v) for v in (getattr(want, what), getattr(got, what)))
+        if a != b:
+            raise ValueError(f"{op}: {name} must have {what} {a} as {other} has, got {b}")
+
+
+def _check_layout(op: str, name: str, got: Tensor, want: Tensor, other: str) -> None:
+    if any(n > 1 and s != t for n, s, t in zip(got.shape, got.stride(), want.stride(), strict=True)) and got.numel():
+        raise ValueError(
+            f"{op}: {name} must have strides {want.stride()} as {other} has, got {got.stride()}; "
+            "call .contiguous() on both"
+        )
+
+
+def _check_dense(op: str, name: str, t: Tensor, gradient: Tensor) -> None:
+    if not _dense(gradient):
+        raise ValueError(
+            f"{op}: {name} must be dense, got shape {tuple(t.shape)} with strides {t.stride()}"
+            f"{' and a pending negation' if t.is_neg() else ''}; call .clone() and keep that"
+        )
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether memory holds the elements themselves, in whatever order, and without gaps."""
     expected = 1
-    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
-        if step != expected:
+    for step, size in sorted((step, size) for step, size in zip(t.stride(), t.shape, strict=True) if size != 1):
+        if step != expected and t.numel():
             return False
         expected *= size
-    return True
+    return not t.is_neg()
 
 
-def _same_layout(a, b):
-    return all(size < 2 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+def _check_weights(op: str, weights: Tensor, g: _Checked) -> Tensor:
+    _admit(op, "weights", weights, next(t for t in g.like if t is not None))
+    if weights.shape != (len(g.lists),):
+        raise ValueError(f"{op}: weights must have shape ({len(g.lists)},), got {tuple(weights.shape)}")
+    return weights.to(g.sum_dtype)
+
+
+def _check_out(op: str, out: Sequence[Tensor], g: _Checked) -> None:
+    if len(out) != len(g.like):
+        raise ValueError(f"{op}: out must have length {len(g.like)}, one per parameter, got {len(out)}")
+    for p, (t, like) in enumerate(zip(out, g.like, strict=True)):
+        _admit(op, f"out[{p}]", t, next(t for t in g.like if t is not None))
+        if t.is_neg():
+            raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
+        other = f"parameter {p}'s gradient"
+        want = t.contiguous() if like is None else like
+        _check_like(op, f"out[{p}]", t, want, other)
+        _check_layout(op, f"out[{p}]", t, want, other)
+
+
+class _ReferencePlan:
+    """What csrc's GradientPlan does, in plain torch."""
+
+    def __init__(self, op: str, tensors: list, k: int | None, out: list | None, may_copy: bool = True) -> None:
+        self.op, self.grads = op, _check(op, tensors, k, may_copy)
+        if out is not None:
+            _check_out(op, out, self.grads)
+        self.out = out
+
+    @classmethod
+    def for_plan(cls, tensors: list, k: int | None, out: list | None) -> "_ReferencePlan":
+        return cls("GradientPlan", tensors, k, out, may_copy=False)
+
+    def allocate(self) -> list:
+        self.out = [None if t is None else torch.empty_like(t) for t in self.grads.like]
+        return self.out
+
+    def gramian(self) -> Tensor:
+        return reference.gramian(self.grads.lists)
+
+    def weighted_sum(self, weights: Tensor) -> list:
+        sums = reference.weighted_sum(self.grads.lists, _check_weights(self.op, weights, self.grads))
+        out = self.allocate() if self.out is None else self.out
+        for t, value in zip(out, sums, strict=True):
+            if t is not None:
+                t.zero_() if value is None else t.copy_(value)
+        return out
+
+
+# --- the ops: k lists, one after the other; or, without k, P tensors of shape (K, *shape) ------------------------
+
+# wide: a float64 result in any case.
+LIBRARY.define("gramian(Tensor?[] grads, int? k, bool wide) -> Tensor")
+LIBRARY.define("gramian_reference(Tensor?[] grads, int? k, bool wide) -> Tensor")
+# Where a parameter has no gradient the result has a tensor without elements.
+LIBRARY.define("weighted_sum(Tensor?[] grads, int? k, Tensor weights) -> Tensor[]")
+LIBRARY.define("weighted_sum_reference(Tensor?[] grads, int? k, Tensor weights) -> Tensor[]")
+LIBRARY.define("weighted_sum_out(Tensor(a!)[] out, Tensor?[] grads, int? k, Tensor weights) -> ()")
+
+
+@register_fake("udi_kernels::gramian", lib=LIBRARY)
+def _(grads, k, wide):
+    g = _check("gramian", grads, k)
+    like = next(t for t in g.like if t is not None)
+    return like.new_empty((len(g.lists),) * 2, dtype=torch.float64 if wide else g.sum_dtype)
+
+
+@register_fake("udi_kernels::weighted_sum", lib=LIBRARY)
+def _(grads, k, weights):
+    g = _check("weighted_sum", grads, k)
+    _check_weights("weighted_sum", weights, g)
+    return [weights.new_empty(0) if t is None else torch.empty_like(t) for t in g.like]
+
+
+@register_fake("udi_kernels::weighted_sum_out", lib=LIBRARY)
+def _(out, grads, k, weights):
+    g = _check("weighted_sum", grads, k)
+    _check_weights("weighted_sum", weights, g)
+    _check_out("weighted_sum", out, g)
+
+
+def _gramian_reference(grads, k, wide):
+    lists = _check("gramian", grads, k).lists
+    return reference.gramian(lists, torch.float64 if wide else None)
+
+
+def _weighted_sum_reference(grads, k, weights):
+    sums = reference.weighted_sum(_check("weighted_sum", grads, k).lists, weights)
+    return [weights.new_empty(0) if t is None else t for t in sums]
+
+
+served_by_reference("gramian_reference", _gramian_reference)
+served_by_reference("weighted_sum_reference", _weighted_sum_reference)

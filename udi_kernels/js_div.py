@@ -1,13 +1,32 @@
 """Generalized Jensen-Shannon divergence between the softmaxes of two sets of logits."""
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch import Tensor
+from torch.library import register_fake
 
 from . import _checks, reference
-from ._ops import REDUCTIONS, ops, served
+from ._ops import (
+    LIBRARY,
+    REDUCTIONS,
+    differentiable,
+    grads_like,
+    launched_by_triton,
+    loss_like,
+    native,
+    ops,
+    served_by_reference,
+)
 
 
-def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="mean"):
+def js_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     r"""Generalized Jensen-Shannon divergence over the last dimension, in nats.
 
     With ``q = softmax(input / T)``, ``p = softmax(target / T)`` and ``m = beta p + (1 - beta) q``::
@@ -31,35 +50,80 @@ def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="
         float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an argument is not a floating-point tensor, or a number is one.
         ValueError: shapes or devices disagree, C is 0, or a number is out of range.
     """
-    if not is_dynamo_compiling():
-        try:  # the op checks by itself, in a tenth of the time
-            return ops.js_div.default(input, target, weight, beta, temperature, REDUCTIONS.index(reduction))
-        except Exception:
-            pass  # what follows says what does not fit, has the op compiled, takes the reference, or fails again
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        _checks.not_tensors("js_div", input=input, target=target)
+    if not (weight is None or isinstance(weight, Tensor)):
+        _checks.not_tensors("js_div", weight=weight)
+    if not type(beta) is type(temperature) is float:
+        _checks.number("js_div", "beta", beta)
+        _checks.number("js_div", "temperature", temperature)
+    code = _checks.reduction("js_div", reduction)
+    if native():
+        return ops.js_div.default(input, target, weight, beta, temperature, code)
+    _check(input, target, weight, beta, temperature)
+    input, target = _checks.promote(input, target)
+    return reference.js_div(input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction)
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, beta: float, temperature: float) -> None:
+    """As csrc/ops/js_div.h does."""
     _checks.tensors("js_div", input=input, target=target)
-    shape = input.shape
-    if shape != target.shape:
-        raise ValueError(f"js_div: target must have input's shape {tuple(shape)}, got {tuple(target.shape)}")
-    if not shape or shape[-1] == 0:
-        raise ValueError(f"js_div: input needs a last dimension of at least one class, got {tuple(shape)}")
+    _checks.same_shape("js_div", input=input, target=target)
+    if not input.dim() or input.shape[-1] == 0:
+        shape = tuple(input.shape)
+        raise ValueError(f"js_div: input needs a last dimension of at least one class, got {shape}")
     if not 0 < beta < 1:
         raise ValueError(f"js_div: beta must lie between 0 and 1, both excluded, got {beta}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"js_div: temperature must be positive and finite, got {temperature}")
-    code = _checks.reduction("js_div", reduction)
-    if weight is not None:
-        _checks.tensors("js_div", input=input, weight=weight)
-        if weight.shape != shape[:-1]:
-            raise ValueError(
-                f"js_div: weight must have shape {tuple(shape[:-1])}, one per row, got {tuple(weight.shape)}"
-            )
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError("js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction")
+    if weight is None:
+        return
+    _checks.tensors("js_div", input=input, weight=weight)
+    rows = tuple(input.shape[:-1])
+    if weight.shape != rows:
+        raise ValueError(f"js_div: weight must have shape {rows}, one per row, got {tuple(weight.shape)}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction")
 
-    if served("losses", _checks.device_type(input), torch.promote_types(input.dtype, target.dtype)):
-        return ops.js_div(input, target, weight, beta, temperature, code)
-    input, target = _checks.promote(input, target)
-    return reference.js_div(input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction)
+
+LIBRARY.define(
+    "js_div(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction) -> Tensor"
+)
+LIBRARY.define(
+    "js_div_reference(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
+    " -> Tensor"
+)
+# Of kernels: input and target are matrices of one dtype. stats: (6, R), what the backward of the same backend needs.
+LIBRARY.define(
+    "js_div_fwd(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
+    " -> (Tensor loss, Tensor stats)"
+)
+LIBRARY.define(
+    "js_div_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, float beta,"
+    " float temperature, int reduction, bool need_input, bool need_target) -> (Tensor, Tensor)"
+)
+
+
+@register_fake("udi_kernels::js_div_fwd", lib=LIBRARY)
+def _(input, target, weight, beta, temperature, reduction):
+    rows = input.shape[0]
+    return loss_like(input, reduction, rows), loss_like(input, 0, rows).new_empty((6, rows))
+
+
+@register_fake("udi_kernels::js_div_bwd", lib=LIBRARY)
+def _(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target):
+    return grads_like((input, target), (need_input, need_target))
+
+
+def _reference(input, target, weight, beta, temperature, reduction):
+    return reference.js_div(
+        input, target, beta=beta, temperature=temperature, weight=weight, reduction=REDUCTIONS[reduction]
+    )
+
+
+served_by_reference("js_div_reference", _reference)
+differentiable("js_div_bwd", 2, lambda input, target, weight, stats, *rest: _reference(input, target, weight, *rest))
+launched_by_triton("js_div", ("js_div_fwd", "js_div_bwd"))

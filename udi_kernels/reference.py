@@ -4,15 +4,28 @@ They document the formulas, are the oracle of the tests (in float64), and serve 
 other devices, and machines where nothing could be compiled.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+Lists = Sequence[Sequence[Tensor | None]]  # K lists of P gradients; None is a zero gradient
 
 
-def accumulation_dtype(*dtypes):
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything narrower is computed in float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="mean"):
+def js_div(
+    input: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     dtype = accumulation_dtype(input.dtype)
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
     # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
@@ -29,13 +42,13 @@ def js_div(input, target, *, beta=0.5, temperature=1.0, weight=None, reduction="
     return rows.mean() if weight is None else rows.sum() / weight.to(dtype).sum()
 
 
-def _log_softmax(z, temperature):
+def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     # Shifted by the maximum before the division by T, large logits lose nothing; a logit of -inf stays below any other.
     z = (z - z.amax(-1, keepdim=True).detach()) / temperature
     return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
 
 
-def club_mi(mu, logvar, y, *, reduction="mean"):
+def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
     if len(y):
@@ -47,16 +60,15 @@ def club_mi(mu, logvar, y, *, reduction="mean"):
     return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
 
 
-def club_nll(mu, logvar, y):
+def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
     return ((y - mu).square() * (-logvar).exp() + logvar).sum(-1).mean()
 
 
-def gramian(grads):
-    """grads: K lists of P tensors or None."""
+def gramian(grads: Lists, dtype: torch.dtype | None = None) -> Tensor:
     tensors = [g for row in grads for g in row if g is not None]
-    dtype = accumulation_dtype(*(g.dtype for g in tensors))
+    dtype = dtype or accumulation_dtype(*(g.dtype for g in tensors))
     gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=tensors[0].device)
     for column in zip(*grads, strict=True):  # the K gradients of one parameter
         like = next((g for g in column if g is not None), None)
@@ -66,12 +78,11 @@ def gramian(grads):
     return gram.to(dtype)
 
 
-def weighted_sum(grads, weights):
-    """grads: K lists of P tensors or None; weights: (K,)."""
-    out = []
+def weighted_sum(grads: Lists, weights: Tensor) -> list[Tensor | None]:
+    out: list[Tensor | None] = []
     for column in zip(*grads, strict=True):
-        dtype = next((g.dtype for g in column if g is not None), None)
-        wide = accumulation_dtype(dtype)
+        dtypes = [g.dtype for g in column if g is not None]
+        wide = accumulation_dtype(*dtypes)
         terms = [w.to(wide) * g.to(wide) for w, g in zip(weights, column, strict=True) if g is not None]
-        out.append(sum(terms).to(dtype) if terms else None)
+        out.append(sum(terms[1:], terms[0]).to(dtypes[0]) if terms else None)
     return out

@@ -5,7 +5,7 @@
 // so both are taken relative to a point inside the data: without that, cancellation eats the result.
 #include <memory>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace udi {
 namespace {

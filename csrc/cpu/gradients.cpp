@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
-#include "../gradients_ops.h"
+#include "../stable.h"
 #include "vec.h"
 
 namespace udi {
@@ -178,78 +179,74 @@ void dispatch(DType dtype, F f) {
   }
 }
 
-}  // namespace
-
-struct Plan::Impl : Gradients {
-  std::vector<int64_t> first;  // number of a parameter's first chunk; at the end, of all chunks
-  int64_t slots, elements = 0;
-
-  explicit Impl(Gradients gradients) : Gradients(std::move(gradients)), first{0} {
+class CPUPlan final : public Plan, Gradients {
+ public:
+  explicit CPUPlan(Gradients gradients) : Gradients(std::move(gradients)), first_{0} {
     for (auto& p : parameters) {
-      elements += p.size;
-      first.push_back(first.back() + (p.size + kChunk - 1) / kChunk);
+      elements_ += p.size;
+      first_.push_back(first_.back() + (p.size + kChunk - 1) / kChunk);
     }
-    slots = std::min(chunks(), kSlots);
+    slots_ = std::min(chunks(), kSlots);
   }
 
-  int64_t chunks() const { return first.back(); }
+  int64_t scratch() const override { return slots_ * k * k; }
+
+  void gramian(double* scratch, void* gram, bool wide) const override {
+    torch::stable::parallel_for(0, slots_, grain(slots_), [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        double* sums = scratch + slot * k * k;
+        std::fill_n(sums, k * k, 0.);
+        for_chunks(slot * chunks() / slots_, (slot + 1) * chunks() / slots_, [&](auto& p, auto data, auto from, auto to) {
+          dispatch(p.dtype, [&](auto type) { add_chunk<decltype(type)>(data, k, from, to, sums); });
+        });
+      }
+    });
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = i; j < k; ++j) {
+        double sum = 0;
+        for (int64_t slot = 0; slot < slots_; ++slot) sum += scratch[(slot * k + i) * k + j];
+        for (int64_t at : {i * k + j, j * k + i})
+          wide ? static_cast<double*>(gram)[at] = sum : static_cast<float*>(gram)[at] = sum;
+      }
+    }
+  }
+
+  void weighted_sum(const void* weights, bool wide) const override {
+    std::vector<double> factors(k);
+    for (int64_t i = 0; i < k; ++i)
+      factors[i] = wide ? static_cast<const double*>(weights)[i] : static_cast<const float*>(weights)[i];
+    torch::stable::parallel_for(0, chunks(), grain(chunks()), [&](int64_t begin, int64_t end) {
+      for_chunks(begin, end, [&](auto& p, auto data, auto from, auto to) {
+        dispatch(p.dtype, [&](auto type) {
+          combine_chunk(data, k, from, to, factors.data(), static_cast<decltype(type)*>(p.out));
+        });
+      });
+    });
+  }
+
+ private:
+  std::vector<int64_t> first_;  // number of a parameter's first chunk; at the end, of all chunks
+  int64_t slots_, elements_ = 0;
+
+  int64_t chunks() const { return first_.back(); }
 
   // How many of `units` equal parts of the work are worth a thread.
-  int64_t grain(int64_t units) const { return 1 + units * kGrain / (elements + 1); }
+  int64_t grain(int64_t units) const { return 1 + units * kGrain / (elements_ + 1); }
 
   // f(parameter, its addresses, begin, end) for chunks [from, to).
   template <class F>
   void for_chunks(int64_t from, int64_t to, F f) const {
-    int64_t p = std::upper_bound(first.begin(), first.end(), from) - first.begin() - 1;
+    int64_t p = std::upper_bound(first_.begin(), first_.end(), from) - first_.begin() - 1;
     for (int64_t chunk = from; chunk < to; ++chunk) {
-      while (chunk >= first[p + 1]) ++p;
-      const int64_t begin = (chunk - first[p]) * kChunk;
+      while (chunk >= first_[p + 1]) ++p;
+      const int64_t begin = (chunk - first_[p]) * kChunk;
       f(parameters[p], &data[p * k], begin, std::min(begin + kChunk, parameters[p].size));
     }
   }
 };
 
-Plan::Plan(Gradients gradients) : impl_(std::make_shared<Impl>(std::move(gradients))) {}
+}  // namespace
 
-int64_t Plan::scratch() const { return impl_->slots * impl_->k * impl_->k; }
-
-void Plan::gramian(double* scratch, void* gram, bool wide) const {
-  const auto& g = *impl_;
-  const int64_t k = g.k;
-  torch::stable::parallel_for(0, g.slots, g.grain(g.slots), [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      double* sums = scratch + slot * k * k;
-      std::fill_n(sums, k * k, 0.);
-      const int64_t first = slot * g.chunks() / g.slots, last = (slot + 1) * g.chunks() / g.slots;
-      g.for_chunks(first, last, [&](auto& p, auto data, auto from, auto to) {
-        dispatch(p.dtype, [&](auto type) { add_chunk<decltype(type)>(data, k, from, to, sums); });
-      });
-    }
-  });
-  for (int64_t i = 0; i < k; ++i) {
-    for (int64_t j = i; j < k; ++j) {
-      double sum = 0;
-      for (int64_t slot = 0; slot < g.slots; ++slot) sum += scratch[(slot * k + i) * k + j];
-      for (int64_t at : {i * k + j, j * k + i})
-        wide ? static_cast<double*>(gram)[at] = sum : static_cast<float*>(gram)[at] = sum;
-    }
-  }
-}
-
-void Plan::weighted_sum(const void* weights, bool wide) const {
-  const auto& g = *impl_;
-  std::vector<double> factors(g.k);
-  for (int64_t i = 0; i < g.k; ++i)
-    factors[i] = wide ? static_cast<const double*>(weights)[i] : static_cast<const float*>(weights)[i];
-  torch::stable::parallel_for(0, g.chunks(), g.grain(g.chunks()), [&](int64_t begin, int64_t end) {
-    g.for_chunks(begin, end, [&](auto& p, auto data, auto from, auto to) {
-      dispatch(p.dtype, [&](auto type) {
-        combine_chunk(data, g.k, from, to, factors.data(), static_cast<decltype(type)*>(p.out));
-      });
-    });
-  });
-}
+std::unique_ptr<const Plan> make_plan(Gradients gradients) { return std::make_unique<CPUPlan>(std::move(gradients)); }
 
 }  // namespace udi
-
-UDI_GRADIENT_OPS(CPU)

@@ -11,7 +11,7 @@
 #include <limits>
 #include <memory>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace udi {
 namespace {

@@ -396,13 +396,15 @@ int multiprocessors(int device) {
 
 int element_size(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
-}  // namespace
-
-struct Plan::Impl {
+struct CUDAPlan final : Plan {
   int k, device, blocks = 0;  // blocks of gramian in all launches
   std::vector<Launch> launches;
 
-  explicit Impl(const Gradients& g) : k(g.k), device(g.device) {
+  int64_t scratch() const override;
+  void gramian(double* scratch, void* gram, bool wide) const override;
+  void weighted_sum(const void* weights, bool wide) const override;
+
+  explicit CUDAPlan(const Gradients& g) : k(g.k), device(g.device) {
     if (entry_words(k) > LongTable::kCapacity)
       throw std::runtime_error("udi_kernels: K is too large for the kernels' argument table");
     const int max_blocks = kBlocksPerSM * multiprocessors(device);
@@ -436,15 +438,12 @@ struct Plan::Impl {
   }
 };
 
-Plan::Plan(Gradients gradients) : impl_(std::make_shared<Impl>(gradients)) {}
+int64_t CUDAPlan::scratch() const { return static_cast<int64_t>(blocks) * k * k; }
 
-int64_t Plan::scratch() const { return static_cast<int64_t>(impl_->blocks) * impl_->k * impl_->k; }
-
-void Plan::gramian(double* scratch, void* gram, bool wide) const {
-  const int k = impl_->k;
-  const OnDevice on(impl_->device);
-  Partials partials{scratch, k, 0, impl_->blocks};
-  for (const Launch& launch : impl_->launches) {
+void CUDAPlan::gramian(double* scratch, void* gram, bool wide) const {
+  const OnDevice on(device);
+  Partials partials{scratch, k, 0, blocks};
+  for (const Launch& launch : launches) {
     launch.dispatch([&](auto* type, const auto& table) {
       using T = std::remove_pointer_t<decltype(type)>;
       using TableT = std::remove_cvref_t<decltype(table)>;
@@ -467,9 +466,9 @@ void Plan::gramian(double* scratch, void* gram, bool wide) const {
   check_launch();
 }
 
-void Plan::weighted_sum(const void* weights, bool wide) const {
-  const OnDevice on(impl_->device);
-  for (const Launch& launch : impl_->launches) {
+void CUDAPlan::weighted_sum(const void* weights, bool wide) const {
+  const OnDevice on(device);
+  for (const Launch& launch : launches) {
     launch.dispatch([&](auto* type, const auto& table) {
       using T = std::remove_pointer_t<decltype(type)>;
       udi::weighted_sum<T><<<launch.shape.chunks, kThreads, 0, on.stream>>>(table, launch.shape, weights, wide);
@@ -477,5 +476,9 @@ void Plan::weighted_sum(const void* weights, bool wide) const {
     check_launch();
   }
 }
+
+}  // namespace
+
+std::unique_ptr<const Plan> make_plan(Gradients gradients) { return std::make_unique<CUDAPlan>(gradients); }
 
 }  // namespace udi

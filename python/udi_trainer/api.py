@@ -85,13 +85,15 @@ def train(
     Raises:
         UserError: naming what is wrong with data or options, before anything is trained.
     """
-    name = method if isinstance(method, str) else method.__name__
+    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     data_name = dataset if isinstance(dataset, str) else dataset.name
     with console() if progress else contextlib.nullcontext():
         if resume is None:
             folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
         else:
-            folder, chosen = restored(resume, options | {"dataset": data_name})
+            said = {"method": name, "dataset": data_name}  # where they are not the defaults
+            said = {key: value for key, value in said.items() if value != getattr(Options, key)}
+            folder, chosen = restored(resume, options | said)
         plan = Plan(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
             folder = plan.new_folder()
@@ -147,11 +149,11 @@ class Plan:
             run = Run(options, self.data, self.device, RunFolder(folder))
             outcome = self.method(run)
             metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
-            metrics |= {"device": str(self.device), "anchor": None, **outcome.metrics}
+            metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
             metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
             metrics["seconds"] = seconds(run)
             predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
-            if predictor.complete():
+            if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
                 if folder:
@@ -167,19 +169,14 @@ class Plan:
     def settings(self):
         """torch as the options want it, and afterwards as it was."""
         gpus = [self.device] if self.device.type == "cuda" else []
-        threads, modes = torch.get_num_threads(), (torch.backends.cuda.matmul, torch.backends.cudnn)
-        before = [mode.allow_tf32 for mode in modes]
-        with torch.random.fork_rng(gpus):
+        threads = torch.get_num_threads()
+        with torch.random.fork_rng(gpus), tf32(self.options.tf32) if gpus else contextlib.nullcontext():
             try:
                 if self.small():
                     torch.set_num_threads(1)
-                for mode in modes:
-                    mode.allow_tf32 = self.options.tf32
                 yield
             finally:
                 torch.set_num_threads(threads)
-                for mode, allowed in zip(modes, before, strict=True):
-                    mode.allow_tf32 = allowed
 
     def small(self) -> bool:
         """Whether a step takes about a millisecond: more than one thread gains nothing, and on a busy machine waits.
@@ -202,6 +199,28 @@ def with_encoders(modalities: dict[str, Modality], options: Options, given: dict
             encoder = imported(encoder, "--encoder MODALITY=module:Class")
         views[m] = replace(view, encoder=encoder, width=options.features, weights=weights.get(m))
     return views
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
+
+    torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    before, level = [backend.fp32_precision for backend in backends], None
+    with contextlib.suppress(RuntimeError):
+        level = torch.get_float32_matmul_precision()
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = (precision == "tf32" for precision in before[:2])
+        if level:
+            torch.set_float32_matmul_precision(level)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def labelled(data: Dataset) -> Dataset:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import shlex
 import sys
+import typing
 from pathlib import Path
 
 from .api import Plan, restored
@@ -56,7 +57,7 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
         if isinstance(field.default, bool):
             kind["action"] = "store_true"
         else:
-            number = isinstance(field.default, int | float)
+            number = not {int, float}.isdisjoint((field.type, *typing.get_args(field.type)))
             kind |= {"type": argument(facts["kind"]), "metavar": facts["metavar"] or ("N" if number else "NAME")}
         if field.name == "amp":
             kind |= {"nargs": "?", "const": "bf16"}

@@ -40,7 +40,8 @@ class Progress:
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done, self.note = label, total, 0, ""
         self.spoke = time.monotonic()
-        self.bar = tqdm(total=total, desc=label, leave=False, disable=None if log.isEnabledFor(logging.INFO) else True)
+        shown = any(isinstance(handler, _Console) for handler in log.handlers)
+        self.bar = tqdm(total=total, desc=label, leave=False, disable=None if shown else True)
 
     def __enter__(self):
         return self
@@ -55,7 +56,7 @@ class Progress:
             self.spoke = time.monotonic()
             log.info("%s: step %d of %d%s", self.label, self.done, self.total, self.note)
 
-    def show(self, **values: float):
+    def show(self, /, **values: float):
         """Values that stand beside it from now on."""
         self.bar.set_postfix({name: f"{x:.3f}" for name, x in values.items()})
         self.note = "".join(f", {name} {x:.3f}" for name, x in values.items())

@@ -299,13 +299,7 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            try:
-                self._set(field.name, field.metadata["kind"](value))
-            except ValueError as error:
-                raise UserError(f"{field.name}: {error}") from None
+            self._set(field.name, checked(field, getattr(self, field.name)))
         choose("fusion rule", self.fusion, ("auto", *fusion_rules))
         if self.baselines is None:
             self._set("baselines", ("joint",) if self.method == "udi" else ())
@@ -337,6 +331,16 @@ class Options:
         return cls(**given)
 
 
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value as an option has it, or an error that names the option."""
+    if value is None and field.default is None:
+        return None
+    try:
+        return field.metadata["kind"](value)
+    except ValueError as error:
+        raise UserError(f"{field.name}: {error}") from None
+
+
 # These may differ when a run is resumed: it may have moved to another machine.
 MOVABLE = ("device", "data_root", "manifest", "cache_dir", "data", "engine", "compile")
 
@@ -354,14 +358,13 @@ def filled(help: str) -> str:
 
 def resumed(folder: str, config: dict, given: dict) -> Options:
     """The options of the run in ``folder``; those given beside --resume must agree with them."""
+    fields = {field.name: field for field in dataclasses.fields(Options)}
     try:
-        known = {field.name for field in dataclasses.fields(Options)}
-        options = Options(**{name: value for name, value in config.items() if name in known})
+        options = Options(**{name: value for name, value in config.items() if name in fields})
     except UserError as error:
         raise UserError(f"--resume {folder}: config.json is damaged: {error}") from None
-    for field in dataclasses.fields(Options):
-        if field.name in given and field.name not in MOVABLE:
-            saved, value = getattr(options, field.name), field.metadata["kind"](given[field.name])
-            if value != saved:
-                raise UserError(f"{spelled(field.name)} {value} conflicts with --resume ({saved} there): leave it out")
+    for name, value in given.items():
+        value, saved = checked(fields[choose("option", name, fields)], value), getattr(options, name)
+        if name not in MOVABLE and value != saved:
+            raise UserError(f"{spelled(name)} {value} conflicts with --resume ({saved} there): leave it out")
     return dataclasses.replace(options, **{name: value for name, value in given.items() if name in MOVABLE})

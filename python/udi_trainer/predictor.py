@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .data.dataset import Dataset, Encoder, Modality, Split, presence
-from .errors import UserError
+from .errors import UserError, choose
 from .evaluation.fusion import Rule, combine
 from .models.classifiers import JointClassifier
 from .models.encoders import make_encoder
@@ -31,11 +31,6 @@ class Predictor:
     def __init__(self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"):
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
 
-    def complete(self) -> bool:
-        """Whether it can predict: all models are of a kind that it knows."""
-        alone = all(name in self.modalities or isinstance(m, JointClassifier) for name, m in self.models.items())
-        return bool(self.models) and alone
-
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
         """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone.
 
@@ -53,7 +48,7 @@ class Predictor:
         for m, modality in self.modalities.items():
             if missing := [name for name in modality.reads if name not in stored]:
                 raise UserError(f"{m} reads {', '.join(missing)}, which is not there: got {', '.join(stored)}")
-        sizes = {name: len(t) for name, t in stored.items()}
+        sizes = {name: len(stored[name]) for modality in self.modalities.values() for name in modality.reads}
         if len(set(sizes.values())) != 1:
             raise UserError(f"stored tensors differ in their number of samples: {sizes}")
         (count,) = set(sizes.values())
@@ -68,21 +63,21 @@ class Predictor:
 
     def _logits(self, name, model, stored, count, share):
         device = next(model.parameters()).device
-        joint = isinstance(model, JointClassifier)
+        joint = name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
         names = {stored_name for view in views.values() for stored_name in view.reads}
         names |= {presence(m) for m in views} & set(stored)
         parts = []
         model.eval()
-        for start in range(0, count, 1000):
+        for start in range(0, max(count, 1), 1000):  # of no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16"):
-                if joint:
+                if isinstance(model, JointClassifier):
                     features, logits = model(inputs, {m: batch[presence(m)] for m in views if presence(m) in batch})
                     parts.append(model.shares(features)[share] if share else logits)
                 else:
-                    parts.append(model(inputs[name])[1])
+                    parts.append(model(inputs if joint else inputs[name])[1])
         return torch.cat(parts).float().cpu()
 
     def save(self, folder: Path, data: Dataset):
@@ -158,6 +153,8 @@ def load(
 
 def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
     """The modalities as a run had them: of the dataset, of one of the trainer's own, or put together by name."""
+    for m in given:
+        choose("modality", m, specs)
     config = read_json(folder / "config.json")
     whole = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
     if dataset is None and config["dataset"] in datasets and not whole:
@@ -166,7 +163,7 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     views = {}
     for m, spec in specs.items():
         if dataset:
-            view = dataset.modalities[m]
+            view = dataset.modalities[choose("modality", m, dataset.modalities)]
         else:
             view = Modality(spec["encoder"], tuple(spec["reads"]), restored_make(spec["make"]), width=spec["width"])
         encoder = given.get(m, view.encoder)
@@ -194,8 +191,8 @@ def restored_make(spec):
 
 
 def address(thing) -> str:
-    """module:name of a class or function."""
-    return f"{thing.__module__}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
+    return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
 
 
 def imported(where: str, remedy: str):

@@ -19,8 +19,8 @@ class Run:
         self.options, self.device, self.folder = options, device, folder
         self.engine = choose_engine(options.engine, device)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
-        self.data = data.to(device) if self.resident else data
-        self.labels = {"val": data.val.labels, "test": data.test.labels}
+        self.data = data.to(device if self.resident else torch.device("cpu"))
+        self.labels = {"val": data.val.labels.cpu(), "test": data.test.labels.cpu()}
         self.batch_size = min(options.batch_size, len(data.train))
         self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl

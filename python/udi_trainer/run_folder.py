@@ -13,24 +13,28 @@ from .errors import UserError
 
 
 class RunFolder:
-    """Reads and writes the files of a run; without a path there are none, and nothing is kept.
+    """Reads and writes the files of a run; without a path there are none, and checkpoints are in memory.
 
-    A checkpoint holds all that its stage logged, so a resumed run takes up its log from there too.
+    A checkpoint holds all that its stage logged, so a resumed run takes up its log from there too, and a method the
+    stages that another one has trained.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
+        self.kept: dict[str, memoryview] = {}  # the checkpoints in memory
 
     def checkpoint(self, stage: str) -> dict | None:
         """What :meth:`save` kept of the stage."""
-        path = self.path and self.path / "checkpoints" / f"{stage}.pt"
-        if not path or not path.exists():
-            return None
-        return load_tensors(path, "delete it to repeat that stage, then resume")
+        if not self.path:
+            return torch.load(io.BytesIO(self.kept[stage]), map_location="cpu") if stage in self.kept else None
+        path = self.path / "checkpoints" / f"{stage}.pt"
+        return load_tensors(path, "delete it to repeat that stage, then resume") if path.exists() else None
 
     def save(self, stage: str, **state):
         if self.path:
             save_tensors(self.path / "checkpoints" / f"{stage}.pt", state)
+        else:
+            self.kept[stage] = serialised(state)
 
     def write_log(self, rows: list[dict]):
         if self.path:
@@ -93,9 +97,13 @@ def load_tensors(path: Path, remedy: str) -> dict:
 
 
 def save_tensors(path: Path, state: dict):
+    write(path, serialised(state))
+
+
+def serialised(state: dict) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def write(path: Path, data):

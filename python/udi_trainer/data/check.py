@@ -4,16 +4,20 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..registry import methods
 from .dataset import Dataset, Split
 
 
 def check(data: Dataset):
     """Raises a UserError that names split, tensor and what is wrong with it."""
+    if not isinstance(data.classes, int) or data.classes < 2:
+        raise UserError(f"{data.name} has {data.classes!r} classes: it takes two or more")
     if len(data.modalities) < 2:
         raise UserError(f"{data.name} has modalities {list(data.modalities)}: it takes two or more")
     for name in data.modalities:
-        if not name or not set(name).isdisjoint("./\\") or hasattr(nn.ModuleDict, name):
-            raise UserError(f"a modality cannot be named {name!r}: choose a word without dots and slashes")
+        taken = name in methods or hasattr(nn.ModuleDict(), name)
+        if taken or not name or not set(name).isdisjoint("./\\"):
+            raise UserError(f"a modality cannot be named {name!r}: choose another word, without dots and slashes")
     for name, split in data.splits().items():
         check_split(name, split, data)
     counts = torch.bincount(data.train.labels[data.train.labels >= 0].cpu(), minlength=data.classes)
@@ -46,6 +50,8 @@ def check_split(name: str, split: Split, data: Dataset):
             f" ({len(wrong)} of {len(labels)} are not)"
         )
     for m, modality in data.modalities.items():
+        if isinstance(modality.reads, str):
+            raise UserError(f"{m} reads {modality.reads!r}: give a tuple of names, ({modality.reads!r},)")
         for stored in modality.reads:
             if stored not in split.stored:
                 has = ", ".join(split.stored) or "nothing"
@@ -53,6 +59,8 @@ def check_split(name: str, split: Split, data: Dataset):
     for stored, t in split.stored.items():
         if stored in ("labels", "index"):
             raise UserError(f"a stored tensor cannot be named {stored!r}: a batch has its own")
+        if not isinstance(t, torch.Tensor) or not t.dim():
+            raise UserError(f"{name} {stored} must be a tensor (N, ...), got {type(t).__name__}")
         if len(t) != len(labels):
             raise UserError(f"{name} {stored} has {len(t)} samples, but there are {len(labels)} labels")
         if t.is_floating_point() and stored not in data.checked:

@@ -12,7 +12,7 @@ from ..models.encoders import make_encoder, may_draw
 from ..registry import methods
 from ..run import Run
 from ..training.loop import fit, outputs
-from ..training.task import Task, update
+from ..training.task import Task, trainable, update
 from .outcome import Outcome
 
 
@@ -29,7 +29,7 @@ class Joint(Task):
         encoders, widths = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
         self.random = any(view.random for view in views.values()) or any(map(may_draw, encoders.values()))
         self.model = self.place(self.classifier(encoders, widths, run.data.classes))
-        self.parameters = list(self.model.parameters())
+        self.parameters = trainable(self.model)
         self.optimizer = run.optimizer(self.parameters)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
@@ -42,7 +42,7 @@ class Joint(Task):
     def step(self, batch):
         with self.run.autocast():
             loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters))
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
         return {"loss": loss}
 
     def logits(self, batch):

@@ -46,13 +46,13 @@ class OGMGE(Joint):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
             loss = cross_entropy(logits, batch["labels"])
-        grads = torch.autograd.grad(loss, self.parameters)
+        grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         k = dict.fromkeys(features, torch.ones_like(loss))
         if modulate:
             with torch.no_grad(), self.run.autocast():
                 k = coefficients(self.model.shares(features), batch["labels"])
             pairs = zip(self.parameters, grads, strict=True)
-            grads = [enhanced(g, k[self.owner[w]]) if w in self.owner else g for w, g in pairs]
+            grads = [enhanced(g, k[self.owner[w]]) if w in self.owner and g is not None else g for w, g in pairs]
         update(self.optimizer, self.parameters, grads)
         return {"loss": loss} | {f"k_{name}": x for name, x in k.items()}
 

@@ -118,7 +118,8 @@ class Follower(Unimodal):
             grad = [*weighted_sum(grads, alpha), *torch.autograd.grad(q_nll, self.q_parameters)]
         else:
             one = alpha[0]
-            grad = torch.autograd.grad((cls, con, com, q_nll), self.parameters + self.q_parameters, (*alpha, one))
+            parameters = self.parameters + self.q_parameters
+            grad = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
         update(self.optimizer, self.parameters + self.q_parameters, grad)
         for _ in range(self.run.options.q_steps - 1):
             self.fit_q(x, y.detach())
@@ -223,7 +224,9 @@ def collapsed(history: list[dict], alone: float | None, classes: int) -> str | N
     if history[-1]["diverged"]:
         return f"its loss was not finite in epoch {history[-1]['epoch']}"
     chance, end = 1 / classes, history[-1]["val_acc"]
-    where, skill = ("alone it reaches", alone) if alone else ("it had reached", best_epoch(history)["val_acc"])
+    where, skill = (
+        ("alone it reaches", alone) if alone is not None else ("it had reached", best_epoch(history)["val_acc"])
+    )
     if end < skill and end - chance < 0.5 * (skill - chance):
         return f"its validation accuracy ended at {end:.3f}, {where} {skill:.3f}"
     return None

@@ -9,7 +9,7 @@ from ..models.classifiers import Classifier
 from ..models.encoders import make_encoder, may_draw
 from ..run import Run
 from ..training.loop import fit
-from ..training.task import Task, update
+from ..training.task import Task, trainable, update
 
 
 class Unimodal(Task):
@@ -21,7 +21,7 @@ class Unimodal(Task):
         encoder, self.width = make_encoder(modality, self.view, run.data.train)
         self.random = self.view.random or may_draw(encoder)
         self.model = self.place(Classifier(encoder, self.width, run.data.classes))
-        self.parameters = list(self.model.parameters())
+        self.parameters = trainable(self.model)
 
     def forward(self, batch, training=False):
         """(features, logits)."""
@@ -48,7 +48,7 @@ class Alone(Unimodal):
     def step(self, batch):
         with self.run.autocast():
             loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters))
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
         return {"loss": loss}
 
 

@@ -150,6 +150,8 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     Images keep their channels last in memory: pooling and, in reduced precision, convolutions are quicker so.
     """
     two = modality.sample(split, min(2, len(split))).cpu()
+    if isinstance(modality.encoder, nn.Module):
+        raise UserError(f"the encoder of {name} is a module: give what makes one anew, a class, or a function")
     shape = two.shape[1:]
     try:
         encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)

@@ -52,6 +52,11 @@ class Task:
         raise NotImplementedError
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Its parameters without those that an encoder of one's own keeps frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def update(optimizer: torch.optim.Optimizer, parameters, grads):
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad

@@ -41,11 +41,13 @@ def warning(run):
     return message
 
 
-def test_import_is_quick_and_compiles_nothing(python, tmp_path):
-    timed = "import time, torch; t = time.perf_counter(); import udi_kernels; print(time.perf_counter() - t)"
-    runs = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.3
-    assert python("import udi_kernels").returncode == 0
+def test_import_compiles_nothing_and_brings_nothing_slow(python, tmp_path):
+    slow = {"triton", "torch._dynamo", "torch._inductor", "udi_kernels.triton", "pybind11"}
+    code = (
+        f"import sys, torch; before = set(sys.modules); import udi_kernels; print({slow} & set(sys.modules) - before)"
+    )
+    run = python(code)
+    assert run.stdout == "set()\n", run.stdout + run.stderr
     assert not (tmp_path / "cache").exists()
 
 

@@ -10,15 +10,14 @@
 #include <sys/mman.h>
 #endif
 
-#include "stable.h"
+#include "../enums.h"
+#include "../stable.h"
 #include "vec.h"
 
 namespace udi {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-enum Reduction : int64_t { kNone, kSum, kMean };
 
 // Calls f with a null pointer of the tensor's element type.
 template <class F>

@@ -4,10 +4,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import EPS, assert_as_good_as_torch, distance, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import EPS, assert_as_good_as_torch, distance, run
 from udi_kernels import js_div, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -285,6 +285,8 @@ BAD = {
     "beta .* got 1": lambda x: js_div(x, x, beta=1),
     "beta .* got 0": lambda x: js_div(x, x, beta=0.0),
     "beta .* got nan": lambda x: js_div(x, x, beta=math.nan),
+    "beta must be a number, got a tensor": lambda x: js_div(x, x, beta=torch.tensor(0.5, requires_grad=True)),
+    "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
     "temperature .* got 0": lambda x: js_div(x, x, temperature=0),
     "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
     "reduction .* got 'batchmean'": lambda x: js_div(x, x, reduction="batchmean"),
@@ -294,6 +296,6 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message):
+def test_bad_input(message, backend):
     with pytest.raises((ValueError, TypeError), match=f"js_div: .*{message}"):
         BAD[message](torch.zeros(3, 4))

@@ -2,8 +2,8 @@ from functools import partial
 
 import pytest
 import torch
-
 from losses import assert_as_good_as_torch, run
+
 from udi_kernels import CLUB, club_mi, club_nll, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -217,11 +217,11 @@ BAD = {
 
 @pytest.mark.parametrize("f", [club_mi, club_nll])
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message, f):
+def test_bad_input(message, f, backend):
     with pytest.raises((ValueError, TypeError), match=f"{f.__name__}: {message}"):
         BAD[message](f, torch.zeros(3, 4))
 
 
-def test_bad_reduction():
+def test_bad_reduction(backend):
     with pytest.raises(ValueError, match="club_mi: reduction .* got 'avg'"):
         club_mi(*[torch.zeros(3, 4)] * 3, reduction="avg")

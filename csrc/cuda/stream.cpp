@@ -1,6 +1,5 @@
-// Registers gramian and weighted_sum for CUDA, and tells the launch functions device and stream.
-#include "../gradients_ops.h"
-
+// Tells the launch functions device and stream.
+#include "../stable.h"
 #include "stream.h"
 
 namespace udi {
@@ -17,5 +16,3 @@ OnDevice::OnDevice(int device) {
 OnDevice::~OnDevice() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
 
 }  // namespace udi
-
-UDI_GRADIENT_OPS(CUDA)

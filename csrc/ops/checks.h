@@ -1,0 +1,110 @@
+// What the ops share: checks in words, and what stands between a caller's tensors and a kernel.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../enums.h"
+
+namespace udi {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// The op of this name, looked up once by each that keeps it.
+template <class Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+struct Named {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// As Python writes them.
+std::string python(c10::SymIntArrayRef numbers) {
+  std::ostringstream out;
+  const char* comma = "";
+  out << '(';
+  for (const auto& n : numbers) out << std::exchange(comma, ", ") << n;
+  out << (numbers.size() == 1 ? ",)" : ")");
+  return out.str();
+}
+std::string python(at::ScalarType dtype) { return c10::str("torch.", c10::getDtypeNames(dtype).first); }
+
+bool floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// Floating point, all on one device.
+void check_tensors(const char* op, std::initializer_list<Named> tensors) {
+  const auto& [first, like] = *tensors.begin();
+  for (const auto& [name, t] : tensors) {
+    TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name,
+                     " must be float16, bfloat16, float32 or float64, got ", python(t.scalar_type()));
+    TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " must be on ", like.device(), " as ", first,
+                      " is, got ", t.device());
+  }
+}
+
+void check_same_shape(const char* op, const Named& like, const Named& t) {
+  TORCH_CHECK_VALUE(t.tensor.sym_sizes() == like.tensor.sym_sizes(), op, ": ", t.name, " must have ", like.name,
+                    "'s shape ", python(like.tensor.sym_sizes()), ", got ", python(t.tensor.sym_sizes()));
+}
+
+// The dtype that mixed ones (autocast makes them) have in common, as torch finds it for its own operators.
+at::ScalarType common_dtype(std::initializer_list<Tensor> tensors) {
+  auto dtype = tensors.begin()->scalar_type();
+  for (const auto& t : tensors)
+    if (t.scalar_type() != dtype) dtype = at::promote_types(dtype, t.scalar_type());
+  return dtype;
+}
+
+// Whether kernels serve; where not, the reference does. Triton computes in float32, so float64 on a GPU is left to it,
+// and so are devices that no kernel is registered for.
+template <class Node>
+bool kernels_serve(const Tensor& like, at::ScalarType dtype) {
+  if (like.is_cpu()) return true;
+  static const bool triton = Node::fwd().hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return like.is_cuda() && triton && dtype != at::kDouble;
+}
+
+// A matrix of this dtype whose rows have their elements side by side.
+Tensor matrix(const Tensor& t, at::ScalarType dtype) {
+  Tensor m = t.dim() == 2 ? t : t.reshape_symint({-1, t.sym_size(-1)});
+  if (m.scalar_type() != dtype) m = m.to(dtype);
+  return m.sym_size(1) == 1 || m.sym_stride(1) == 1 ? m : m.contiguous();
+}
+
+// For create_graph the backward ops have an autograd of their own, in Python; else there is nothing to record.
+struct BackwardMode {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+  BackwardMode() {
+    if (!at::GradMode::is_enabled()) below_autograd.emplace();
+  }
+};
+
+// The gradients that are needed; the kernels leave the others empty.
+template <class... Grads>
+variable_list needed(const AutogradContext* ctx, size_t arguments, const Grads&... grads) {
+  variable_list list{grads...};
+  for (size_t i = 0; i < list.size(); ++i)
+    if (!ctx->needs_input_grad(i)) list[i] = Tensor();
+  list.resize(arguments);
+  return list;
+}
+
+}  // namespace
+}  // namespace udi

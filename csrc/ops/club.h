@@ -1,0 +1,95 @@
+// club_mi and club_nll: checks, and the nodes that they are in autograd's graph.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+
+namespace udi {
+namespace {
+
+struct ClubMI : Function<ClubMI> {
+  static const auto& fwd() {
+    static const auto fwd = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t)>(
+        "udi_kernels::club_mi_fwd");
+    return fwd;
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& y,
+                        int64_t reduction) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, stats] = fwd().call(mu, logvar, y, reduction);
+    ctx->save_for_backward({mu, logvar, y, stats});
+    ctx->saved_data["reduction"] = reduction;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static const auto bwd =
+        op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                              const Tensor&, int64_t, bool, bool, bool)>("udi_kernels::club_mi_bwd");
+    auto saved = ctx->get_saved_variables();
+    BackwardMode mode;
+    auto [mu, logvar, y] =
+        bwd.call(grad[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["reduction"].toInt(),
+                 ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2));
+    return needed(ctx, 4, mu, logvar, y);
+  }
+};
+
+struct ClubNLL : Function<ClubNLL> {
+  static const auto& fwd() {
+    static const auto fwd = op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("udi_kernels::club_nll_fwd");
+    return fwd;
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->save_for_backward({mu, logvar, y});
+    return fwd().call(mu, logvar, y);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static const auto bwd = op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                  const Tensor&, bool, bool, bool)>(
+        "udi_kernels::club_nll_bwd");
+    auto saved = ctx->get_saved_variables();
+    BackwardMode mode;
+    auto [mu, logvar, y] = bwd.call(grad[0], saved[0], saved[1], saved[2], ctx->needs_input_grad(0),
+                                    ctx->needs_input_grad(1), ctx->needs_input_grad(2));
+    return needed(ctx, 3, mu, logvar, y);
+  }
+};
+
+void check_gaussian(const char* op, const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+  check_tensors(op, {{"mu", mu}, {"logvar", logvar}, {"y", y}});
+  TORCH_CHECK_VALUE(mu.dim() == 2, op, ": mu must have shape (N, D), got ", python(mu.sym_sizes()));
+  check_same_shape(op, {"mu", mu}, {"logvar", logvar});
+  check_same_shape(op, {"mu", mu}, {"y", y});
+}
+
+Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, int64_t reduction) {
+  check_gaussian("club_mi", mu, logvar, y);
+  auto dtype = common_dtype({mu, logvar, y});
+  if (!kernels_serve<ClubMI>(mu, dtype)) {
+    static const auto reference =
+        op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("udi_kernels::club_mi_reference");
+    return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype), reduction);
+  }
+  return ClubMI::apply(matrix(mu, dtype), matrix(logvar, dtype), matrix(y, dtype), reduction);
+}
+
+Tensor club_nll(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+  check_gaussian("club_nll", mu, logvar, y);
+  auto dtype = common_dtype({mu, logvar, y});
+  if (!kernels_serve<ClubNLL>(mu, dtype)) {
+    static const auto reference =
+        op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("udi_kernels::club_nll_reference");
+    return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype));
+  }
+  return ClubNLL::apply(matrix(mu, dtype), matrix(logvar, dtype), matrix(y, dtype));
+}
+
+}  // namespace
+}  // namespace udi

@@ -1,0 +1,292 @@
+import math
+
+import pytest
+import torch
+from lists import SHAPES, assert_weighted_sum, check, draw, stack
+
+from udi_kernels import GradientPlan, _ops, alignment_weights, gramian, reference, weighted_sum
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 9, 17, 32, 41])
+def test_exact(k, dtype, device):
+    check(draw(k, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_stacked(k, dtype, device):
+    grads = draw(k, dtype=dtype, device=device)
+    stacked = stack(grads)
+    assert torch.equal(gramian(stacked, stacked=True), gramian(grads))
+    weights = torch.randn(k, device=device)
+    out = weighted_sum(grads, weights)
+    plan = GradientPlan(stacked, stacked=True)
+    for result in (weighted_sum(stacked, weights, stacked=True), plan.weighted_sum(weights)):
+        assert all(map(torch.equal, result, out))
+    assert torch.equal(plan.gramian(), gramian(grads))
+
+
+def test_stacked_slices_of_other_layouts(device):
+    """Steps along K that are not the size of a gradient; slices that are dense but not contiguous, or not dense."""
+    grads = draw(3, shapes=[(6, 4)], device=device)
+    wide = torch.zeros(3, 7, 4, device=device)
+    stacked = stack(grads)[0]
+    wide[:, :6] = stacked
+    transposed = stacked.transpose(1, 2).contiguous().transpose(1, 2)
+    inner = stacked.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for variant in (wide[:, :6], transposed, inner):
+        assert not variant.is_contiguous()
+        torch.testing.assert_close(gramian([variant], stacked=True), gramian(grads))
+        weights = torch.randn(3, device=device)
+        assert torch.equal(weighted_sum([variant], weights, stacked=True)[0], weighted_sum(grads, weights)[0])
+    same = stacked[:1].expand(3, 6, 4)
+    assert torch.equal(gramian([same], stacked=True), gramian([grads[0]])[0, 0].expand(3, 3))
+
+
+def test_none_is_zero(device):
+    grads = draw(4, device=device)
+    grads[0][1] = grads[2][0] = None
+    for row in grads:
+        row[5] = None
+    grads[3] = [None] * len(SHAPES)
+    check(grads)
+    out = [torch.full(s, math.nan, device=device) for s in SHAPES]
+    assert weighted_sum(grads, torch.ones(4, device=device), out=out)[5].eq(0).all()
+    plan_out = [torch.full(s, math.nan, device=device) for s in SHAPES]
+    GradientPlan(grads, out=plan_out).weighted_sum(torch.ones(4, device=device))
+    assert all(map(torch.equal, plan_out, out))
+    stacked = [torch.randn(2, 3, device=device), None]
+    assert gramian(stacked, stacked=True).shape == (2, 2)
+    assert weighted_sum(stacked, torch.ones(2, device=device), stacked=True)[1] is None
+
+
+def test_empty(device):
+    grads = [[torch.empty(0, 3, device=device)], [None]]
+    assert torch.equal(gramian(grads), torch.zeros(2, 2, device=device))
+    assert weighted_sum(grads, torch.ones(2, device=device))[0].shape == (0, 3)
+    assert torch.equal(GradientPlan(grads).gramian(), torch.zeros(2, 2, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [3, 9])
+def test_unaligned(k, dtype, device):
+    """Views at any offset: the same in all lists, as in flat buffers, or another in each."""
+    for offsets in ([1] * k, [5] * k, list(range(k))):
+        grads = [[torch.randn(9001 + o, device=device).to(dtype)[o:]] for o in offsets]
+        check(grads)
+        out = [torch.empty(9008, dtype=dtype, device=device)[7:]]
+        weights = torch.randn(k, device=device)
+        assert torch.equal(weighted_sum(grads, weights, out=out)[0], weighted_sum(grads, weights)[0])
+
+
+def test_more_tensors_than_a_table_holds(device):
+    check(draw(3, shapes=[(i % 40,) for i in range(1500)], device=device))
+    check(draw(32, shapes=[(i % 7,) for i in range(300)], device=device))
+
+
+def test_mixed_dtypes(device):
+    for dtypes in ([torch.bfloat16, torch.float32, torch.float16], [torch.float32, torch.float64]):
+        grads = [[torch.randn(50, 3, device=device).to(t) for t in dtypes] for _ in range(3)]
+        rows = torch.stack([torch.cat([g.flatten().double() for g in row]) for row in grads])
+        torch.testing.assert_close(gramian(grads).double(), rows @ rows.T, rtol=3e-7, atol=1e-5)
+        assert torch.equal(GradientPlan(grads).gramian(), gramian(grads))
+        weights = torch.randn(3, device=device)
+        assert_weighted_sum(weighted_sum(grads, weights), grads, weights)
+
+
+def test_layouts(device):
+    """Dense in any order of dimensions works as it is; what is not dense is copied; strides of size 1 mean nothing."""
+    a, b = torch.randn(2, 8, 4, 5, 6, device=device)
+    want = gramian([[a], [b]])
+    channels_last = [[t.to(memory_format=torch.channels_last)] for t in (a, b)]
+    assert GradientPlan(channels_last).gramian()[0, 1].item() == pytest.approx(want[0, 1].item(), rel=1e-5)
+    weights = torch.randn(2, device=device)
+    out = weighted_sum(channels_last, weights)[0]
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, weighted_sum([[a], [b]], weights)[0])
+
+    sliced = torch.randn(8, 4, 5, 12, device=device)[..., ::2].copy_(a)
+    expanded = torch.randn(8, 4, 5, 1, device=device).expand(8, 4, 5, 6)
+    assert torch.equal(gramian([[sliced], [b]]), want)
+    assert torch.equal(gramian([[b], [expanded]]), gramian([[b], [expanded.contiguous()]]))
+    assert torch.equal(gramian([[expanded], [expanded]]), gramian([[expanded.contiguous()]]).expand(2, 2))
+
+    ones = torch.randn(1, 3, 1, device=device)
+    assert torch.equal(gramian([[ones], [ones.as_strided((1, 3, 1), (77, 1, 99))]]), gramian([[ones], [ones]]))
+
+
+@pytest.mark.parametrize("k", [3, 9])
+def test_out_may_be_one_of_the_lists(k, device):
+    weights = torch.randn(k, device=device)
+    for i in (0, k - 1):
+        grads = draw(k, device=device)
+        want = weighted_sum(grads, weights)
+        version = grads[i][0]._version
+        out = weighted_sum(grads, weights, out=grads[i])
+        assert all(a is b for a, b in zip(out, grads[i], strict=True))
+        assert all(map(torch.equal, out, want))
+        assert out[0]._version > version
+        grads = draw(k, device=device)
+        want = weighted_sum(grads, weights)
+        assert all(map(torch.equal, GradientPlan(grads, out=grads[i]).weighted_sum(weights), want))
+
+
+def test_plan_sees_new_contents(device):
+    grads = draw(3, device=device)
+    plan = GradientPlan(grads)
+    first = plan.gramian()
+    kept = first.clone()
+    weights = torch.ones(3, device=device)
+    out = plan.weighted_sum(weights)
+    torch._foreach_mul_(grads[0], 2)
+    assert torch.equal(plan.gramian(), gramian(grads)) and torch.equal(first, kept)
+    assert plan.weighted_sum(weights.double()) is out is plan.out
+    assert all(map(torch.equal, out, weighted_sum(grads, weights)))
+
+
+def test_weights_of_any_kind(device):
+    grads = draw(3, device=device)
+    want = weighted_sum(grads, torch.tensor([1.0, 0.0, -0.5], device=device))
+    strided = torch.tensor([1.0, 7, 0, 7, -0.5], device=device, dtype=torch.float64)[::2]
+    for weights in (strided, strided.half(), strided.bfloat16()):
+        assert all(map(torch.equal, weighted_sum(grads, weights), want))
+        assert all(map(torch.equal, GradientPlan(grads).weighted_sum(weights), want))
+
+
+def test_nan_and_infinity_show(device):
+    grads = [[torch.ones(3000, device=device)], [torch.ones(3000, device=device)]]
+    grads[1][0][2999] = math.nan
+    gram = gramian(grads)
+    assert gram[0, 0] == 3000 and gram[0, 1].isnan() and gram[1, 1].isnan()
+    grads[1][0][2999] = math.inf
+    assert gramian(grads)[1, 1] == math.inf
+    assert weighted_sum(grads, torch.tensor([1.0, 0.0], device=device))[0][2999].isnan()
+
+
+@pytest.mark.parametrize("k", [3, 12])
+def test_threads_do_not_change_a_bit(k):
+    grads = draw(k, shapes=[(100_003,), (64, 64, 3, 3), (10,)])
+    weights = torch.randn(k)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            results.append([gramian(grads), *weighted_sum(grads, weights)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+def test_reference_serves_where_csrc_does_not(request):
+    grads = draw(3)
+    grads[1][1] = None
+    for row in grads:
+        row[0] = None
+    weights = torch.randn(3)
+    columns = stack(draw(2))
+    gram, out = gramian(grads), weighted_sum(grads, weights)
+    stacked_gram = gramian(columns, stacked=True)
+    stacked_out = weighted_sum(columns, torch.ones(2), stacked=True)
+    request.getfixturevalue("no_csrc")
+    plan = GradientPlan(grads)
+    for result in (gramian(grads), plan.gramian()):
+        torch.testing.assert_close(result, gram, rtol=1e-5, atol=1e-3)
+    for result in (weighted_sum(grads, weights), plan.weighted_sum(weights)):
+        torch.testing.assert_close(result[1:], out[1:])
+        assert result[0] is None
+    assert plan.weighted_sum(weights) is plan.out
+    poisoned = [torch.full(s, math.nan) for s in SHAPES]
+    assert weighted_sum(grads, weights, out=poisoned)[0].eq(0).all()
+    torch.testing.assert_close(gramian(columns, stacked=True), stacked_gram, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(weighted_sum(columns, torch.ones(2), stacked=True), stacked_out)
+
+
+@pytest.mark.parametrize("name", ["gramian", "weighted_sum", "weighted_sum_out"])
+def test_opcheck(name, device):
+    if _ops.backend("gradients", device, torch.float32) == "reference":
+        pytest.skip("no native library here")
+    grads = draw(3, shapes=[(5, 4), (3,)], dtype=torch.bfloat16, device=device)
+    grads[0][1] = None
+    lists = [t for row in grads for t in row]
+    stacked = stack(draw(3, shapes=[(5, 4), (3,)], dtype=torch.bfloat16, device=device))
+    permuted = [t if t is None or t.dim() < 2 else t.t().contiguous().t() for t in lists]
+    op = getattr(torch.ops.udi_kernels, name).default
+    weights = torch.randn(3, device=device)
+    for tensors, k in ((lists, 3), (permuted, 3), (stacked, None)):
+        out = [torch.empty_like(t if k else t[0]) for t in (tensors[2:4] if k else tensors)]
+        args = {"gramian": (tensors, k, False), "weighted_sum": (tensors, k, weights)}
+        torch.library.opcheck(op, args[name] if name in args else (out, tensors, k, weights))
+
+
+def test_compile_in_one_graph(device):
+    grads = draw(3, device=device)
+    grads[1][0] = None
+
+    def step(grads, out, **options):
+        gram = gramian(grads, **options)
+        weights = alignment_weights(gram)
+        return gram, weights, weighted_sum(grads, weights, **options), weighted_sum(grads, weights, out=out, **options)
+
+    compiled = torch.compile(step, fullgraph=True)
+    for tensors, options in ((grads, {}), (stack(draw(3, device=device)), {"stacked": True})):
+        out = [torch.empty(s, device=device) for s in SHAPES]
+        again = [torch.empty(s, device=device) for s in SHAPES]
+        gram, weights, fresh, written = compiled(tensors, out, **options)
+        want = step(tensors, again, **options)
+        assert torch.equal(gram, want[0])
+        torch.testing.assert_close(weights, want[1])
+        assert all(a is b for a, b in zip(written, out, strict=True))
+        torch.testing.assert_close([*fresh, *out], [*want[2], *again])
+
+
+def test_autocast_has_no_influence(device):
+    grads = draw(3, device=device)
+    weights = torch.randn(3, device=device)
+    want = [gramian(grads), *weighted_sum(grads, weights)]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert all(map(torch.equal, [gramian(grads), *weighted_sum(grads, weights)], want))
+
+
+def test_gradients_that_require_grad_under_no_grad():
+    leaf = torch.ones(3, 4, requires_grad=True)
+    with torch.no_grad():
+        assert gramian([[leaf], [leaf]])[0, 1] == 12
+        assert weighted_sum([[leaf]], torch.ones(1))[0].requires_grad is False
+
+
+def test_alignment_weights(device):
+    gram = torch.tensor([[4.0, 2, -3, 6], [2, 1, 0, 0], [-3, 0, 9, 0], [6, 0, 0, 36]], device=device)
+    torch.testing.assert_close(alignment_weights(gram), torch.tensor([1, 0.25, 0, 0.75], device=device))
+    torch.testing.assert_close(alignment_weights(gram, anchor=1), torch.tensor([1.0, 1, 0, 0], device=device))
+    # cosines 1 and 0.5
+    want = torch.tensor([1, 2 / 3, 0, 1 / 3], device=device)
+    torch.testing.assert_close(alignment_weights(gram, cosine=True), want)
+    opposed = torch.tensor([[1.0, -1], [-1, 1]], device=device)
+    assert alignment_weights(opposed).tolist() == [1, 0]
+    assert alignment_weights(torch.zeros(3, 3, device=device), cosine=True).tolist() == [1, 0, 0]
+    assert alignment_weights(torch.ones(1, 1, dtype=torch.float64, device=device)).tolist() == [1]
+
+
+def test_alignment_weights_can_be_differentiated():
+    gram = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(alignment_weights, gram)
+
+
+def test_controller_from_autograd():
+    """As UDI uses it: gradients of three losses in a model's parameters, unused ones None."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 2))
+    unused = torch.nn.Parameter(torch.zeros(4))
+    y = model(torch.randn(16, 5))
+    losses = [y.square().mean(), (y - 1).abs().mean(), y[:, 0].mean()]
+    params = [*model.parameters(), unused]
+    grads = [torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in losses]
+    truth = reference.gramian([[g if g is None else g.double() for g in row] for row in grads])
+    torch.testing.assert_close(gramian(grads).double(), truth, rtol=1e-6, atol=1e-9)
+    weights = alignment_weights(gramian(grads))
+    for p, g in zip(params, weighted_sum(grads, weights), strict=True):
+        p.grad = g
+    assert unused.grad is None and params[0].grad.shape == params[0].shape

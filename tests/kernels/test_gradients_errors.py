@@ -1,0 +1,94 @@
+"""What does not fit is named, in the same words by csrc and where the reference serves."""
+
+import pytest
+import torch
+
+from udi_kernels import GradientPlan, alignment_weights, gramian, weighted_sum
+
+a, b = torch.ones(3, 4), torch.ones(3, 4)
+leaf = torch.ones(3, 4, requires_grad=True)
+BAD_GRADS = [
+    (a, TypeError, "grads must be a sequence, got a tensor"),
+    ([], ValueError, "grads must hold at least one tensor"),
+    ([[], []], ValueError, "grads must hold at least one tensor"),
+    ([[None], [None]], ValueError, "grads must hold at least one tensor"),
+    ([3], TypeError, r"grads\[0\] must be a sequence of tensors, got int"),
+    ([[a], [a, b]], ValueError, r"grads\[1\] must have length 1 as grads\[0\] has, got 2"),
+    ([[a], [3]], TypeError, r"grads\[1\]\[0\] must be a tensor or None, got int"),
+    ([[a], [torch.ones(4, 3)]], ValueError, r"grads\[1\]\[0\] must have shape \(3, 4\) as grads\[0\]\[0\] has, got"),
+    ([[None, a], [None, a.half()]], ValueError, r"grads\[1\]\[1\] must have dtype torch.float32 .* got torch.float16"),
+    ([[a], [torch.ones(4, 3).t()]], ValueError, r"grads\[1\]\[0\] must have strides \(4, 1\) .* got \(1, 3\).*contig"),
+    ([[a.long()]], TypeError, r"grads\[0\]\[0\] must be float16, .* got torch.int64"),
+    ([[a.to_sparse()]], ValueError, r"grads\[0\]\[0\] must be dense, got torch.sparse_coo; call .to_dense"),
+    ([[a], [a.to("meta")]], ValueError, r"grads\[1\]\[0\] must be on cpu as the others are, got meta"),
+    ([[a, a.to("meta")]], ValueError, r"grads\[0\]\[1\] must be on cpu as the others are, got meta"),
+    ([[a], [leaf]], ValueError, r"grads\[1\]\[0\] must not require grad .* detach"),
+    ([a, b], TypeError, r"grads\[0\] must be a sequence of tensors, got a tensor; pass stacked=True if"),
+]
+BAD_STACKED = [
+    (a, TypeError, "grads must be a sequence, got a tensor"),
+    ([None], ValueError, "grads must hold at least one tensor"),
+    ([a, 3], TypeError, r"grads\[1\] must be a tensor or None, got int"),
+    ([a, b[0, 0]], ValueError, r"grads\[1\] must have shape \(K, \*shape\), got \(\)"),
+    ([a, b[:2]], ValueError, r"grads\[1\] must have size K of the first dimension 3 as grads\[0\] has, got 2"),
+    ([a[:0]], ValueError, r"grads\[0\] must hold at least one gradient, got shape \(0, 4\)"),
+]
+w = torch.ones(2)
+BAD_SUMS = [
+    ([1.0, 1.0], None, TypeError, "weights must be a torch.Tensor, got list"),
+    (torch.ones(3), None, ValueError, r"weights must have shape \(2,\), got \(3,\)"),
+    (torch.ones(2, device="meta"), None, ValueError, "weights must be on cpu as the others are, got meta"),
+    (torch.ones(2, requires_grad=True), None, ValueError, "weights must not require grad"),
+    (w, [], ValueError, "out must have length 1, one per parameter, got 0"),
+    (w, [None], TypeError, r"out\[0\] must be a tensor, got None"),
+    (w, [a.t()], ValueError, r"out\[0\] must have shape \(3, 4\) .* got \(4, 3\)"),
+    (w, [a.half()], ValueError, r"out\[0\] must have dtype torch.float32 .* got torch.float16"),
+    (w, [torch.ones(3, 8)[:, ::2]], ValueError, r"out\[0\] must have strides \(4, 1\) .* got \(8, 2\)"),
+    (w, [leaf], ValueError, r"out\[0\] must not require grad"),
+]
+
+
+OPS = {"gramian": gramian, "weighted_sum": lambda g, **o: weighted_sum(g, w, **o), "GradientPlan": GradientPlan}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("grads, error, message", BAD_GRADS)
+def test_bad_gradients(op, grads, error, message, backend):
+    with pytest.raises(error, match=f"^{op}: {message}"):
+        OPS[op](grads)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("grads, error, message", BAD_STACKED)
+def test_bad_stacked_gradients(op, grads, error, message, backend):
+    with pytest.raises(error, match=f"^{op}: {message}"):
+        OPS[op](grads, stacked=True)
+
+
+@pytest.mark.parametrize("weights, out, error, message", BAD_SUMS)
+def test_bad_weights_and_out(weights, out, error, message, backend):
+    with pytest.raises(error, match=f"^weighted_sum: {message}"):
+        weighted_sum([[a], [b]], weights, out=out)
+    with pytest.raises(error, match=f"^GradientPlan: {message}"):
+        GradientPlan([[a], [b]], out=out).weighted_sum(weights)
+
+
+def test_plan_refuses_what_it_would_have_to_copy(backend):
+    with pytest.raises(ValueError, match=r"GradientPlan: grads\[1\]\[0\] must be dense, got shape \(3, 4\) with"):
+        GradientPlan([[a], [torch.ones(3, 1).expand(3, 4)]])
+    with pytest.raises(ValueError, match=r"GradientPlan: grads\[0\] must be dense"):
+        GradientPlan([torch.ones(2, 3, 8)[..., ::2]], stacked=True)
+
+
+@pytest.mark.parametrize(
+    "gram, anchor, error, message",
+    [
+        ([[1.0]], 0, TypeError, "gram must be a torch.Tensor, got list"),
+        (torch.ones(2, 3), 0, ValueError, r"gram must have shape \(K, K\), got \(2, 3\)"),
+        (torch.ones(2, 2), 2, ValueError, r"anchor must lie in \[0, 2\), got 2"),
+        (torch.ones(2, 2), -1, ValueError, r"anchor must lie in \[0, 2\), got -1"),
+    ],
+)
+def test_alignment_weights_bad_input(gram, anchor, error, message):
+    with pytest.raises(error, match=f"^alignment_weights: {message}"):
+        alignment_weights(gram, anchor=anchor)

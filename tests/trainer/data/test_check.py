@@ -1,0 +1,124 @@
+"""Wrong data gets one clear error, whatever is wrong with it, before anything is trained."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from udi_trainer import Dataset, Modality, Split, UserError, train
+from udi_trainer.data.check import check
+
+
+def spoil(split, index, value):
+    """A label of the split."""
+
+    def damage(data):
+        getattr(data, split).labels[index] = value
+
+    return damage
+
+
+def replace_labels(split, change):
+    def damage(data):
+        part = getattr(data, split)
+        part.labels = change(part.labels)
+
+    return damage
+
+
+def store(split, name, change):
+    def damage(data):
+        stored = getattr(data, split).stored
+        stored[name] = change(stored[name])
+
+    return damage
+
+
+def put(index, value):
+    def change(t):
+        t[index] = value
+        return t
+
+    return change
+
+
+def drop(split, name):
+    return lambda data: getattr(data, split).stored.pop(name)
+
+
+def rename(name):
+    def damage(data):
+        data.modalities[name] = data.modalities.pop("sensor")
+
+    return damage
+
+
+DAMAGES = [
+    # lengths
+    (store("train", "vector", lambda t: t[:-1]), "train vector has 100 samples, but there are 101 labels"),
+    (store("val", "sound", lambda t: torch.cat((t, t))), "val sound has 74 samples, but there are 37 labels"),
+    (replace_labels("test", lambda y: y[:40]), "test sound has 41 samples, but there are 40 labels"),
+    (replace_labels("val", lambda y: y[:0]), "the val split is empty"),
+    # labels
+    (spoil("train", 5, 2), "train label 5 is 2: labels are 0 to 1, or -1 for unlabelled (1 of 101 are not)"),
+    (spoil("train", 5, -100), "train label 5 is -100: labels are 0 to 1, or -1 for unlabelled (1 of 101 are not)"),
+    (spoil("val", 3, -1), "val label 3 is -1: labels are 0 to 1 (1 of 37 are not)"),
+    (spoil("test", slice(2, 4), 7), "test label 2 is 7: labels are 0 to 1 (2 of 41 are not)"),
+    (replace_labels("train", torch.Tensor.float), "train labels must be int64 (N,), got torch.float32 (101,)"),
+    (replace_labels("val", torch.Tensor.int), "val labels must be int64 (N,), got torch.int32 (37,)"),
+    (replace_labels("test", lambda y: y[:, None]), "test labels must be int64 (N,), got torch.int64 (41, 1)"),
+    (replace_labels("train", torch.Tensor.tolist), "train labels must be int64 (N,), got list"),
+    (replace_labels("train", torch.zeros_like), "no training sample has label 1, of 2 classes"),
+    (replace_labels("train", lambda y: y.where(y != 0, -1)), "no training sample has label 0, of 2 classes"),
+    # values
+    (store("train", "sound", put((100, 3, 1), float("nan"))), "train sound has NaN or inf in sample 100"),
+    (store("val", "vector", put((0, 0), float("inf"))), "val vector has NaN or inf in sample 0"),
+    (store("test", "vector", put((7, 4), -float("inf"))), "test vector has NaN or inf in sample 7"),
+    (store("test", "sound", lambda t: t.numpy()), "test sound must be a tensor (N, ...), got ndarray"),
+    (store("test", "sound", lambda t: t[:, 9:]), "audio differ in shape: train (50, 3), val (50, 3), test (41, 3)"),
+    # modalities
+    (drop("val", "image"), "picture reads 'image', which val lacks: it has sound, vector"),
+    (lambda data: list(map(data.modalities.pop, ("audio", "picture"))), "modalities ['sensor']: it takes two or more"),
+    (rename("left.eye"), "a modality cannot be named 'left.eye'"),
+    (rename("left/eye"), "a modality cannot be named 'left/eye'"),
+    (rename(""), "a modality cannot be named ''"),
+    (rename("forward"), "a modality cannot be named 'forward'"),
+    (rename("training"), "a modality cannot be named 'training'"),
+    (rename("joint"), "a modality cannot be named 'joint'"),
+    (lambda data: setattr(data.modalities["sensor"], "reads", "vector"), "give a tuple of names, ('vector',)"),
+    (lambda data: data.train.stored.update(index=data.train.labels), "a stored tensor cannot be named 'index'"),
+    (lambda data: setattr(data, "classes", 1), "mixed has 1 classes: it takes two or more"),
+    (lambda data: setattr(data, "classes", "2"), "mixed has '2' classes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, wanted", DAMAGES, ids=[wanted for _, wanted in DAMAGES])
+def test_what_is_refused(mixed, damage, wanted, tmp_path):
+    check(mixed)
+    damage(mixed)
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        train(mixed, epochs=1, out="run", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_are_searched_to_the_end():
+    """In pieces: of more samples than one has."""
+    x = torch.zeros(10_001, 2)
+    labels = torch.arange(10_001) % 2
+    fine = Split(labels[:10], {"x": x[:10]})
+    data = Dataset(2, {"a": Modality("mlp", ("x",)), "b": Modality("mlp", ("x",))}, fine, fine, Split(labels, {"x": x}))
+    check(data)
+    x[10_000, 1] = float("nan")
+    with pytest.raises(UserError, match="test x has NaN or inf in sample 10000"):
+        check(data)
+
+
+def test_tensors_of_any_kind_pass(mixed):
+    """Empty of dimensions, integers, booleans, half precision."""
+    kinds = {"a": torch.float16, "b": torch.bool, "c": torch.int8}
+    splits = {
+        name: Split(split.labels, {n: torch.ones(len(split), dtype=kind) for n, kind in kinds.items()})
+        for name, split in mixed.splits().items()
+    }
+    check(replace(mixed, modalities={n: Modality("mlp", (n,)) for n in kinds}, **splits))

@@ -1,0 +1,29 @@
+"""Splits and modalities."""
+
+import torch
+from torch.nn.functional import dropout
+
+from udi_trainer import Modality, Split
+
+
+def test_batch_has_labels_index_and_the_tensors_asked_for():
+    split = Split(torch.arange(5), {"a": torch.arange(10.0).view(5, 2), "b": torch.zeros(5)})
+    batch = split.batch(torch.tensor([3, 0]), ["a"])
+    assert list(batch) == ["index", "labels", "a"] and batch["labels"].tolist() == [3, 0]
+    assert batch["a"].tolist() == [[6, 7], [0, 1]] and len(split) == 5 and split.nbytes() == 5 * 8 + 40 + 20
+
+
+def test_input_is_made_of_what_is_read():
+    """By default the one tensor as float32; images with their channels last in memory."""
+    split = Split(torch.zeros(4), {"a": torch.arange(4), "image": torch.rand(4, 3, 5, 5)})
+    assert Modality("mlp", ("a",)).sample(split, 3).tolist() == [0.0, 1.0, 2.0]
+    image = Modality("cnn", ("image", "a"), lambda image, a: image + a[:, None, None, None]).sample(split, 2)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(image[1], split.stored["image"][1] + 1)
+
+
+def test_augmentation_is_for_training():
+    split = Split(torch.zeros(4), {"a": torch.ones(4, 100)})
+    view, batch = Modality("mlp", ("a",), augment=dropout), split.batch(torch.arange(4), ["a"])
+    assert torch.equal(view.input(batch), batch["a"])
+    assert not torch.equal(view.input(batch, training=True), batch["a"])

@@ -1,0 +1,84 @@
+"""The digits: what colors and halves tell, and MNIST's files as they come, damaged too."""
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from udi_trainer.command import main
+from udi_trainer.data.digits import COLORS, HALVES, cgdigits, cgmnist, splitdigits
+
+from ..helpers import one_line, read_metrics, write_idx
+
+
+def test_cgmnist(little_mnist):
+    options = ["--dataset", "cgmnist", "--data-root", str(little_mnist), "--epochs", "1", "--amp"]
+    assert main([*options, "--out", "run"]) == 0
+    assert set(read_metrics("run")["modalities"]) == {"gray", "color"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "kind", "lengths"])
+def test_damaged_mnist(little_mnist, damage, capsys):
+    images, labels = (little_mnist / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1"))
+    if damage == "cut":
+        images.write_bytes(images.read_bytes()[:5000])
+    elif damage == "short":
+        images.write_bytes(gzip.compress(gzip.decompress(images.read_bytes())[:-1]))
+    elif damage == "kind":
+        images.write_bytes(labels.read_bytes())
+    else:
+        write_idx(labels, torch.zeros(239, dtype=torch.uint8))
+    assert main(["--dataset", "cgmnist", "--data-root", str(little_mnist)]) == 2
+    message = one_line(capsys.readouterr().err)
+    assert "download" in message and str(little_mnist) in message
+
+
+@pytest.mark.skipif("UDI_DATA" not in os.environ, reason="set UDI_DATA to a folder with MNIST's files in mnist/")
+def test_real_mnist():
+    mnist = cgmnist(Path(os.environ["UDI_DATA"]) / "mnist")
+    assert [len(split) for split in mnist.splits().values()] == [55_000, 5_000, 10_000]
+    assert all(split.stored["pixels"].dtype == torch.uint8 for split in mnist.splits().values())
+    gray = mnist.modalities["gray"].input(mnist.train.batch(torch.arange(55_000), ["pixels"]))
+    assert gray.shape == (55_000, 1, 28, 28) and abs(gray.mean()) < 0.01 and abs(gray.std() - 1) < 0.01
+
+
+def test_colors_tell_the_digit_in_training_only():
+    digits = cgdigits(None)
+    assert [len(split) for split in digits.splits().values()] == [1077, 360, 360]
+
+    def nearest(split):
+        guess = torch.cdist(split.stored["color"], COLORS).argmin(1)
+        return (guess == split.labels).double().mean()
+
+    assert nearest(digits.train) > 0.6 > 0.2 > max(nearest(digits.val), nearest(digits.test))
+    batch = digits.modalities["color"].sample(digits.train, 5)
+    assert batch.shape == (5, 3, 8, 8) and 0 <= batch.min() and batch.max() <= 1
+
+
+def test_splitdigits(little_mnist):
+    """Two halves of the same digit, noise aside; of 28x28 digits too, which are trained on."""
+    split, whole = splitdigits(None), cgdigits(None)
+    assert list(split.modalities) == ["left", "right"]
+    for part in ("train", "val", "test"):
+        ours, theirs = getattr(split, part), getattr(whole, part)
+        assert torch.equal(ours.labels, theirs.labels)
+        spread = {}
+        for name, clean in zip(("left", "right"), theirs.stored["pixels"].chunk(2, dim=2), strict=True):
+            half = ours.stored[name]
+            assert half.dtype == torch.uint8 and half.shape == clean.shape == (len(ours), 8, 4)
+            inner = (clean > 100) & (clean < 155)  # where clipping cuts hardly anything off
+            spread[name] = ((half.float() - clean)[inner] / 255).std()
+        assert spread["left"] == pytest.approx(HALVES["left"], rel=0.1)
+        assert spread["right"] == pytest.approx(HALVES["right"], rel=0.15)
+        again = splitdigits(None)
+        assert all(torch.equal(x, getattr(again, part).stored[name]) for name, x in ours.stored.items())
+    left, right = (split.train.stored[name] - whole.train.stored["pixels"][..., :4] for name in ("left", "right"))
+    assert not torch.equal(left, right)
+
+    options = ["--dataset", "splitdigits", "--data-root", str(little_mnist), "--epochs", "1", "--baselines", "none"]
+    assert main([*options, "--out", "run"]) == 0
+    assert set(read_metrics("run")["modalities"]) == {"left", "right"}
+    mnist = splitdigits(little_mnist)
+    assert mnist.modalities["left"].sample(mnist.train).shape == (1, 1, 28, 14)

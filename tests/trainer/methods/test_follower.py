@@ -1,0 +1,126 @@
+"""A follower's step against plain torch."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from udi_trainer.command import main
+from udi_trainer.methods import udi
+from udi_trainer.methods.unimodal import Alone
+
+from ..helpers import freeze, make_run, read_log, training_batch
+
+
+def make_follower(**options):
+    run = make_run(batch_size=32, **options)
+    return udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+
+
+@pytest.fixture
+def follower():
+    """A follower after a few steps."""
+    follower = make_follower()
+    for number in range(1, 6):
+        follower.step(training_batch(follower), **follower.flags(number))
+    return follower
+
+
+def plain_losses(follower, batch):
+    """The three losses in plain torch, q as it is."""
+    anchor = follower.anchor
+    with torch.no_grad():
+        x, z = anchor.model(anchor.view.input(batch))
+        mu, logvar = follower.q(torch.nn.functional.layer_norm(x, x.shape[1:]))
+    y, logits = follower.model(follower.view.input(batch))
+    p, q = z.softmax(-1), logits.softmax(-1)
+    m = (p + q) / 2
+    con = (p * (p / m).log() + q * (q / m).log()).sum(-1).mean() / 2
+    y = torch.nn.functional.layer_norm(y, y.shape[1:])
+    negative = (y[None] - mu[:, None]).square().mean(1)
+    com = ((negative - (y - mu).square()) / logvar.exp()).mean() / 2
+    return [cross_entropy(logits, batch["labels"]), con, com]
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_step_is_the_plain_formula(follower, align):
+    """Losses, alphas and update against flattened gradients in plain torch, on a controller step and on another."""
+    batch = training_batch(follower, seed=1)
+    follower.controller.alpha.copy_(torch.tensor([1.0, 0.3, 0.7]))
+    freeze(follower)
+    scalars = follower.step(batch, align=align, fitted=True)
+
+    losses = plain_losses(follower, batch)
+    for name, loss in zip(("cls", "con", "com"), losses, strict=True):
+        torch.testing.assert_close(scalars[name], loss.detach())
+    parameters = follower.parameters
+    grads = [torch.autograd.grad(x, parameters, retain_graph=True, allow_unused=True) for x in losses]
+    pairs = [zip(gs, parameters, strict=True) for gs in grads]
+    flat = [torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pair]) for pair in pairs]
+    alpha = torch.tensor([1.0, 0.3, 0.7])
+    if align:
+        con, com = (flat[0] @ g for g in flat[1:])
+        gain = torch.stack((con, com)).relu()
+        alpha = torch.cat((torch.ones(1), gain / gain.sum() if gain.sum() > 0 else gain))
+    torch.testing.assert_close(follower.controller.alpha, alpha, rtol=1e-3, atol=1e-4)
+    update = torch.cat([w.grad.flatten() for w in parameters])
+    torch.testing.assert_close(update, sum(a * g for a, g in zip(alpha, flat, strict=True)), rtol=1e-3, atol=1e-5)
+
+
+def test_step_leaves_the_anchor_alone_and_fits_q(follower):
+    batch = training_batch(follower, seed=1)
+    anchor = [p.clone() for p in follower.anchor.model.parameters()]
+    before = follower.step(batch, align=False, fitted=False)["q_nll"]
+    for _ in range(20):
+        after = follower.step(batch, align=False, fitted=False)["q_nll"]
+    assert after < before
+    assert all(torch.equal(a, b) for a, b in zip(anchor, follower.anchor.model.parameters(), strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in follower.anchor.model.parameters())
+
+
+def test_q_has_the_depth_and_width_of_the_options():
+    q = make_follower(q_depth=2, q_width=7).q
+    assert [layer.weight.shape[::-1] for layer in q.layers[::2]] == [(64, 7), (7, 7), (7, 128)]
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_more_steps_of_q(align):
+    """Each fits q further to the same batch; the follower takes its one step as ever."""
+    followers, nll = [], []
+    for steps in (1, 4):
+        run = make_run(q_steps=steps)
+        torch.manual_seed(0)
+        follower = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+        batch = training_batch(follower)
+        follower.step(batch, align=align, fitted=True)
+        followers.append([p.clone() for p in follower.parameters])
+        nll.append(follower.step(batch, align=False, fitted=True)["q_nll"])
+    assert all(torch.equal(a, b) for a, b in zip(*followers, strict=True))
+    assert nll[1] < nll[0]
+
+
+@pytest.mark.parametrize("align", ["epoch", "3"])
+def test_plain_pytorch_trains_the_same(align):
+    """Both phases against UDI in plain torch: all pairs, concatenated gradients, the anchor run in every step."""
+    from eager_udi import EagerUDI
+
+    options = {"epochs": 3, "controller": "dynamic", "align_every": align, "baselines": [], "q_warmup": 5}
+    argv = [
+        "--controller",
+        "dynamic",
+        "--align-every",
+        align,
+        "--baselines",
+        "none",
+        "--q-warmup",
+        "5",
+        "--epochs",
+        "3",
+    ]
+    assert main([*argv, "--out", "run"]) == 0
+    plain = EagerUDI(make_run(**options))
+    plain.fit()
+    ours = [row["loss"] for row in read_log("run")]
+    assert len(ours) == 9
+    assert ours == pytest.approx([row["loss"] for rows in plain.rows.values() for row in rows], rel=1e-3)
+    assert any(row.get("alpha_con", 0) > 0 for row in read_log("run"))
+    assert align == "epoch" or any(row.get("alpha_com", 0) > 0 for row in read_log("run"))

@@ -1,0 +1,200 @@
+"""UDI: its two phases, the anchor's choice, the warm-up of q, and what it warns of."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import udi_kernels
+from udi_trainer.command import main
+from udi_trainer.methods import udi
+from udi_trainer.methods.unimodal import Alone
+from udi_trainer.registry import datasets
+
+from ..helpers import ROOT, assert_same_training, make_run, read_log, read_metrics
+
+
+def test_defaults_reach_what_they_promise():
+    assert main(["--out", "run"]) == 0
+    metrics = read_metrics("run")
+    assert metrics["anchor"] == "gray"
+    assert metrics["fused"]["test_acc"] >= 0.95
+    assert metrics["fused"]["test_acc"] > metrics["baselines"]["joint"]["test_acc"] + 0.2
+    assert metrics["collapsed"] == {}
+
+    # The same run as committed: equal on the same torch and processor, elsewhere rounding may move a few samples.
+    committed = json.loads((ROOT / "python" / "results" / "cgdigits" / "results.json").read_text())
+    runs = {(run["variant"], run["seed"]): run["metrics"] for run in committed["runs"]}
+    for path in (("fused",), ("unimodal", "gray"), ("baselines", "joint"), ("modalities", "color")):
+        ours, theirs = (functools.reduce(dict.get, path, m)["test_acc"] for m in (metrics, runs["udi", 0]))
+        assert ours == pytest.approx(theirs, abs=0.01 if theirs > 0.9 else 0.05)
+
+
+@pytest.mark.parametrize("options", [[], ["--controller", "dynamic", "--align-every", "3"], ["--alpha", "0.5,2"]])
+def test_three_modalities(three_views, options):
+    assert main(["--dataset", three_views, "--epochs", "3", "--out", "run", *options]) == 0
+    metrics = read_metrics("run")
+    assert metrics["anchor"] == "clean"
+    assert {row["modality"] for row in read_log("run") if row["phase"] == "follower"} == {"noisy", "worse"}
+    assert set(metrics["modalities"]) == {"clean", "noisy", "worse"}
+    assert Path("run/report.png").stat().st_size > 10_000
+
+
+def test_uncached_anchor(register):
+    """An anchor whose input is augmented runs in every step; where augmenting changes nothing, so must that."""
+    options = ["--epochs", "4", "--controller", "dynamic", "--align-every", "1", "--baselines", "none"]
+    assert main([*options, "--out", "cached"]) == 0
+    runs = []
+
+    def augmented(data_root):
+        digits = datasets["cgdigits"](data_root)
+        digits.modalities["gray"].augment = lambda x: runs.append(len(x)) or x
+        return digits
+
+    register(datasets, "augmented", augmented)
+    assert main([*options, "--dataset", "augmented", "--out", "uncached"]) == 0
+    assert len(runs) == 2 * 4 * 16  # in the anchor's own training, and for the follower
+    assert_same_training("cached", "uncached", 1e-4)
+
+
+def test_named_anchor_trains_no_other_modality(three_views):
+    options = ["--dataset", three_views, "--epochs", "2", "--anchor", "noisy", "--baselines", "none"]
+    assert main([*options, "--out", "run"]) == 0
+    metrics = read_metrics("run")
+    assert metrics["anchor"] == "noisy" and metrics["anchor_selection"]["by"] == "option"
+    assert set(metrics["unimodal"]) == {"noisy"} and "ensemble" not in metrics
+    assert list(metrics["modalities"]) == ["clean", "noisy", "worse"]
+    rows = [(row["phase"], row["modality"]) for row in read_log("run")]
+    assert sorted(rows) == [("anchor", "noisy")] * 2 + [("follower", "clean")] * 2 + [("follower", "worse")] * 2
+    assert main([*options, "--follower-init", "anchor-phase", "--out", "warm"]) == 0
+    assert set(read_metrics("warm")["unimodal"]) == {"clean", "noisy", "worse"}
+
+
+def test_race(three_views):
+    """The anchor is chosen after a fraction of the epochs; only the winner is trained to the end."""
+    options = ["--dataset", three_views, "--epochs", "6", "--race", "0.3", "--baselines", "none"]
+    assert main([*options, "--out", "run"]) == 0
+    metrics = read_metrics("run")
+    rows = [row["modality"] for row in read_log("run") if row["phase"] == "anchor"]
+    assert metrics["anchor"] == "clean" and rows == ["clean"] * 6 + ["noisy"] * 2 + ["worse"] * 2
+    assert {m: scores.get("epochs") for m, scores in metrics["unimodal"].items()} == {
+        "clean": None, "noisy": 2, "worse": 2,
+    }  # fmt: skip
+    assert metrics["anchor_selection"]["margin"] > 0 and "ensemble" not in metrics
+    assert main(["--resume", "run"]) == 0  # the winner's later epochs do not enter the choice
+    assert read_metrics("run")["anchor_selection"] == metrics["anchor_selection"]
+
+
+def test_follower_starts_from_its_own_anchor_phase():
+    run = make_run()
+    gray, color = (Alone(run, modality) for modality in ("gray", "color"))
+    follower = udi.Follower(run, "color", udi.Anchor(run, gray), color)
+    for a, b in zip(follower.model.parameters(), color.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("schedule, steps", [("epoch", [0, 16, 32]), ("12", [0, 12, 24, 36])])
+def test_controller_measures_on_schedule(monkeypatch, schedule, steps):
+    """Once an epoch of 16 full batches, or every N steps; through the library's op."""
+    calls = []
+    monkeypatch.setattr(udi, "gramian", lambda grads: calls.append(len(grads)) or udi_kernels.gramian(grads))
+    options = ["--epochs", "3", "--controller", "dynamic", "--align-every", schedule, "--baselines", "none"]
+    assert main([*options, "--out", "run"]) == 0
+    assert calls == [3] * len(steps)
+
+
+# --- the warm-up of q ---
+
+
+@pytest.mark.parametrize(
+    "options, warmup",
+    [
+        ({"epochs": 30}, 100),  # 480 steps
+        ({"epochs": 25}, 100),  # 400
+        ({"epochs": 24}, 96),  # 384: a quarter
+        ({"epochs": 1}, 4),
+        ({"epochs": 1, "batch_size": 1077}, 0),  # a single step
+        ({"epochs": 30, "q_warmup": 0}, 0),
+        ({"epochs": 1, "q_warmup": 300}, 300),
+    ],
+)
+def test_warmup_follows_the_length_of_the_run(options, warmup):
+    assert udi.q_warmup(make_run(**options)) == warmup
+
+
+def test_no_complementary_weight_before_q_is_fitted(capsys):
+    """Not in the epochs of the warm-up, which metrics.json names; a warning where there are no others."""
+    options = "--epochs 3 --controller dynamic --align-every 1 --baselines none --anchor gray".split()
+    for warmup in ("32", "48"):
+        assert main([*options, "--q-warmup", warmup, "--out", warmup]) == 0
+        rows = [row for row in read_log(warmup) if row["phase"] == "follower"]
+        assert read_metrics(warmup)["q_warmup"] == int(warmup)
+        assert rows[0]["alpha_com"] == rows[1]["alpha_com"] == 0 and (rows[2]["alpha_com"] > 0) == (warmup == "32")
+        assert any(row["alpha_con"] > 0 for row in rows)
+        warned = "q is fitted in all 48 steps of a follower, so L_com never counts" in capsys.readouterr().err
+        assert warned == (warmup == "48")
+
+
+def test_short_runs_train_with_the_complementary_loss(mixed):
+    """With few samples and epochs too the alphas of config.json are those that count."""
+    from udi_trainer import train
+
+    result = train(mixed, epochs=8, baselines=[], anchor="audio", progress=False)
+    rows = result.history["follower-picture"]
+    assert result.metrics["q_warmup"] == 2 and [row["alpha_com"] for row in rows] == [0, 0] + [1] * 6
+
+
+# --- the anchor's choice, and collapses ---
+
+
+def test_anchor_near_tie_goes_to_the_surer():
+    def log(*epochs):
+        names = ("epoch", "val_acc", "val_loss", "val_entropy", "diverged")
+        return [dict(zip(names, (i, *row, False), strict=True)) for i, row in enumerate(epochs, start=1)]
+
+    vague, sure = log((0.9, 0.5, 0.8), (0.8, 0.6, 0.7)), log((0.5, 0.4, 0.1), (0.897, 0.5, 0.2))
+    anchor, selection = udi.choose_anchor("auto", {"vague": vague, "sure": sure})
+    assert (anchor, selection["by"]) == ("sure", "predictive entropy")
+    assert selection["margin"] == pytest.approx(-0.003) and selection["modalities"]["vague"]["epoch"] == 1
+    anchor, selection = udi.choose_anchor("auto", {"vague": vague, "sure": sure[:1]})
+    assert (anchor, selection["by"]) == ("vague", "validation accuracy")
+    assert udi.choose_anchor("vague", {"vague": vague, "sure": sure})[0] == "vague"
+
+
+def test_collapse_is_reported(monkeypatch, capsys):
+    """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
+    monkeypatch.setattr(udi, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
+    options = "--controller dynamic --align-every 1 --epochs 12 --baselines none --follower-init anchor-phase"
+    monkeypatch.setattr(udi.Follower, "__init__", from_scratch(udi.Follower.__init__))
+    assert main([*options.split(), "--anchor", "color", "--out", "run"]) == 0
+    out, err = capsys.readouterr()
+    reason = read_metrics("run")["collapsed"]["gray"]
+    assert f"collapsed: gray: {reason}" in out and f"warning: follower gray collapsed: {reason}" in err
+    ended, alone = (float(reason.split(word)[1].split(",")[0]) for word in ("ended at ", "alone it reaches "))
+    assert ended < 0.3 < 0.9 < alone
+
+
+def from_scratch(init):
+    return lambda self, run, modality, anchor, alone=None: init(self, run, modality, anchor)
+
+
+def row(val_acc, epoch=1, diverged=False):
+    return {"epoch": epoch, "val_acc": val_acc, "val_loss": 1.0, "diverged": diverged}
+
+
+@pytest.mark.parametrize(
+    "history, alone, wanted",
+    [
+        ([row(0.1)], 0.9, "its validation accuracy ended at 0.100, alone it reaches 0.900"),
+        ([row(0.8), row(0.2, 2)], None, "its validation accuracy ended at 0.200, it had reached 0.800"),
+        ([row(0.1), row(None, 2, True)], 0.9, "its loss was not finite in epoch 2"),
+        ([row(0.7)], 0.9, None),
+        ([row(0.1)], 0.1, None),  # as little as alone: nothing was lost
+        ([row(0.1)], 0.05, None),
+        ([row(0.1), row(0.1, 2)], None, None),
+    ],
+)
+def test_what_counts_as_a_collapse(history, alone, wanted):
+    assert udi.collapsed(history, alone, 10) == wanted
