@@ -9,9 +9,9 @@ import time
 
 import torch
 import torch.nn.functional as F
-
 from methods.udi import Q_WARMUP
 from models import FEATURES, Classifier, ConditionalGaussian, encoders
+
 from peers import club_mi_pairs, js_div_eager
 
 

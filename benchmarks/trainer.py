@@ -24,14 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
 import data  # noqa: E402
-import train  # noqa: E402
-from eager_udi import EagerUDI  # noqa: E402
-from experiments import describe, hardware  # noqa: E402
 from fit import Stage  # noqa: E402
 from methods import methods  # noqa: E402
 from methods.udi import Q_WARMUP, Anchor, Follower  # noqa: E402
 from methods.unimodal import Alone  # noqa: E402
 from run import Run  # noqa: E402
+
+import train  # noqa: E402
+from eager_udi import EagerUDI  # noqa: E402
+from experiments import describe, hardware  # noqa: E402
 
 RUNS = {
     "joint training": ["--method", "joint"],

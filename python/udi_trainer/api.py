@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,15 +17,16 @@ from .console import console, log
 from .data.check import check
 from .data.dataset import Dataset, Encoder, Modality, Split
 from .data.noise import corrupt
-from .errors import UserError, choose
-from .evaluation.predictions import details, write_predictions
+from .errors import UserError, choose, memory_errors
+from .evaluation.predictions import details, predictions_csv
 from .evaluation.report import draw, table
 from .methods.outcome import Outcome
 from .options import Options, resumed
 from .predictor import Predictor, imported
 from .registry import datasets, methods, offered
 from .run import Run, choose_device
-from .run_folder import RunFolder, new_folder, read_json, write_json
+from .run_folder import RunFolder, as_json, locked, new_folder, read_config
+from .stop import Stop
 
 Method = str | Callable[[Run], Outcome]
 
@@ -102,12 +104,11 @@ def train(
 
 def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
     """Folder and options of an interrupted run."""
-    config = Path(folder) / "config.json"
     try:
-        saved = read_json(config)
-    except (OSError, ValueError):
-        raise UserError(f"--resume {folder}: no run to resume, {config} is missing or damaged") from None
-    return Path(folder), resumed(str(folder), saved, given)
+        config = read_config(Path(folder))
+    except UserError as error:
+        raise UserError(f"--resume {folder}: no run to resume, {error}") from None
+    return Path(folder), resumed(str(folder), config, given)
 
 
 class Plan:
@@ -136,17 +137,17 @@ class Plan:
     def new_folder(self) -> Path:
         """With config.json in it."""
         options = self.options
-        folder = new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}")
         with self.settings():
-            write_json(folder / "config.json", dataclasses.asdict(options) | environment(self.device))
-        return folder
+            config = dataclasses.asdict(options) | environment(self.device)
+        return new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}", config)
 
-    def run(self, folder: Path | None) -> Result:
+    def run(self, folder: Path | None, stop: Stop | None = None) -> Result:
+        """``stop``: what asks it to end before it is done."""
         options = self.options
-        where = f"; run folder {folder}" if folder else ""
-        log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
-        with self.settings():
-            run = Run(options, self.data, self.device, RunFolder(folder))
+        with locked(folder), self.settings(), memory_errors(f"with {sizes(options)}"):
+            where = f"; run folder {folder}" if folder else ""
+            log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
+            run = Run(options, self.data, self.device, RunFolder(folder), stop)
             outcome = self.method(run)
             metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
@@ -156,13 +157,13 @@ class Plan:
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
-                if folder:
-                    each = predictor.logits(run.data.test, shares=True)
-                    write_predictions(folder / "predictions.csv", self.data, each, fused)
+                metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
+                each = predictor.logits(run.data.test, shares=True)
+                run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
             if folder:
-                predictor.save(folder, self.data)
-                draw(metrics, run.history, folder / "report.png")
-                write_json(folder / "metrics.json", metrics)
+                predictor.save(run.folder, self.data)
+                picture(metrics, run)
+                run.folder.write("metrics.json", as_json(metrics))
         return Result(metrics, run.history, predictor, folder)
 
     @contextlib.contextmanager
@@ -230,6 +231,26 @@ def labelled(data: Dataset) -> Dataset:
         return data
     log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
     return replace(data, train=data.train.take(known))
+
+
+def picture(metrics: dict, run: Run):
+    """report.png, without which a run is none the worse."""
+    image = io.BytesIO()
+    draw(metrics, run.history, image)
+    try:
+        run.folder.write("report.png", image.getbuffer())
+    except UserError as error:
+        log.warning(str(error))
+
+
+def sizes(options: Options) -> str:
+    """What takes memory, and what would take less."""
+    less = ["a smaller one"]
+    if options.amp == "none":
+        less.append("--amp bf16")
+    if options.data != "host":
+        less.append("--data host")
+    return f"--batch-size {options.batch_size}: try {', '.join(less)}"
 
 
 def seconds(run: Run) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """The command line, made from the options."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import os
 import shlex
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -13,29 +16,36 @@ from .console import console
 from .data import scan
 from .errors import UserError
 from .options import Options, filled, spelled
+from .stop import Stop
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    folder, argv = None, sys.argv[1:] if argv is None else argv
+    folder, stop, argv = None, Stop(), sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["manifest"]:
             return scan.main(argv[1:], prog)
-        options, folder = parse(argv, prog)
-        with console():
+        with stop.on_signals(), console():
+            options, folder = parse(argv, prog)
             plan = Plan(options)
             folder = folder or plan.new_folder()
-            result = plan.run(folder)
-        total = result.metrics["seconds"]["total"]
-        print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json")
+            result = plan.run(folder, stop)
+            total = result.metrics["seconds"]["total"]
+            print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
         return 0
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        command = f"python {sys.argv[0]}" if prog == "train.py" else "python -m udi_trainer"
-        resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
-        print(f"\n{prog}: interrupted{resume}", file=sys.stderr)
-        return 130
+        number, reason = stop.number or signal.SIGINT, "interrupted"
+    except BrokenPipeError:
+        number, reason = signal.SIGPIPE, "nobody reads its output"
+        with contextlib.suppress(OSError):  # what is still in the buffer would be tried again at the end of the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    command = f"python {sys.argv[0]}" if prog == "train.py" else "python -m udi_trainer"
+    resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
+    with contextlib.suppress(OSError):
+        print(f"\n{prog}: {reason}{resume}", file=sys.stderr)
+    return 128 + number
 
 
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:

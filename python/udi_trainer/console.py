@@ -15,8 +15,14 @@ class _Console(logging.Handler):
     def emit(self, record):
         warning = record.levelno >= logging.WARNING
         text = f"warning: {record.getMessage()}" if warning else record.getMessage()
-        tqdm.write(text, file=sys.stderr if warning else sys.stdout)
-        (sys.stderr if warning else sys.stdout).flush()
+        file = sys.stderr if warning else sys.stdout
+        try:
+            tqdm.write(text, file=file)
+            file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # the terminal is gone; what is written to files still counts
+            pass
 
 
 @contextlib.contextmanager

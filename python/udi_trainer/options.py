@@ -292,6 +292,7 @@ class Options:
     )
     amp: str = option(MACHINE, "none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
     tf32: bool = option(MACHINE, False, flag, "float32 convolutions and matrix products by TF32 on a GPU")
+    tensorboard: bool = option(MACHINE, False, flag, "write metrics as TensorBoard events, too, to the run folder")
     compile: bool = option(MACHINE, False, flag, "encoders by torch.compile")
     out: str | None = option(
         MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
@@ -342,7 +343,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
 
 
 # These may differ when a run is resumed: it may have moved to another machine.
-MOVABLE = ("device", "data_root", "manifest", "cache_dir", "data", "engine", "compile")
+MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "compile")
 
 
 def spelled(name: str) -> str:
@@ -361,6 +362,9 @@ def resumed(folder: str, config: dict, given: dict) -> Options:
     fields = {field.name: field for field in dataclasses.fields(Options)}
     try:
         options = Options(**{name: value for name, value in config.items() if name in fields})
+        for name in ("method", "dataset", "epochs", "seed"):  # younger options have their defaults in an older folder
+            if name not in config:
+                raise UserError(f"it lacks {name}")
     except UserError as error:
         raise UserError(f"--resume {folder}: config.json is damaged: {error}") from None
     for name, value in given.items():

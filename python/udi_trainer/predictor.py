@@ -17,7 +17,7 @@ from .models.encoders import make_encoder
 from .options import resumed
 from .registry import classifiers, datasets, fusion_rules, offered
 from .run import choose_device
-from .run_folder import load_tensors, read_json, save_tensors
+from .run_folder import RunFolder, load_tensors, read_config
 
 FILE = Path("checkpoints") / "model.pt"
 
@@ -80,31 +80,29 @@ class Predictor:
                     parts.append(model(inputs if joint else inputs[name])[1])
         return torch.cat(parts).float().cpu()
 
-    def save(self, folder: Path, data: Dataset):
+    def save(self, folder: RunFolder, data: Dataset):
         """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
         rules = {rule: name for name, rule in fusion_rules.items()}
-        save_tensors(
-            folder / FILE,
-            {
-                "classes": data.classes,
-                "modalities": {
-                    m: {
-                        "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
-                        "reads": list(view.reads),
-                        "make": None if view.make is torch.Tensor.float else described(view.make),
-                        "width": view.width,
-                        "sample": {name: data.test.stored[name][:2].cpu().clone() for name in view.reads},
-                    }
-                    for m, view in self.modalities.items()
-                },
-                "models": {
-                    name: {"kind": getattr(model, "kind", None), "state": model.state_dict()}
-                    for name, model in self.models.items()
-                },
-                "rule": rules.get(type(self.rule)),
-                "weights": self.rule.weights,
-                "amp": self.amp,
+        folder.save(
+            "model",
+            classes=data.classes,
+            modalities={
+                m: {
+                    "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
+                    "reads": list(view.reads),
+                    "make": None if view.make is torch.Tensor.float else described(view.make),
+                    "width": view.width,
+                    "sample": {name: data.test.stored[name][:2].cpu().clone() for name in view.reads},
+                }
+                for m, view in self.modalities.items()
             },
+            models={
+                name: {"kind": getattr(model, "kind", None), "state": model.state_dict()}
+                for name, model in self.models.items()
+            },
+            rule=rules.get(type(self.rule)),
+            weights=self.rule.weights,
+            amp=self.amp,
         )
 
 
@@ -130,7 +128,10 @@ def load(
         raise UserError(
             f"{folder} has no {FILE}: no run has ended there; an unended one goes on with --resume {folder}"
         )
-    saved = load_tensors(folder / FILE, "repeat the run")
+    remedy = f"delete it, then --resume {folder} makes it again"
+    saved = load_tensors(folder / FILE, remedy)
+    if missing := {"classes", "modalities", "models", "rule", "weights", "amp"} - saved.keys():
+        raise UserError(f"{folder / FILE} lacks {', '.join(sorted(missing))}: {remedy}")
     views = modalities_of(saved["modalities"], folder, dataset, given)
     samples = {m: Split(torch.zeros(len(spec["sample"])), spec["sample"]) for m, spec in saved["modalities"].items()}
     models, place = {}, choose_device(device)
@@ -155,9 +156,9 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     """The modalities as a run had them: of the dataset, of one of the trainer's own, or put together by name."""
     for m in given:
         choose("modality", m, specs)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     whole = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
-    if dataset is None and config["dataset"] in datasets and not whole:
+    if dataset is None and config.get("dataset") in datasets and not whole:
         options = resumed(str(folder), config, {})
         dataset = offered(datasets.find(options.dataset), options.data_root, options)
     views = {}

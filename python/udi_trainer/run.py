@@ -1,5 +1,6 @@
 """What all parts of a run share: options, data, device, seeds and the log."""
 
+import dataclasses
 import time
 
 import torch
@@ -7,16 +8,19 @@ import torch
 from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
-from .options import Options
-from .run_folder import RunFolder
+from .options import MOVABLE, Options
+from .run_folder import REPEAT, RunFolder
 from .seeds import derive_seed, seeded
+from .stop import Stop
 
 
 class Run:
     """A run: its options, data and device, and what it has logged of each stage."""
 
-    def __init__(self, options: Options, data: Dataset, device: torch.device, folder: RunFolder):
-        self.options, self.device, self.folder = options, device, folder
+    def __init__(
+        self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
+    ):
+        self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device if self.resident else torch.device("cpu"))
@@ -25,6 +29,7 @@ class Run:
         self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
+        self.board = event_writer(folder) if options.tensorboard else None
 
     def seed(self, *key) -> int:
         return derive_seed(self.options.seed, *key)
@@ -53,16 +58,53 @@ class Run:
         """The stage's last checkpoint, or None; takes up its log from there."""
         saved = self.folder.checkpoint(stage)
         if saved:
+            self.check(stage, saved)
             self.began = min(self.began, time.perf_counter() - saved["elapsed"])
         self.history[stage] = saved["rows"] if saved else []
         self.folder.write_log([row for rows in self.history.values() for row in rows])
         return saved
 
-    def save(self, stage: str, row: dict, **state):
-        """Checkpoints the stage after an epoch, and logs the epoch."""
-        self.history[stage].append(row)
-        self.folder.save(stage, **state, rows=self.history[stage], elapsed=self.elapsed())
+    def check(self, stage: str, saved: dict):
+        """Whether a checkpoint is of this stage, and of a run with these options."""
+        path, mine = self.folder.checkpoint_path(stage), identity(self.options)
+        keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
+        if saved.keys() != keys or saved["stage"] != stage:
+            raise UserError(f"{path} is no checkpoint of {stage}: {REPEAT}")
+        theirs = identity(Options.make(**saved["options"]))
+        for name, value in mine.items():
+            if value != theirs[name]:
+                values = f"{name} {theirs[name]}, in config.json {value}"
+                raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
+
+    def save(self, stage: str, **state):
+        """Checkpoints the stage."""
+        common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
+        self.folder.save(stage, **common, **state, rows=self.history[stage])
+
+    def log(self, stage: str, row: dict):
+        """A line of metrics.jsonl, and what TensorBoard shows of it."""
         self.folder.append_log(row)
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{name}/{stage}", value, row["epoch"])
+            self.board.flush()
+
+
+def event_writer(folder: RunFolder):
+    """Of TensorBoard events; a resumed run goes on where the epochs end that it has."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"') from None
+    if folder.path is None:
+        raise UserError("tensorboard=True needs a run folder: give out=DIR")
+    return SummaryWriter(str(folder.path / "tensorboard"))
+
+
+def identity(options: Options) -> dict:
+    """What the figures depend on."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in (*MOVABLE, "out")}
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all s
 """
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ COLORS = torch.tensor(
     ]
 ) / 255  # fmt: skip
 COLOR_VARIANCE = 0.03
+LARGEST = 2**30  # bytes of an idx file's data; MNIST's largest has 47 million
 HALVES = {"left": 0.1, "right": 0.3}  # of splitdigits, and the noise of each: standard deviation, of pixels' range
 
 
@@ -110,6 +112,9 @@ def mnist(data_root):
         pixels, labels = read_idx(files[part, "images"], 3), read_idx(files[part, "labels"], 1).long()
         if len(pixels) != len(labels):
             raise UserError(f"{root}: {len(pixels)} {part} images but {len(labels)} labels: download the files again")
+        if labels.max() > 9:
+            path, i = files[part, "labels"], int(labels.argmax())
+            raise UserError(f"{path}: label {i} is {int(labels[i])}, no digit: download it again")
         parts[part] = pixels, labels
     pixels, labels = parts["train"]
     cut = len(labels) - len(labels) // 12
@@ -118,16 +123,28 @@ def mnist(data_root):
 
 
 def read_idx(path, dims):
-    """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data."""
+    """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data.
+
+    Takes no more memory than the header announces, however much the file would unpack to.
+    """
+
+    def wrong(what):
+        return UserError(f"{path} {what}: download it again")
+
     try:
-        raw = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            header = file.read(4 + 4 * dims)
+            if len(header) < 4 + 4 * dims or header[:4] != bytes((0, 0, 8, dims)):
+                raise wrong(f"is not an idx file of unsigned bytes with {dims} dimension(s)")
+            shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
+            size = math.prod(shape)  # of integers without end: four bytes a dimension can announce more than a tensor
+            if not 0 < size <= LARGEST:
+                raise wrong("holds no samples" if size == 0 else f"claims to hold {' x '.join(map(str, shape))} bytes")
+            data = bytearray(file.read(size))
+            if len(data) < size:
+                raise wrong(f"is truncated ({len(data)} bytes of {size})")
+            if file.read(1):
+                raise wrong(f"has more than the {size} bytes that its header announces")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): download it again") from None
-    header = 4 + 4 * dims
-    if len(raw) < header or raw[:4] != bytes((0, 0, 8, dims)):
-        raise UserError(f"{path} is not an idx file of unsigned bytes with {dims} dimension(s): download it again")
-    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
-    data = torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
-    if data.numel() != torch.Size(shape).numel():
-        raise UserError(f"{path} is truncated ({data.numel()} bytes of {torch.Size(shape).numel()}): download it again")
-    return data.view(shape)
+        raise wrong(f"cannot be read ({error})") from None
+    return torch.frombuffer(data, dtype=torch.uint8).view(shape)

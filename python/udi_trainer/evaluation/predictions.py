@@ -2,12 +2,10 @@
 
 import csv
 import io
-from pathlib import Path
 
 import torch
 
 from ..data.dataset import Dataset
-from ..run_folder import write
 from .scores import average_precision, confusion
 
 
@@ -28,8 +26,11 @@ def details(probabilities: torch.Tensor, labels: torch.Tensor) -> dict:
     }
 
 
-def write_predictions(file: Path, data: Dataset, logits: dict[str, torch.Tensor], fused: torch.Tensor):
-    """A row a test sample: id, label, the fused prediction and its probability, each modality's, and what it lacks."""
+def predictions_csv(data: Dataset, logits: dict[str, torch.Tensor], fused: torch.Tensor) -> bytes:
+    """The content of predictions.csv, a row a test sample.
+
+    Its id and label, the fused prediction and its probability, each modality's prediction, and what it lacks.
+    """
     names = data.class_names or [str(c) for c in range(data.classes)]
     ids = data.test.ids or [str(i) for i in range(len(data.test))]
     text = io.StringIO()
@@ -43,4 +44,4 @@ def write_predictions(file: Path, data: Dataset, logits: dict[str, torch.Tensor]
         own = ["" if absent[m][i] else names[each[m][i]] for m in logits]
         lacking = ";".join(m for m in logits if absent[m][i])
         rows.writerow([name, names[label], names[c], f"{p:.4f}", *own, lacking])
-    write(file, text.getvalue().encode())
+    return text.getvalue().encode()

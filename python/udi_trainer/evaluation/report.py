@@ -1,124 +1,162 @@
 """What a run shows of itself: the table on the terminal, and report.png."""
 
-from itertools import cycle
+from pathlib import Path
+
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, finish, new_figure
+
+ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
+LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
+ALPHAS = {"alpha_con": r"$\alpha_{con}$", "alpha_com": r"$\alpha_{com}$"}
+History = dict[str, list[dict]]  # stage: its rows of metrics.jsonl
 
 
-def comparison(metrics):
-    """(name, modality or None, figures) of everything that the run trained, the method itself last."""
+def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
+    """(name, modality or None, scores) of everything that the run trained, the method itself last."""
     method, unimodal, modalities = metrics["method"], metrics["unimodal"], metrics["modalities"]
-    rows = []
-    for m, figures in unimodal.items():
-        epochs = f", {figures['epochs']} epochs" if "epochs" in figures else ""  # that lost the race for the anchor
-        rows.append((f"{m} alone{epochs}", m, figures))
+    entries = []
+    for m, scores in unimodal.items():
+        epochs = f", {scores['epochs']} epochs" if "epochs" in scores else ""  # that lost the race for the anchor
+        entries.append((f"{m} alone{epochs}", m, scores))
     if "ensemble" in metrics and "ensemble" not in metrics["baselines"]:
-        rows.append(("ensemble", None, metrics["ensemble"]))
-    rows += [(name, None, figures) for name, figures in metrics["baselines"].items()]
+        entries.append(("ensemble", None, metrics["ensemble"]))
+    entries += [(name, None, scores) for name, scores in metrics["baselines"].items()]
     if modalities != unimodal:
         part = "follower" if metrics["anchor"] else "share"
-        for m, figures in modalities.items():
-            rows.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, figures))
-    return [*rows, (method, None, metrics["fused"])]
+        for m, scores in modalities.items():
+            entries.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, scores))
+    return [*entries, (method, None, metrics["fused"])]
 
 
-def table(metrics):
+def table(metrics: dict) -> str:
+    """Everything that the run trained, as text."""
     lines = [f"{'':<28}{'val acc':>8}{'test acc':>10}{'macro F1':>10}   fusion"]
-    for name, _, figures in comparison(metrics):
-        numbers = f"{figures['val_acc']:>8.4f}{figures['test_acc']:>10.4f}{figures['test_macro_f1']:>10.4f}"
-        lines.append(f"{name:<28}{numbers}   {rule(figures)}".rstrip())
+    for name, _, scores in comparison(metrics):
+        numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
+        lines.append(f"{name:<28}{numbers}   {rule(scores)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
     return "\n".join(lines)
 
 
-def rule(figures):
-    weights = figures.get("weights") or {}
-    return figures.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
+def rule(scores: dict) -> str:
+    weights = scores.get("weights") or {}
+    return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
-MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
-INK, MUTED = "#222222", "#8f8f8f"
-LOSSES = {"cls": (INK, "$L_{cls}$"), "con": ("#12908e", "$L_{con}$"), "com": ("#c0392b", "$L_{com}$")}
-WEIGHTS = {"alpha_con": ("#12908e", r"$\alpha_{con}$"), "alpha_com": ("#c0392b", r"$\alpha_{com}$")}
-ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
-STYLES = ("-", "--", ":", "-.")
-
-
-def draw(metrics, stages, path):
-    """Curves, weights over time, and the comparison. ``stages``: the rows of metrics.jsonl by stage."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    hue = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
-    followers = [rows for rows in stages.values() if rows[0]["phase"] == "follower"]
-    bars = comparison(metrics)
-    height = 1 + 0.45 * len(bars)
-    figure = Figure(figsize=(12, max(4.5, height) + (4.5 if followers else 0)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if followers else 1, 2, squeeze=False)
+def draw(metrics: dict, history: History, path: Path):
+    """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
+    colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
+    followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
+    whole = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
+    colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
+    bars = picked(metrics)
+    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * bool(followers)
+    last = 4.2 * ("test_confusion" in metrics["fused"])
+    heights = [height for height in (top, bottom, last) if height]
+    figure = new_figure(12, sum(heights) + 0.4)
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+    left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
+    accuracies(left, history, metrics["anchor"], colors)
+    compare(right, bars, metrics["method"], colors)
     if followers:
-        lines(axes[0, 1], followers, LOSSES, "Follower: losses before weighting", "nats")
-        axes[0, 1].set_ylim(bottom=0)
-        lines(axes[1, 0], followers, WEIGHTS, f"Follower: weights ({metrics['controller']} controller)", "weight")
-        axes[1, 0].set_ylim(-0.03, max(1, axes[1, 0].get_ylim()[1]) + 0.03)
-    accuracies(axes[0, 0], stages, hue)
-    compare(axes[-1, 1], bars, hue)
+        drives(rows[1, 0], followers, metrics["controller"], colors)
+    if last:
+        classes(rows[-1, 0], metrics)
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
     figure.suptitle(f"{metrics['method']} on {metrics['dataset']}, seed {metrics['seed']}{anchor}", fontsize=13)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.savefig(path, dpi=130)
 
 
-def accuracies(axes, stages, hue):
-    """Validation accuracy by epoch: a modality keeps its color, and is dashed where it is trained alone."""
-    whole = cycle(STYLES)  # methods that train one model of all modalities are told apart by their dashes
-    for rows in stages.values():
-        phase, modality = rows[0]["phase"], rows[0]["modality"]
-        label = f"{modality}, {'alone' if phase in ALONE else phase}" if modality else phase
-        dashes = next(whole) if modality is None else "--" if phase in ALONE else "-"
-        style = {"color": hue.get(modality, MUTED), "linestyle": dashes}
-        axes.plot([r["epoch"] for r in rows], column(rows, "val_acc"), label=label, **style)
-    axes.set_ylim(0, 1.02)
-    finish(axes, "Validation accuracy", "accuracy")
+def accuracies(axes, history: History, anchor: str | None, colors: dict):
+    """Validation accuracy by epoch; a modality that has a follower too is dashed where it is trained alone."""
+    following = {rows[0]["modality"] for rows in history.values() if rows[0]["phase"] == "follower"}
+    lines = []
+    for rows in history.values():
+        phase, m = rows[0]["phase"], rows[0]["modality"]
+        if m is None:
+            name = phase
+        elif phase in ALONE:
+            name = f"{m}, anchor" if m == anchor else f"{m} alone"
+        else:
+            name = f"{m}, {phase}"
+        dashed = phase in ALONE and m in following
+        style = {"color": colors[phase if m is None else m], "linestyle": "--" if dashed else "-"}
+        style["linewidth"] = 1.3 if dashed or m is None else 2
+        epochs, values = series(rows, "val_acc")
+        lines.append((name, epochs, [100 * x for x in values], style))
+    axes.set_ylim(0, 102)
+    curves(axes, lines)
+    finish(axes, "Validation accuracy, %")
 
 
-def lines(axes, followers, columns, title, unit):
-    """The same figures of each follower, one color a figure and one line style a follower."""
-    for rows, style in zip(followers, STYLES * len(followers), strict=False):
-        suffix = f" {rows[0]['modality']}" if len(followers) > 1 else ""
-        for name, (color, label) in columns.items():
-            axes.plot([r["epoch"] for r in rows], column(rows, name), style, color=color, label=label + suffix)
-    finish(axes, title, unit)
+def drives(figure, followers: History, controller: str, colors: dict):
+    """The followers' losses, and the weights of two of them: a panel each where a controller moves them."""
+    shown = LOSSES | (ALPHAS if controller == "dynamic" else {})
+    last = next(iter(followers.values()))[-1]
+    fixed = ", ".join(f"{label} = {last[name]:g}" for name, label in ALPHAS.items())
+    weights = ", and their weights (dynamic controller)" if controller == "dynamic" else f"; weights {fixed}"
+    title = f"Follower{'s' * (len(followers) > 1)}: losses before weighting, nats{weights}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        lines = [(m, *series(rows, name), {"color": colors[m]}) for m, rows in followers.items()]
+        reach = [x for _, _, values, _ in lines for x in values if x == x]
+        axes.set_ylim((-0.03, 1.03) if name in ALPHAS else (min(0, *reach), 1.05 * max(reach)))
+        curves(axes, lines)
+        finish(axes, label)
 
 
-def column(rows, name):
-    return [float("nan") if row[name] is None else row[name] for row in rows]
+def classes(figure, metrics: dict):
+    """What the fused prediction takes each class for, and how often it is right."""
+    fused, names = metrics["fused"], metrics["classes"]
+    f1, precision = 100 * fused["test_macro_f1"], 100 * fused["test_map"]
+    figure.suptitle(f"Fused, on test: macro-F1 {f1:.1f} %, mAP {precision:.1f} %", x=0.01, ha="left", fontsize=11)
+    left, right = figure.subplots(1, 2)
+    shares = [[n / max(1, sum(row)) for n in row] for row in fused["test_confusion"]]
+    left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    few = len(names) <= 12
+    for y, row in enumerate(fused["test_confusion"] if few else []):
+        for x, n in enumerate(row):
+            if n:
+                left.text(x, y, n, ha="center", va="center", fontsize=8, color="white" if shares[y][x] > 0.5 else INK)
+    ticks, labels = range(len(names)), [name[:12] for name in names]
+    if few:
+        left.set_xticks(ticks, labels, rotation=0 if max(map(len, labels)) < 4 else 40, fontsize=8)
+        left.set_yticks(ticks, labels, fontsize=8)
+        right.set_xticks(ticks, labels, rotation=0 if max(map(len, labels)) < 4 else 40, fontsize=8)
+    left.set_title("Labels (rows), predictions (columns)", loc="left", fontsize=11)
+    right.bar(ticks, [100 * (acc or 0) for acc in fused["test_acc_by_class"]], color=INK, alpha=0.7)
+    right.set_ylim(0, 102)
+    finish(right, "Accuracy by class, %", "class")
 
 
-def finish(axes, title, unit):
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(unit)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Epochs, and this value at their ends; nan where it was not finite."""
+    return [row["epoch"] for row in rows], [float("nan") if row[name] is None else row[name] for row in rows]
 
 
-def compare(axes, bars, hue):
+def picked(metrics: dict) -> list[tuple[str, str | None, dict]]:
+    """The comparison without the anchor's second entry: it stays as it was trained alone."""
+    anchor, part = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
+    entries = [entry for entry in comparison(metrics) if entry[0] != part]
+    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, *rest) for name, *rest in entries]
+
+
+def compare(axes, bars: list, method: str, colors: dict):
     """Test accuracy of everything; a dot marks what the plain mean of probabilities reaches in a fusion's place."""
-    title = "Test accuracy"
-    bars = bars[::-1]
-    for y, (name, modality, figures) in enumerate(bars):
-        last = y == 0
-        axes.barh(y, figures["test_acc"], color=hue.get(modality, INK if last else MUTED), height=0.68,
-                  alpha=0.5 if " alone" in name else 1)  # fmt: skip
-        end = figures["test_acc"]
-        if figures.get("rule") != "mean" and "by_rule" in figures:
-            plain = figures["by_rule"]["mean"]["test_acc"]
-            axes.plot(plain, y, "o", color="white", markeredgecolor=INK, markersize=7)
-            end, title = max(end, plain + 0.015), "Test accuracy (dot: plain mean of probabilities)"
-        axes.text(end + 0.012, y, f"{figures['test_acc']:.3f}", va="center", fontsize=9)
+    title = "Test accuracy, %"
+    for y, (name, modality, scores) in enumerate(bars):
+        color = colors.get(modality, INK if name == method else colors.get(name, MUTED))
+        value = 100 * scores["test_acc"]
+        axes.barh(y, value, color=color, height=0.68, alpha=0.5 if " alone" in name else 1)
+        if scores.get("rule") != "mean" and "by_rule" in scores:
+            plain = 100 * scores["by_rule"]["mean"]["test_acc"]
+            axes.plot(plain, y, "o", color="white", markeredgecolor=INK, markersize=6)
+            title = "Test accuracy, % (dot: by the plain mean of probabilities)"
+        bold = "bold" if name == method else "normal"
+        axes.text(1.03, y, f"{value:.1f}", va="center", fontsize=9, weight=bold,
+                  transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=9)
-    axes.set_xlim(0, 1.12)
-    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.get_yticklabels()[-1].set_weight("bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

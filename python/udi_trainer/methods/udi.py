@@ -221,8 +221,6 @@ def similarity(anchor: dict, follower: dict) -> dict[str, float]:
 
 def collapsed(history: list[dict], alone: float | None, classes: int) -> str | None:
     """Why a follower counts as collapsed, or None: it ended with less than half of the skill it had, or has alone."""
-    if history[-1]["diverged"]:
-        return f"its loss was not finite in epoch {history[-1]['epoch']}"
     chance, end = 1 / classes, history[-1]["val_acc"]
     where, skill = (
         ("alone it reaches", alone) if alone is not None else ("it had reached", best_epoch(history)["val_acc"])

@@ -16,12 +16,16 @@ from .task import Task
 class Eager:
     """Launches a step's operators one by one. Sums its scalars on the device; nothing waits for it until `means`."""
 
+    kept = ("names", "totals", "finite", "steps")  # of an epoch that is interrupted
+
     def __init__(self, task: Task, feed: Feed, seed: int):
         self.task, self.feed, self.seed = task, feed, seed
         # torch.manual_seed would take 130 us, to look for other devices too.
         index = feed.device.index or 0
         self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
-        self.names, self.totals, self.steps = None, None, 0
+        self.names: list[str] = []
+        self.totals = self.finite = None  # of each scalar: its sum, and in how many steps that was finite
+        self.steps = 0
 
     def step(self, batch: dict[str, torch.Tensor], number: int):
         self.reseed(number)
@@ -38,14 +42,33 @@ class Eager:
         values = torch.stack([x.detach().float() for x in scalars.values()])
         if self.totals is None:
             self.names, self.totals = list(scalars), torch.zeros_like(values)
+            self.finite = torch.zeros_like(values, dtype=torch.int64)
         self.totals += values
+        self.finite += self.totals.isfinite()  # a sum that is not finite stays so
 
     def means(self) -> dict[str, float]:
-        """The scalars' means over the steps since the last call."""
-        means = dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))
+        """The scalars' means over the steps since :meth:`clear`."""
+        return dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))
+
+    def fault(self) -> tuple[str, int] | None:
+        """The first scalar that was not finite, and in which step since :meth:`clear`, counted from 0."""
+        finite = dict(zip(self.names, self.finite.tolist(), strict=True))
+        first = min(finite.values())
+        faulty = [name for name, count in finite.items() if count == first < self.steps]
+        return (faulty[1] if faulty[0] == "loss" and len(faulty) > 1 else faulty[0], first) if faulty else None
+
+    def clear(self):
         self.steps = 0
-        self.totals.zero_()
-        return means
+        for t in (self.totals, self.finite):
+            t.zero_()
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state: dict):
+        for name in self.kept:
+            value = state[name]
+            setattr(self, name, value.to(self.feed.device) if isinstance(value, torch.Tensor) else value)
 
 
 class Graphs(Eager):
@@ -90,6 +113,8 @@ class Graphs(Eager):
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 super().run(static, number, flags)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(

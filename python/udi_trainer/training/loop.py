@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,6 +18,8 @@ from ..errors import UserError
 from ..evaluation.scores import accuracy
 from ..options import Options
 from ..run import Run
+from ..run_folder import REPEAT
+from ..stop import Stopped
 from .engine import Eager, Graphs
 from .feed import Feed
 from .task import Task
@@ -35,15 +38,20 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
     share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
-    total = sum(max(0, epochs - s.epoch) * run.steps for s in stages)
-    with Progress(" + ".join(s.label for s in stages), total) as progress:
+    total = sum(max(0, (epochs - s.epoch) * run.steps - s.done) for s in stages)
+    with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
             began = time.perf_counter()
-            train_epoch(active, share, progress)
-            for stage in active:
-                with stage.on_stream():
-                    stage.end(began, len(active))
+            try:
+                train_epoch(active, share, progress)
+                for stage in active:
+                    with stage.on_stream():
+                        stage.end(began, len(active))
+            except Stopped:
+                for stage in active:
+                    stage.suspend(began, len(active))
+                raise
             progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:
         stage.finish()
@@ -63,30 +71,30 @@ def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progre
     """
     steps = [stage.epoch_steps() for stage in stages]
     if threads is None:
-        for _ in zip(*steps, strict=True):
-            progress.update(len(stages))
+        take_turns(steps, progress)
         return
 
     for ours in steps:  # the first here, so that whatever it builds is built once
-        next(ours)
-        progress.update()
+        progress.update(next(ours, 0))
     in_turn = [ours for stage, ours in zip(stages, steps, strict=True) if stage.task.random]
     groups = [in_turn] * bool(in_turn) + [[s] for s in steps if s not in in_turn]
     stopped = threading.Event()
 
-    def train(group):
-        for done in zip(*group, strict=True):
-            progress.update(len(done))
-            if stopped.is_set():
-                return
-
     # The number of threads, on which rounding depends, is the same whatever runs beside a stage.
     with ThreadPoolExecutor(len(stages), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
-            list(pool.map(train, groups))
+            list(pool.map(lambda group: take_turns(group, progress, stopped), groups))
         except BaseException:
             stopped.set()
             raise
+
+
+def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None):
+    """Step by step, each to its end: one that was interrupted in the midst of an epoch has fewer."""
+    for done in itertools.zip_longest(*steps, fillvalue=0):
+        progress.update(sum(done))
+        if stopped and stopped.is_set():
+            return
 
 
 class Stage:
@@ -98,6 +106,7 @@ class Stage:
         self.feed = Feed(run, run.data.train, task.reads)
         self.usable = usable(run.data.train, task.modality)
         self.history: list[dict] = []
+        self.done, self.seconds = 0, 0.0  # steps of the epoch under way, and what they took before they were resumed
         self.best: dict | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
@@ -108,9 +117,7 @@ class Stage:
         saved = self.run.restore(self.task.name)
         self.history = self.run.history[self.task.name]
         if saved:
-            self.best = saved["best"]
-            for name, part in self.task.parts.items():
-                part.load_state_dict(saved["parts"][name])
+            self.take_up(saved)
         optimizers = [part for part in self.task.parts.values() if isinstance(part, torch.optim.Optimizer)]
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.groups:
@@ -121,24 +128,38 @@ class Stage:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
 
+    def take_up(self, saved: dict):
+        try:
+            self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
+            for name, part in self.task.parts.items():
+                part.load_state_dict(saved["parts"][name])
+            if self.done:
+                self.engine.load_state_dict(saved["engine"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            path = self.run.folder.checkpoint_path(self.task.name)
+            reason = (str(error) or repr(error)).splitlines()[-1].strip()
+            raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
+
+    def save(self):
+        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
+        under_way = (self.done, self.seconds)
+        engine = self.engine.state_dict() if self.done else None
+        self.run.save(self.task.name, parts=parts, best=self.best, under_way=under_way, engine=engine)
+
     @property
     def epoch(self) -> int:
         return len(self.history)
 
-    @property
-    def diverged(self) -> bool:
-        return bool(self.history) and self.history[-1]["diverged"]
-
     def ended(self, epochs: int) -> bool:
         patience = self.run.options.patience
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
-        return self.epoch >= epochs or self.diverged or bool(waited)
+        return self.epoch >= epochs or bool(waited)
 
     def on_stream(self):
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
     def epoch_steps(self):
-        """Trains an epoch; yields after each step."""
+        """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
         order = torch.randperm(len(train), generator=shuffle)
@@ -150,16 +171,23 @@ class Stage:
         with self.on_stream():
             for group in self.groups:
                 group["lr"].fill_(learning_rate(self.run.options, self.epoch, group.get("lr_scale", 1)))
-            batches = iter(self.feed.batches(order, self.run.batch_size))
-        first = self.epoch * steps
-        for number in range(first, first + steps):
+            batches = iter(self.feed.batches(order[self.done * self.run.batch_size :], self.run.batch_size))
+        while self.done < steps:
             with self.on_stream():
-                self.engine.step(next(batches), number)
-            yield
+                self.engine.step(next(batches), self.epoch * steps + self.done)
+            self.done += 1
+            yield 1
+            self.run.stop.check()
+
+    def suspend(self, began: float, shared: int):
+        """Keeps an epoch that is under way, to go on with it when the run is resumed."""
+        if self.done:
+            self.seconds += (time.perf_counter() - began) / shared
+            self.save()
 
     def end(self, began: float, shared: int):
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
-        means = self.engine.means()
+        means, fault = self.engine.means(), self.engine.fault()
         logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
         if (kept := usable(self.run.data.val, self.task.modality)) is not None:
             logits, labels = logits[kept], labels[kept]
@@ -169,17 +197,24 @@ class Stage:
             "val_loss": nll_loss(log_p, labels).item(),
             "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
         }
-        diverged = not all(map(math.isfinite, [*means.values(), val["val_loss"]]))
-        if diverged and self.best is None:
-            lr = self.run.options.lr
-            raise UserError(f"{self.label}: the loss is not finite in the first epoch: lower --lr (it is {lr})")
-        row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1}
-        row |= {name: x if math.isfinite(x) else None for name, x in (means | val).items()}  # JSON has no NaN
-        row |= {"diverged": diverged, "seconds": (time.perf_counter() - began) / shared}
-        if best_epoch([*self.history, row]) is row:
+        if fault or not math.isfinite(val["val_loss"]):
+            raise self.diverged(*(fault or ("val_loss", self.done - 1)))
+        row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
+        row["seconds"] = self.seconds + (time.perf_counter() - began) / shared
+        self.history.append(row)
+        if best_epoch(self.history) is row:
             self.best = copy.deepcopy(self.task.model.state_dict())
-        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
-        self.run.save(self.task.name, row, parts=parts, best=self.best)
+        self.done, self.seconds = 0, 0.0
+        self.engine.clear()
+        self.save()
+        self.run.log(self.task.name, row)
+
+    def diverged(self, name: str, step: int) -> UserError:
+        path, number = self.run.folder.checkpoint_path(self.task.name), self.epoch * self.run.steps + step + 1
+        good = f"; the last good checkpoint is {path}, of epoch {self.epoch}" if path and self.epoch else ""
+        lr = self.run.options.lr
+        where = f"in step {number}, of epoch {self.epoch + 1}"
+        return UserError(f"{self.label}: {name} is not finite {where}: lower --lr (it is {lr}){good}")
 
     def finish(self):
         if self.stream:
@@ -189,9 +224,8 @@ class Stage:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
         kept, planned = best_epoch(self.history), self.run.options.epochs
         seconds = sum(row["seconds"] for row in self.history)
-        end = f"; stopped: loss not finite in epoch {self.epoch}" if self.diverged else ""
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
-        log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s{end}")
+        log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
 
 
 def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
@@ -206,7 +240,7 @@ def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
 
 def best_epoch(history: Sequence[dict]) -> dict:
     """The row of the highest validation accuracy, of the lowest loss among these; the first of equals."""
-    return min((row for row in history if not row["diverged"]), key=lambda row: (-row["val_acc"], row["val_loss"]))
+    return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
 
 
 def usable(split: Split, modality: str | None) -> torch.Tensor | None:
@@ -237,5 +271,8 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     compute = compute or task.logits
     task.model.eval()
     feed = Feed(run, split, task.reads)
-    batches = feed.batches(torch.arange(len(split)), 1000)
-    return torch.cat([compute(feed.complete(batch)) for batch in batches]).float().cpu()
+    parts = []
+    for batch in feed.batches(torch.arange(len(split)), 1000):
+        parts.append(compute(feed.complete(batch)))
+        run.stop.check()
+    return torch.cat(parts).float().cpu()

@@ -1,8 +1,9 @@
-from . import NOISE, Study, Variant, studies
-from .summary import differences, interval, spread
+from ..registry import studies
+from ..study import NOISE, Study, Variant
+from ..summary import differences, interval, spread
 
 PAPER = "dynamic"
-WEIGHTS = {
+ALPHAS = {
     PAPER: "--controller dynamic",
     "static 1,1": "--controller static --alpha 1,1",
     "static 3,3": "--controller static --alpha 3,3",
@@ -17,15 +18,15 @@ class Defaults(Study):
     variants = [
         Variant(name, f"--dataset splitdigits --baselines none {options} {noise}", condition or "clean")
         for condition, noise in NOISE.items()
-        for name, options in WEIGHTS.items()
+        for name, options in ALPHAS.items()
     ]
 
-    def notes(self, runs):
+    def notes(self, records):
         """The gain in fused validation accuracy over the paper's controller: the mean of conditions, seed by seed."""
         fused = {}
-        for run in runs:
-            by_seed = fused.setdefault(run["variant"], {}).setdefault(run["seed"], {})
-            by_seed[run["condition"]] = run["metrics"]["fused"]["val_acc"]
+        for record in records:
+            by_seed = fused.setdefault(record["variant"], {}).setdefault(record["seed"], {})
+            by_seed[record["condition"]] = record["metrics"]["fused"]["val_acc"]
         whole = {
             name: {seed: spread(by.values())[0] for seed, by in by_seed.items() if len(by) == len(NOISE)}
             for name, by_seed in fused.items()

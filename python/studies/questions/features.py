@@ -1,15 +1,19 @@
-import json
+from pathlib import Path
 
+import numpy
 import torch
 from sklearn.manifold import TSNE
 
-from data import datasets
-from models import Classifier, encoders
+from udi_trainer import load
+from udi_trainer.evaluation.plotting import new_figure
+from udi_trainer.predictor import FILE
+from udi_trainer.registry import datasets
+from udi_trainer.run_folder import read_json
 
-from . import Study, Variant, studies
-from .summary import new_figure
+from ..registry import studies
+from ..study import Study, Variant
 
-WEIGHTS = {"without": "1,0", "with": "1,1"}
+ALPHAS = {"without": "1,0", "with": "1,1"}
 
 
 @studies.register("features")
@@ -18,23 +22,23 @@ class Features(Study):
 
     variants = [
         Variant(f"{name} L_com", f"--dataset splitdigits --baselines none --controller static --alpha {alpha}")
-        for name, alpha in WEIGHTS.items()
+        for name, alpha in ALPHAS.items()
     ]
     columns = Study.columns | {"CKA with anchor": ("cka", 1), "R² from anchor": ("r2", 1)}
 
-    def rows(self, variant, run):
-        for row in super().rows(variant, run):
-            modality = row.section.removeprefix("follower ")
-            if not row.baseline and modality in run["metrics"]["similarity"]:
-                row.figures = row.figures | run["metrics"]["similarity"][modality]
-            yield row
+    def entries(self, record):
+        for entry in super().entries(record):
+            modality = entry.section.removeprefix("follower ")
+            if not entry.baseline and modality in record["metrics"]["similarity"]:
+                entry.scores = entry.scores | record["metrics"]["similarity"][modality]
+            yield entry
 
-    def draw(self, runs, folder):
+    def draw(self, records, folder):
         """Beside the accuracies, t-SNE of a follower's test features in the first seed's runs, while these exist."""
-        names, path = super().draw(runs, folder), folder / "features.png"
-        seed = min(run["seed"] for run in runs)
+        names, path = super().draw(records, folder), folder / "features.png"
+        seed = min(record["seed"] for record in records)
         found = {v.name: folder / "runs" / f"{v.name.replace(' ', '-')}-seed{seed}" / "run" for v in self.variants}
-        if all((run / "metrics.json").exists() for run in found.values()):
+        if all((run / FILE).exists() for run in found.values()):
             figure = new_figure(12, 5.6)
             panels = figure.subplots(1, len(found), squeeze=False)[0]
             for axes, (name, run) in zip(panels, found.items(), strict=True):
@@ -49,15 +53,12 @@ class Features(Study):
         return [*names, *([path.name] if path.exists() else [])]
 
 
-def follower_features(run):
+@torch.no_grad()
+def follower_features(run: Path) -> tuple[str, numpy.ndarray, numpy.ndarray]:
     """The first follower of an ended run: its modality, its features of the test samples, and their labels."""
-    config, metrics = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "metrics"))
-    data = datasets.find(config["dataset"])(config["data_root"])
-    modality = next(m for m in data.modalities if m != metrics["anchor"])
-    view = data.modalities[modality]
-    model = Classifier(encoders.find(view.encoder)(view.shape(data.train)), data.classes)
-    checkpoint = torch.load(run / "checkpoints" / f"follower-{modality}.pt", weights_only=True)
-    model.load_state_dict(checkpoint["best"])
-    with torch.no_grad():
-        features, _ = model.eval()(view.input(data.test.rows(torch.arange(len(data.test)), view.reads)))
-    return modality, features.numpy(), data.test.labels.numpy()
+    config, predictor = read_json(run / "config.json"), load(run, device="cpu")
+    anchor = read_json(run / "metrics.json")["anchor"]
+    test = datasets.find(config["dataset"])(config["data_root"]).test
+    modality = next(m for m in predictor.modalities if m != anchor)
+    features, _ = predictor.models[modality].eval()(predictor.modalities[modality].sample(test, len(test)))
+    return modality, features.numpy(), test.labels.numpy()

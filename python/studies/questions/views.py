@@ -1,4 +1,5 @@
-from . import NOISE, Study, Variant, studies
+from ..registry import studies
+from ..study import NOISE, Study, Variant
 
 SETTINGS = {
     "udi": "--baselines joint,joint-sum,ogm-ge,gramian",

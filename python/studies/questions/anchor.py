@@ -1,7 +1,8 @@
 from collections import Counter
 
-from . import Study, Variant, studies
-from .summary import spread
+from ..registry import studies
+from ..study import Study, Variant
+from ..summary import spread
 
 MODALITIES = {"cgdigits": ("gray", "color"), "splitdigits": ("left", "right")}
 
@@ -16,16 +17,16 @@ class Anchor(Study):
         for name in ("auto", *(f"anchor {m}" for m in modalities))
     ]
 
-    def notes(self, runs):
-        return [note for dataset in MODALITIES for note in choice(dataset, runs)]
+    def notes(self, records):
+        return [note for dataset in MODALITIES for note in choice(dataset, records)]
 
 
-def choice(dataset, runs):
+def choice(dataset, records):
     """Validation's choice against the one that was best on test, which nobody can make beforehand."""
     by_seed, modalities = {}, MODALITIES[dataset]
-    for run in runs:
-        if run["condition"] == dataset:
-            by_seed.setdefault(run["seed"], {})[run["variant"]] = run["metrics"]
+    for record in records:
+        if record["condition"] == dataset:
+            by_seed.setdefault(record["seed"], {})[record["variant"]] = record["metrics"]
     chosen, losses = Counter(), []
     for metrics in by_seed.values():
         test = {m: metrics[f"anchor {m}"]["fused"]["test_acc"] for m in modalities if f"anchor {m}" in metrics}

@@ -1,6 +1,7 @@
-from models import FEATURES
+from udi_trainer.models.encoders import FEATURES
 
-from . import Study, Variant, studies
+from ..registry import studies
+from ..study import Study, Variant
 
 DATASETS = ("splitdigits", "cgdigits")
 SETTINGS = {
@@ -28,18 +29,19 @@ class Q(Study):
     ]
     columns = Study.columns | {"bound, nats": ("bound", 1), "q's loss": ("q_nll", 1), "R² from anchor": ("r2", 1)}
 
-    def figures(self, metrics, log):
+    def keep(self, metrics, history):
         """Beside the metrics, the bound and q's own loss over each follower's last epoch."""
-        last = {row["modality"]: row for row in log if row["phase"] == "follower"}
+        last = {row["modality"]: row for row in history if row["phase"] == "follower"}
         ends = {m: {"bound": FEATURES * row["com"], "q_nll": row["q_nll"]} for m, row in last.items()}
-        return {"metrics": metrics, "ends": ends}
+        return super().keep(metrics, history) | {"ends": ends}
 
-    def rows(self, variant, run):
-        for row in super().rows(variant, run):
-            modality = row.section.removeprefix("follower ")
-            if not row.baseline and modality in run["ends"]:
-                row.figures = row.figures | run["ends"][modality] | {"r2": run["metrics"]["similarity"][modality]["r2"]}
-            yield row
+    def entries(self, record):
+        for entry in super().entries(record):
+            modality = entry.section.removeprefix("follower ")
+            if not entry.baseline and modality in record["ends"]:
+                entry.scores = entry.scores | record["ends"][modality]
+                entry.scores["r2"] = record["metrics"]["similarity"][modality]["r2"]
+            yield entry
 
-    def notes(self, runs):
+    def notes(self, records):
         return ["Bound and q's loss: on training batches, mean of the last epoch; R² is of test features."]

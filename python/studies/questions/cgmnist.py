@@ -1,4 +1,5 @@
-from . import Study, Variant, studies
+from ..registry import studies
+from ..study import Study, Variant
 
 
 @studies.register("cgmnist")

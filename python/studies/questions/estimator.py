@@ -1,9 +1,12 @@
 from pathlib import Path
 
-from report import MODALITY_COLORS, MUTED
+from udi_trainer.evaluation.plotting import MODALITY_COLORS, MUTED, new_figure
 
-from . import Study, Variant, gaussian, studies
-from .summary import markdown, new_figure, show, spread
+from ..registry import studies
+from ..study import Study, Variant
+from ..summary import spread
+from ..tables import markdown, show
+from . import gaussian
 
 NEAR = 0.05  # of the value with the true conditional
 DIMS, RHO2 = (2, 16, 64), (0.1, 0.3, 0.6)
@@ -41,9 +44,12 @@ class Estimator(Study):
     def settle(self, argv):
         return vars(gaussian.parse([*argv, "--out", "unused"]))
 
-    def tables(self, runs):
-        cells = gather(runs)
-        encoders = [run["metrics"] for run in runs if "before" in run["metrics"]]
+    def keep(self, metrics, history):
+        return {"metrics": metrics}
+
+    def tables(self, records):
+        cells = gather(records)
+        encoders = [record["metrics"] for record in records if "before" in record["metrics"]]
         parts = {
             "Fitted with the defaults: nats, on held-out samples": cells and accuracy(cells.get("default", {})),
             "Error when one setting changes, on held-out samples": cells and sensitivity(cells),
@@ -51,9 +57,9 @@ class Estimator(Study):
         }
         return "\n\n".join(f"### {title}\n\n{markdown(lines)}" for title, lines in parts.items() if lines)
 
-    def draw(self, runs, folder):
+    def draw(self, records, folder):
         """Errors of the defaults by D and rho², and of every setting where it is hardest."""
-        cells = gather(runs)
+        cells = gather(records)
         figure = new_figure(12, 5.2)
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
         for place, (rho2, color) in enumerate(zip(RHO2, MODALITY_COLORS, strict=False)):
@@ -90,12 +96,12 @@ class Estimator(Study):
         return ["error.png"]
 
 
-def gather(runs):
+def gather(records):
     """{variant: {(D, rho²): the seeds' cells}}"""
     found = {}
-    for run in runs:
-        for cell in run["metrics"].get("cells", []):
-            found.setdefault(run["variant"], {}).setdefault((cell["dim"], cell["rho2"]), []).append(cell)
+    for record in records:
+        for cell in record["metrics"].get("cells", []):
+            found.setdefault(record["variant"], {}).setdefault((cell["dim"], cell["rho2"]), []).append(cell)
     return found
 
 

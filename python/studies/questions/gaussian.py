@@ -11,17 +11,16 @@ import math
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from common import UserError, derive_seed
-from run import write_json
-from train import Parser, number
 from udi_kernels import CLUB, club_mi
+from udi_trainer.command import Parser, argument
+from udi_trainer.errors import UserError
+from udi_trainer.options import number
+from udi_trainer.run_folder import write_json
+from udi_trainer.seeds import derive_seed
 
 HELD_OUT = 100_000  # fresh samples on which everything is measured
 
@@ -46,7 +45,8 @@ def parse(argv=None):
     parser = Parser(prog="gaussian.py", description="Fits CLUB's q to Gaussians of known mutual information.")
 
     def add(flag, kind, default, help):
-        parser.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (default: {default})")
+        help += f" (default: {default})"
+        parser.add_argument(flag, type=argument(kind), default=default, metavar="N", help=help)
 
     parser.add_argument("--task", choices=("estimate", "minimise"), default="estimate")
     add("--dims", numbers(int, 1), [2, 16, 64], "dimensions of x and of y")

@@ -1,0 +1,98 @@
+"""The plot that every study has: test accuracies, and what they are worth beside the best baseline."""
+
+import textwrap
+from collections.abc import Collection
+from pathlib import Path
+
+from udi_trainer.evaluation.plotting import INK, MODALITY_COLORS, MUTED, finish, new_figure
+
+from .summary import best_baseline, column, differences, gather, interval, is_baseline, spread, title
+
+COLOR = MODALITY_COLORS[0]
+
+
+def draw(study, records: list[dict], path: Path) -> str:
+    """Left, every line of the tables: a dot a seed, their mean and its interval. Right, the paired differences."""
+    tables = gather(study, records)
+    heights = [len(lines) + 1.2 for lines in tables.values()]
+    figure = new_figure(12, 1.3 + 0.36 * sum(heights) + 0.35 * len(heights))
+    panels = figure.subplots(len(tables), 2, squeeze=False, height_ratios=heights, width_ratios=[1.5, 1])
+    for (left, right), ((condition, section), lines) in zip(panels, tables.items(), strict=True):
+        best = best_baseline(lines)
+        draw_accuracies(left, lines, best)
+        finish(left, title(condition, section), "test accuracy, %" if left is panels[-1, 0] else "")
+        draw_differences(right, lines, best)
+        finish(right, f"against {best}" if best else "", "difference, points" if right is panels[-1, 1] else "")
+        for axes in (left, right):
+            axes.set_ylim(len(lines) - 0.4, -0.6)
+            axes.grid(axis="y", visible=False)
+            axes.locator_params(axis="x", nbins=6)
+    question = textwrap.fill(study.__doc__, 130)
+    how = "Dot: a seed (x: collapsed). Bar: mean and its 95% interval. Right: differences paired by seed, likewise."
+    figure.suptitle(f"{question}\n{how}", x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=110)
+    return path.name
+
+
+def draw_accuracies(axes, lines: dict, best: str | None):
+    scores = {name: {seed: 100 * x for seed, x in column(b, "test_acc").items()} for name, b in lines.items()}
+    bars = {name: mean_and_interval(by_seed.values()) for name, by_seed in scores.items()}
+    every = [x for by_seed in scores.values() for x in by_seed.values()]
+    low = min(*every, *(mean - half for mean, half in bars.values()))
+    high = max(*every, *(mean + half for mean, half in bars.values()))
+    margin = 0.03 * (high - low) or 0.5
+    axes.set_xlim(low - margin, high + margin)
+    for y, (name, by_seed) in enumerate(scores.items()):
+        baseline, (mean, half) = is_baseline(lines[name]), bars[name]
+        axes.barh(y, 2 * half, left=mean - half, height=0.62, color=MUTED if baseline else COLOR, alpha=0.3, zorder=2)
+        axes.plot([mean, mean], [y - 0.31, y + 0.31], color=INK if baseline else COLOR, linewidth=2, zorder=3)
+        offsets = swarm(list(by_seed.values()), near=0.011 * (high - low + 2 * margin))
+        for (seed, x), offset in zip(by_seed.items(), offsets, strict=True):
+            marker = "x" if lines[name][seed].collapsed else "o"
+            axes.plot(x, y + offset, marker, color=MUTED if baseline else COLOR, markersize=3.5, zorder=4)
+        axes.text(1.02, y, f"{mean:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9,
+                  weight="bold" if name == best else "normal")  # fmt: skip
+    axes.set_yticks(range(len(scores)), list(scores), fontsize=9)
+
+
+def draw_differences(axes, lines: dict, best: str | None):
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    if best is None:
+        return axes.set_visible(False)
+    theirs = column(lines[best], "test_acc")
+    found = {name: [100 * x for x in differences(column(b, "test_acc"), theirs)] for name, b in lines.items()}
+    bars = {name: mean_and_interval(values) for name, values in found.items() if values and name != best}
+    far = {name: abs(mean) + half for name, (mean, half) in bars.items()}
+    # The range is that of the study's own lines. Of baselines far outside there is a number at the edge.
+    own = max([1.0, *(reach for name, reach in far.items() if not is_baseline(lines[name]))])
+    limit = 1.05 * max([own, *(reach for reach in far.values() if reach < 2 * own)])
+    for y, name in enumerate(lines):
+        color = MUTED if is_baseline(lines[name]) else COLOR
+        if name == best:
+            axes.text(0, y, " best baseline", va="center", fontsize=9, weight="bold")
+        elif name in bars:
+            mean, half = bars[name]
+            axes.text(1.02, y, f"{mean:+.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+            if far[name] > limit:
+                axes.plot(limit if mean > 0 else -limit, y, ">" if mean > 0 else "<", color=color, clip_on=False)
+            else:
+                axes.plot([mean - half, mean + half], [y, y], color=color, linewidth=2, solid_capstyle="butt")
+                axes.plot(mean, y, "D", color=color, markersize=5)
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xlim(-limit, limit)
+
+
+def mean_and_interval(values: Collection[float]) -> tuple[float, float]:
+    return spread(values)[0], interval(values) or 0
+
+
+def swarm(values: list[float], near: float) -> list[float]:
+    """Vertical offsets, of lines at distance 1, that keep values apart which are nearer to each other than ``near``."""
+    steps: list[int] = []
+    for i, x in enumerate(values):
+        taken = {steps[j] for j in range(i) if abs(values[j] - x) < near}
+        nearest_first = sorted(range(-len(values), len(values)), key=abs)
+        steps.append(next(step for step in nearest_first if step not in taken))
+    size = min(0.13, 0.31 / max(1, *map(abs, steps)))
+    return [size * step for step in steps]

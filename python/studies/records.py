@@ -1,0 +1,20 @@
+"""results.json: where a study comes from, and of each run, on a line of its own, what tables and plots need."""
+
+import json
+from pathlib import Path
+
+from udi_trainer.errors import UserError
+from udi_trainer.run_folder import write
+
+
+def load(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def save(path: Path, results: dict):
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items() if name != "runs"]
+    runs = ",\n".join(map(json.dumps, results["runs"]))
+    write(path, ("{\n" + ",\n".join([*lines, f'"runs": [\n{runs}\n]']) + "\n}\n").encode())

@@ -1,0 +1,56 @@
+"""Markdown tables of a study."""
+
+from collections.abc import Collection, Sequence
+
+from .summary import best_baseline, column, differences, gather, interval, is_baseline, spread, title
+
+FOOTNOTE = """\
+Accuracies in percent: mean ± standard deviation over the seeds. Difference: in test accuracy to the best baseline,
+paired by seed, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
+validation accuracy. Seeds change initial weights and the order of samples, not the samples: the interval says nothing
+about other test samples. Collapsed runs are counted, and are part of the means."""
+
+
+def tables(study, records: list[dict]) -> str:
+    """One table for each condition and section."""
+    parts = []
+    for (condition, section), lines in gather(study, records).items():
+        best = best_baseline(lines)
+        columns = {head: c for head, c in study.columns.items() if any(column(b, c[0]) for b in lines.values())}
+        cells = [["", *columns, "difference", "seeds", "collapsed"]]
+        for name, by_seed in lines.items():
+            scores = [(column(by_seed, key).values(), scale) for key, scale in columns.values()]
+            shown = [show(values, scale) if values else "" for values, scale in scores]
+            collapsed = "" if is_baseline(by_seed) else str(sum(bool(entry.collapsed) for entry in by_seed.values()))
+            cells.append([name, *shown, against(by_seed, lines, best, name), str(len(by_seed)), collapsed])
+        parts.append(f"### {title(condition, section)}\n\n{markdown(cells)}")
+        for name, by_seed in lines.items():
+            for seed, entry in by_seed.items():
+                if entry.collapsed:
+                    parts.append(f"Collapsed: {name}, seed {seed}: {entry.collapsed}.")
+    return "\n\n".join([*parts, FOOTNOTE])
+
+
+def show(values: Collection[float], scale: float = 1, digits: int = 2) -> str:
+    """Mean ± standard deviation."""
+    mean, std = spread(values)
+    return f"{scale * mean:.{digits}f}" + ("" if std is None else f" ± {scale * std:.{digits}f}")
+
+
+def against(by_seed: dict, lines: dict, best: str | None, name: str) -> str:
+    """The paired difference to the best baseline, as the table shows it."""
+    if name == best:
+        return "best baseline"
+    values = differences(column(by_seed, "test_acc"), column(lines[best], "test_acc")) if best else []
+    if not values:
+        return ""
+    mean, half = 100 * spread(values)[0], interval(values)
+    return f"{mean:+.2f}" + ("" if half is None else f" [{mean - 100 * half:+.2f}, {mean + 100 * half:+.2f}]")
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table that is readable as it stands too: first column left, the others right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [[f"{x:{'>' if i else '<'}{widths[i]}}" for i, x in enumerate(line)] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))

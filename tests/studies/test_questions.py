@@ -1,0 +1,109 @@
+"""The questions: their options, what they keep of runs, and what they say of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+from studies.command import main, studies
+from studies.questions import gaussian
+from studies.questions.features import follower_features
+
+from .helpers import ROOT, line, metrics, record, results, table
+
+
+def test_options_of_all_studies():
+    for study in (cls() for name, cls in studies.items() if name != "stub"):
+        assert all(study.settle([*v.options.split(), "--seed", "0"]) for v in study.variants) and study.__doc__
+        assert len({str(v) for v in study.variants}) == len(study.variants)
+
+
+@pytest.mark.parametrize("name", [name for name in studies if name != "stub"])
+def test_committed_tables_come_from_the_committed_results(name):
+    folder, study = ROOT / "python" / "results" / name, studies[name]()
+    records, committed = results(folder)["runs"], table(folder)
+    for text in (study.tables(records), *study.notes(records)):
+        assert f"\n\n{text}\n" in committed
+    assert len((folder / "results.json").read_text().splitlines()) < len(records) + 20  # a line a run
+
+
+def test_anchor_study():
+    study = studies["anchor"]()
+    records = []
+    for seed, (gray, color) in enumerate([(0.9, 0.8), (0.7, 0.8)]):
+        for variant, anchor, fused in (("auto", "gray", gray), ("anchor gray", "gray", gray)):
+            records.append(record(variant, seed, "cgdigits", metrics=metrics(anchor, fused)))
+        records.append(record("anchor color", seed, "cgdigits", metrics=metrics("color", color)))
+    (note,) = study.notes(records)
+    assert "gray 2" in note and "On 1 of 2 seeds" in note and "5.00 points" in note
+    assert "auto" in study.tables(records)
+
+
+def test_controller_study(tmp_path):
+    study = studies["controller"]()
+    accuracies = [0.2, 0.5, 0.4, 0.6]
+    history = [
+        {"phase": "follower", "modality": "color", "epoch": i + 1, "val_acc": acc, "alpha_con": 0.5, "alpha_com": i / 4}
+        for i, acc in enumerate(accuracies)
+    ]
+    kept = study.keep(metrics("gray", 0.9), [{"phase": "anchor"}, *history])
+    records = [record(variant, seed, **kept) for variant in ("each epoch", "static 1,0") for seed in (0, 1)]
+    cells = line(study.tables(records).split("### follower color")[1], "each epoch")
+    assert cells[3:6] == ["0.50 ± 0.00", "0.38 ± 0.00", "10.00 ± 0.00"]
+    assert study.draw(records, tmp_path) == ["accuracy.png", "weights.png"] and (tmp_path / "weights.png").exists()
+
+
+def test_defaults_study():
+    """The gain over the paper's controller is of validation, a mean over conditions, paired by seed."""
+    study, records, gains = studies["defaults"](), [], [0.01, 0.03, 0.02]
+    for seed, gain in enumerate(gains):
+        for condition in ("clean", "noisy training"):
+            for variant, val in (("dynamic", 0.5), ("static 1,1", 0.5 + gain + (0.02 if condition == "clean" else 0))):
+                found = metrics("left", 0.9)
+                found["fused"]["val_acc"] = val
+                records.append(record(variant, seed, condition, metrics=found))
+    low, high = scipy.stats.ttest_1samp([100 * gain + 1 for gain in gains], 0).confidence_interval(0.95)
+    assert study.notes(records)[0].endswith(f"static 1,1: +3.00 [{low:+.2f}, {high:+.2f}].")
+    assert study.notes(records[:1]) == []
+
+
+def test_q_study():
+    study = studies["q"]()
+    history = [{"phase": "follower", "modality": "color", "com": com, "q_nll": 2.0} for com in (0.3, 0.25)]
+    found = metrics("gray", 0.9) | {"similarity": {"color": {"r2": 0.5}}}
+    kept = study.keep(found, [{"phase": "anchor", "modality": "gray"}, *history])
+    text = study.tables([record("default", seed, **kept) for seed in (0, 1)])
+    cells = line(text.split("### follower color")[1], "default")
+    assert cells[3:6] == ["16.00 ± 0.00", "2.00 ± 0.00", "0.50 ± 0.00"]  # 64 dimensions of 0.25
+
+
+def test_features_study():
+    """Trained for an epoch: the likeness of follower and anchor, and the follower's features as they were kept."""
+    assert main(["features", "--seeds", "3,", "--epochs", "1", "--out", "out"]) == 0
+    text = table("out")
+    assert "CKA with anchor" in text and "![](features.png)" in text
+    assert Path("out/features.png").stat().st_size > 20_000
+    run = Path("out/runs/with-L_com-seed3/run")
+    modality, features, labels = follower_features(run)
+    assert features.shape == (360, 64) and len(labels) == 360
+    assert modality != json.loads((run / "metrics.json").read_text())["anchor"]
+
+
+def test_estimator_study(tmp_path):
+    """Both of its programs in small, and what the study makes of them."""
+    for name, options in (("default", "--dims 2,64 --rho2 0.1"), ("minimise", "--task minimise")):
+        assert gaussian.main([*options.split(), "--steps", "20", "--out", name]) == 0
+    records = [record(n, 0, metrics=json.loads(Path(n, "metrics.json").read_text())) for n in ("default", "minimise")]
+    study = studies["estimator"]()
+    text = study.tables(records)
+    assert line(text, "64, 0.1")[1] == "7.111" and "R² of y from x" in text
+    assert study.draw(records, tmp_path) == ["error.png"] and (tmp_path / "error.png").exists()
+
+
+@pytest.mark.parametrize("dim", [2, 16])
+def test_fitted_club_is_right_on_gaussians(dim):
+    options = gaussian.parse(["--steps", "1500", "--out", "unused"])
+    cell = gaussian.estimate(dim, 0.3, options)
+    assert cell["estimate"] == pytest.approx(cell["club"], rel=0.05)
+    assert cell["estimate"] > cell["information"]
