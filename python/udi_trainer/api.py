@@ -16,14 +16,15 @@ import udi_kernels
 
 from .console import console, log
 from .data.check import check
-from .data.dataset import Dataset, Encoder, Split
+from .data.dataset import Dataset, Encoder, Modality, Split
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
+from .evaluation.predictions import details, predictions_csv
 from .evaluation.report import draw, table
 from .methods.outcome import Outcome
 from .options import Options, resumed
-from .predictor import Predictor
-from .registry import datasets, methods
+from .predictor import Predictor, imported
+from .registry import datasets, methods, offered
 from .run import Run, choose_device
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config
 from .stop import Stop
@@ -125,11 +126,8 @@ class Plan:
         self.method = method if callable(method) else methods.find(options.method)
         self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
-        data = data or datasets.find(options.dataset)(options.data_root)
-        for m in encoders or {}:
-            choose("modality", m, data.modalities)
-        replaced = {m: replace(data.modalities[m], encoder=encoder) for m, encoder in (encoders or {}).items()}
-        data = replace(data, modalities=data.modalities | replaced)
+        data = data or offered(datasets.find(options.dataset), options.data_root, options)
+        data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
         if options.noise:
             data = corrupt(data, *options.noise)
@@ -152,11 +150,17 @@ class Plan:
             log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
             run = Run(options, self.data, self.device, RunFolder(folder), stop)
             outcome = self.method(run)
-            metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
+            metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
             metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
             metrics["seconds"] = seconds(run)
             predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
+            if outcome.models:
+                fused = predictor.predict(run.data.test)
+                metrics["fused"] |= details(fused, self.data.test.labels)
+                metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
+                each = predictor.logits(run.data.test, shares=True)
+                run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
             if folder:
                 predictor.save(run.folder, self.data)
                 picture(metrics, run)
@@ -183,6 +187,20 @@ class Plan:
         """
         sizes = (view.sample(self.data.train)[0].numel() for view in self.data.modalities.values())
         return self.options.batch_size * sum(sizes) < 2**16
+
+
+def with_encoders(modalities: dict[str, Modality], options: Options, given: dict[str, Encoder]) -> dict[str, Modality]:
+    """The modalities with the encoders that are given, or chosen by option."""
+    chosen, weights = (options.encoder or {}) | given, options.encoder_weights or {}
+    for m in [*chosen, *weights]:
+        choose("modality", m, modalities)
+    views = {}
+    for m, view in modalities.items():
+        encoder = chosen.get(m, view.encoder)
+        if isinstance(encoder, str) and ":" in encoder:
+            encoder = imported(encoder, "--encoder MODALITY=module:Class")
+        views[m] = replace(view, encoder=encoder, width=options.features, weights=weights.get(m))
+    return views
 
 
 @contextlib.contextmanager
@@ -213,7 +231,7 @@ def labelled(data: Dataset) -> Dataset:
     if known.all():
         return data
     log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
-    return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
+    return replace(data, train=data.train.take(known))
 
 
 def picture(metrics: dict, run: Run) -> None:

@@ -15,16 +15,19 @@ from typing import Any, NoReturn
 
 from .api import Plan, restored
 from .console import console
+from .data import scan
 from .errors import UserError
 from .options import Options, filled, spelled
 from .stop import Stop
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    folder, stop = None, Stop()
+    folder, stop, argv = None, Stop(), sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["manifest"]:
+            return scan.main(argv[1:], prog)
         with stop.on_signals(), console():
-            options, folder = parse(sys.argv[1:] if argv is None else argv, prog)
+            options, folder = parse(argv, prog)
             plan = Plan(options)
             folder = folder or plan.new_folder()
             result = plan.run(folder, stop)
@@ -50,14 +53,17 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
     """The options, and the folder of the run to resume, if that is asked for."""
     layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
-    text = "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines."
+    text = (
+        "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. The word manifest in the place"
+        " of options writes a manifest of a folder's files: manifest --help."
+    )
     parser = Parser(prog=prog, description=text, formatter_class=layout)
     groups = {}
     for field in dataclasses.fields(Options):
         facts = field.metadata
         if facts["group"] not in groups:
             groups[facts["group"]] = parser.add_argument_group(facts["group"])
-        default = facts["shown"] or (field.default if field.default is not None else None)
+        default = facts["shown"] or field.default
         shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
         kind: dict[str, Any] = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
         if isinstance(field.default, bool):

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from .errors import UserError, choose
-from .registry import datasets, fusion_rules, methods
+from .registry import datasets, encoders, fusion_rules, methods
 
 # --- kinds: from text of a command line, or from a value, to the value; ValueError says what is wanted ---
 
@@ -46,6 +46,13 @@ def pair(what: str, *kinds: Callable) -> Callable:
     return parse
 
 
+def some_of(*choices: str) -> Callable:
+    def parse(x: Any) -> tuple[str, ...]:
+        return tuple(choose("value", name, choices) for name in names(x))
+
+    return parse
+
+
 def names(x: str | Sequence[str]) -> tuple[str, ...]:
     """A list of names; in text separated by commas, or none."""
     if isinstance(x, str):
@@ -75,6 +82,14 @@ def flag(x: Any) -> bool:
     return x
 
 
+def assignments(x):
+    """By modality; in text MODALITY=VALUE, separated by commas."""
+    pairs = [part.partition("=")[::2] for part in x.split(",")] if isinstance(x, str) else [*dict(x).items()]
+    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+        raise ValueError(f"{x!r} is not a list such as audio=VALUE,image=VALUE")
+    return dict(pairs)
+
+
 def one_of(*choices: str) -> Callable:
     def parse(x):
         return choose("value", x, choices)
@@ -94,7 +109,9 @@ def option(
     )
 
 
-WHAT, TRAINING, UDI, DIMML, MACHINE = "what to train", "training", "UDI", "DI-MML", "machine"
+WHAT, FILES, TRAINING, UDI, DIMML, MACHINE = (
+    "what to train", "data of your own", "training", "UDI", "DI-MML", "machine",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +147,71 @@ class Options:
         text,
         "fusion rule: {fusion_rules}; auto: certainty for dimml, else the best on validation of mean, sum, weighted",
     )
+
+    encoder: dict[str, str] | None = option(
+        WHAT,
+        None,
+        assignments,
+        "encoders in the place of the modalities' own: {encoders}, or module:Class, called with a sample's shape",
+        "MODALITY=NAME,...",
+    )
+    encoder_weights: dict[str, str] | None = option(
+        WHAT, None, assignments, "files of weights that encoders start from, such as torchvision's", "MODALITY=FILE,..."
+    )
+    features: int = option(WHAT, 64, number(int, 1), "width of the encoders' features")
+
+    manifest: str | None = option(
+        FILES, None, path, "CSV of --dataset manifest: a column a modality, and label, split, group, id", "FILE"
+    )
+    kinds: dict[str, str] | None = option(
+        FILES,
+        None,
+        assignments,
+        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
+        "COLUMN=KIND,...",
+    )
+    tables: dict[str, str] | None = option(
+        FILES, None, assignments, "columns of numbers that are a modality each, by name", "NAME=COLUMN+COLUMN,...",
+        "one modality of them all, called table",
+    )  # fmt: skip
+    image_size: int | None = option(
+        FILES, None, number(int, 4), "pixels that images and frames are resized to", "N", "64 or as small as they are"
+    )
+    frames: int = option(FILES, 3, number(int, 1), "frames of a clip: random ones in training, else fixed ones")
+    sample_rate: int | None = option(
+        FILES, None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest there, 22050 at most"
+    )
+    audio_length: float | None = option(
+        FILES, None, number(float, above=0), "seconds of sound; shorter sound is repeated", "S",
+        "of the longest, 10 at most",
+    )  # fmt: skip
+    stft: tuple[float, float] = option(
+        FILES,
+        (23.22, 16.01),
+        pair("times WINDOW,HOP", number(float, above=0), number(float, above=0)),
+        "window and hop of the spectrogram, in milliseconds",
+        "WINDOW,HOP",
+    )
+    augment: tuple[str, ...] = option(
+        FILES, (), some_of("crop", "flip", "spec"), "in training, at random: crop (images, sound), flip (images),"
+        " spec (bands and times of spectrograms masked: SpecAugment)", "A,B", "none",
+    )  # fmt: skip
+    skip_bad: bool = option(FILES, False, flag, "leave out samples that cannot be read, and list them")
+    allow_missing: bool = option(
+        FILES, False, flag, "train on samples with empty cells, too: what modalities they have"
+    )
+    fold: int | None = option(
+        FILES,
+        None,
+        number(int, 0),
+        "who is held out, of spokendigits and cremad: speakers of validation and test are then never heard in training",
+        "N",
+        "0; of cremad none, its customary split",
+    )
+    image_noise: float = option(
+        FILES, 0.6, number(float, 0), "of spokendigits' images: standard deviation, of pixels' range"
+    )
+    cache_dir: str | None = option(FILES, None, path, "where decoded data is kept", "DIR", "the user's cache")
 
     epochs: int = option(TRAINING, 30, number(int, 1), "epochs of each phase")
     patience: int | None = option(
@@ -244,6 +326,7 @@ class Options:
     )
     amp: str = option(MACHINE, "none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
     tf32: bool = option(MACHINE, False, flag, "float32 convolutions and matrix products by TF32 on a GPU")
+    tensorboard: bool = option(MACHINE, False, flag, "write metrics as TensorBoard events, too, to the run folder")
     compile: bool = option(MACHINE, False, flag, "encoders by torch.compile")
     out: str | None = option(
         MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
@@ -258,6 +341,9 @@ class Options:
             self._set("baselines", usual.get(self.method, ()))
         for name in self.baselines or ():
             choose("baseline", name, methods)
+        for encoder in (self.encoder or {}).values():
+            if ":" not in encoder:
+                choose("encoder", encoder, encoders)
         if self.controller != "static" and self.alpha is not None:
             raise UserError("--alpha needs --controller static")
         if self.controller != "dynamic" and self.align_every != "epoch":
@@ -292,7 +378,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
 
 
 # These may differ when a run is resumed: it may have moved to another machine.
-MOVABLE = ("device", "data_root", "data", "engine", "compile")
+MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "compile")
 
 
 def spelled(name: str) -> str:
@@ -302,7 +388,8 @@ def spelled(name: str) -> str:
 
 def filled(help: str) -> str:
     """A help text with the names that can be chosen."""
-    return help.format(methods=", ".join(methods), datasets=", ".join(datasets), fusion_rules=", ".join(fusion_rules))
+    lists = {"methods": methods, "datasets": datasets, "fusion_rules": fusion_rules, "encoders": encoders}
+    return help.format(**{kind: ", ".join(names) for kind, names in lists.items()})
 
 
 def resumed(folder: str, config: dict, given: dict) -> Options:

@@ -1,5 +1,6 @@
 """A trained method as one predictor, kept in a run folder and loaded from it in another process."""
 
+import dataclasses
 import importlib
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.dataset import Dataset, Encoder, Modality, Split
+from .data.dataset import Dataset, Encoder, Modality, Split, presence
 from .errors import UserError, choose
-from .evaluation.fusion import Rule
+from .evaluation.fusion import Rule, combine
+from .models.classifiers import JointClassifier
 from .models.encoders import make_encoder
-from .registry import classifiers, datasets, fusion_rules
+from .options import resumed
+from .registry import classifiers, datasets, fusion_rules, offered
 from .run import choose_device
 from .run_folder import RunFolder, load_tensors, read_config
 
@@ -31,9 +34,19 @@ class Predictor:
     ) -> None:
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
 
-    @torch.no_grad()
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone."""
+        """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone.
+
+        Of samples that lack a modality, see :class:`Split`, the others' predictions are fused.
+        """
+        return combine(self.rule, torch.stack(list(self.logits(split).values())))
+
+    @torch.no_grad()
+    def logits(self, split: Split | dict[str, torch.Tensor], shares: bool = False) -> dict[str, torch.Tensor]:
+        """What is fused: each model's logits (N, C), on the CPU; NaN of samples that lack its modality.
+
+        ``shares``: of a single joint model the shares of its modalities.
+        """
         stored = split.stored if isinstance(split, Split) else split
         for m, modality in self.modalities.items():
             if missing := [name for name in modality.reads if name not in stored]:
@@ -42,21 +55,34 @@ class Predictor:
         if len(set(sizes.values())) != 1:
             raise UserError(f"stored tensors differ in their number of samples: {sizes}")
         (count,) = set(sizes.values())
-        logits = [self._logits(name, model, stored, count) for name, model in self.models.items()]
-        return self.rule(torch.stack(logits))
+        logits = {}
+        for name, model in self.models.items():
+            split_up = shares and isinstance(model, JointClassifier) and len(self.models) == 1
+            for m in self.modalities if split_up else [name]:
+                logits[m] = self._logits(name, model, stored, count, m if split_up else None)
+                if presence(m) in stored:
+                    logits[m] = logits[m].masked_fill(~stored[presence(m)].cpu()[:, None], torch.nan)
+        return logits
 
-    def _logits(self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    def _logits(
+        self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
+    ) -> torch.Tensor:
         device = next(model.parameters()).device
         joint = name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
         names = {stored_name for view in views.values() for stored_name in view.reads}
+        names |= {presence(m) for m in views} & set(stored)
         parts = []
         model.eval()
         for start in range(0, max(count, 1), 1000):  # of no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16"):
-                parts.append(model(inputs if joint else inputs[name])[1])
+                if isinstance(model, JointClassifier):
+                    features, logits = model(inputs, {m: batch[presence(m)] for m in views if presence(m) in batch})
+                    parts.append(model.shares(features)[share] if share else logits)
+                else:
+                    parts.append(model(inputs if joint else inputs[name])[1])
         return torch.cat(parts).float().cpu()
 
     def save(self, folder: RunFolder, data: Dataset) -> None:
@@ -69,8 +95,9 @@ class Predictor:
                 m: {
                     "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
                     "reads": list(view.reads),
-                    "make": None if view.make is torch.Tensor.float else address(view.make),
-                    "sample": {name: data.test.stored[name][:2].cpu() for name in view.reads},
+                    "make": None if view.make is torch.Tensor.float else described(view.make),
+                    "width": view.width,
+                    "sample": {name: data.test.stored[name][:2].cpu().clone() for name in view.reads},
                 }
                 for m, view in self.modalities.items()
             },
@@ -139,20 +166,38 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     for m in given:
         choose("modality", m, specs)
     config = read_config(folder)
-    if dataset is None and config.get("dataset") in datasets:
-        dataset = datasets.find(config["dataset"])(config.get("data_root"))
+    whole = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
+    if dataset is None and config.get("dataset") in datasets and not whole:
+        options = resumed(str(folder), config, {})
+        dataset = offered(datasets.find(options.dataset), options.data_root, options)
     views = {}
     for m, spec in specs.items():
         if dataset:
             view = dataset.modalities[choose("modality", m, dataset.modalities)]
         else:
-            make = imported(spec["make"], "dataset=...") if spec["make"] else torch.Tensor.float
-            view = Modality(spec["encoder"], tuple(spec["reads"]), make)
+            view = Modality(spec["encoder"], tuple(spec["reads"]), restored_make(spec["make"]), width=spec["width"])
         encoder = given.get(m, view.encoder)
         if isinstance(encoder, str) and ":" in encoder:
-            encoder = imported(encoder, f"encoders={{{m!r}: ...}}")
-        views[m] = replace(view, encoder=encoder)
+            encoder = imported(encoder, f"give it again: load(folder, encoders={{{m!r}: ...}})")
+        views[m] = replace(view, encoder=encoder, width=spec["width"])
     return views
+
+
+def described(make: object) -> Any:
+    """How a run folder keeps the maker of an input: a dataclass with its fields, else by name."""
+    if dataclasses.is_dataclass(make) and not isinstance(make, type):
+        fields = {field.name: getattr(make, field.name) for field in dataclasses.fields(make)}
+        return {"class": address(type(make)), "fields": fields}
+    return address(make)
+
+
+def restored_make(spec: Any) -> Any:
+    if spec is None:
+        return torch.Tensor.float
+    remedy = "give the data again: load(folder, dataset=...)"
+    if isinstance(spec, dict):
+        return imported(spec["class"], remedy)(**spec["fields"])
+    return imported(spec, remedy)
 
 
 def address(thing: object) -> str:
@@ -165,4 +210,4 @@ def imported(where: str, remedy: str) -> Any:
     try:
         return attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{where} cannot be imported: give it again, load(folder, {remedy})") from None
+        raise UserError(f"{where} cannot be imported: {remedy}") from None

@@ -1,5 +1,6 @@
 """What can be chosen by name: methods, datasets, encoders, fusion rules. Rooms fill these; this file imports none."""
 
+import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -34,6 +35,13 @@ class Registry(dict[str, Any]):
         if missing:
             raise UserError(f'{self.kind} {name} needs {", ".join(missing)}: pip install -e ".[{extra}]"')
         return thing
+
+
+def offered(function: Callable, *args):
+    """Calls it with the first of these arguments, as many as it takes."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    taken = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds]
+    return function(*args[: len(taken)])
 
 
 methods = Registry("method")

@@ -31,6 +31,7 @@ class Run:
         self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
+        self.board = event_writer(folder) if options.tensorboard else None
 
     def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
@@ -80,6 +81,26 @@ class Run:
         """Checkpoints the stage."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
         self.folder.save(stage, **common, **state, rows=self.history[stage])
+
+    def log(self, stage: str, row: dict):
+        """A line of metrics.jsonl, and what TensorBoard shows of it."""
+        self.folder.append_log(row)
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{name}/{stage}", value, row["epoch"])
+            self.board.flush()
+
+
+def event_writer(folder: RunFolder):
+    """Of TensorBoard events; a resumed run goes on where the epochs end that it has."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"') from None
+    if folder.path is None:
+        raise UserError("tensorboard=True needs a run folder: give out=DIR")
+    return SummaryWriter(str(folder.path / "tensorboard"))
 
 
 def identity(options: Options) -> dict:

@@ -27,7 +27,7 @@ def test_plain_command(tmp_path):
         assert name in out
     assert f"{metrics['fused']['test_acc']:.4f}" in out
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "metrics.json", "report.png", "checkpoints",
+        "config.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.png", "checkpoints",
     }  # fmt: skip
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
@@ -221,7 +221,7 @@ def test_help_explains_every_option_in_groups(capsys):
         assert f"  {spelled(field.name)} " in text or f"  {spelled(field.name)}\n" in text
     assert "default: 30" in text and "udi, joint" in text.replace("\n", " ") or "ensemble" in text
     groups = re.findall(r"^(\S.*):$", text, re.MULTILINE)
-    assert groups[-4:] == ["what to train", "training", "UDI", "machine"]
+    assert groups[-5:] == ["what to train", "data of your own", "training", "UDI", "machine"]
 
 
 def test_options_of_the_command_are_those_of_python():

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import UserError
 from ..seeds import derive_seed
-from .dataset import Dataset, Split
+from .dataset import Dataset
 
 
 def noisy(pixels: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
@@ -31,6 +31,10 @@ def corrupt(data: Dataset, inputs: float, labels: float) -> Dataset:
         generator = torch.Generator().manual_seed(derive_seed("noise", name))
         if x.dtype == torch.uint8:
             return noisy(x, inputs, generator)
+        if x.dtype == torch.bool:  # who has what
+            return x
+        if x.dtype == torch.int16:  # sound
+            x = x.float()
         if not x.is_floating_point():
             raise UserError(f"--noise: {name!r} is neither pixels nor floating point, but {x.dtype}")
         return x + inputs * x.std() * torch.randn(x.shape, generator=generator).to(x.device)
@@ -41,4 +45,4 @@ def corrupt(data: Dataset, inputs: float, labels: float) -> Dataset:
     shift[wrong[round(labels * len(train)) :]] = 0
     stored = {name: noised(name, x) for name, x in train.stored.items()}
     shifted = (train.labels + shift.to(train.labels.device)) % data.classes
-    return replace(data, train=Split(shifted.where(train.labels >= 0, train.labels), stored))
+    return replace(data, train=replace(train, labels=shifted.where(train.labels >= 0, train.labels), stored=stored))

@@ -1,7 +1,8 @@
 """Fusion of the modalities' outputs without trained parameters, chosen on validation.
 
 A rule is a dataclass: ``fit`` makes one from validation logits (M, N, C) and labels (N,), a call turns logits
-(M, N, C) into probabilities (N, C). ``weights`` are one for each of M, or None.
+(M, N, C) into probabilities (N, C). ``weights`` are one for each of M, or None. A sample that lacks a modality has NaN
+as its logits, and :func:`combine` fuses the others.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ class Rule:
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def of(self, kept: torch.Tensor) -> "Rule":
+        """The rule for these of the modalities alone, bool (M,)."""
+        weights = [w for w, k in zip(self.weights, kept.tolist(), strict=True) if k] if self.weights else None
+        return type(self)(weights)
 
 
 @fusion_rules.register("mean")
@@ -63,6 +69,24 @@ class Weighted(Rule):
         weights = torch.tensor(self.weights, dtype=torch.float64)
         return torch.einsum("m,mnc->nc", weights, logits.double().softmax(-1))
 
+    def of(self, kept):
+        weights = torch.tensor(self.weights, dtype=torch.float64)[kept]
+        total = weights.sum()
+        return Weighted((weights / total if total > 1e-6 else torch.full_like(weights, 1 / len(weights))).tolist())
+
+
+def combine(rule: Rule, logits: torch.Tensor) -> torch.Tensor:
+    """The rule's probabilities (N, C) of logits (M, N, C), from those modalities that each sample has."""
+    present = ~logits.isnan().any(-1)
+    if present.all():
+        return rule(logits)
+    fused = torch.full(logits.shape[1:], 1 / logits.shape[-1], dtype=torch.float64)  # of a sample that has none
+    for kept in present.T.unique(dim=0):
+        if kept.any():
+            rows = (present.T == kept).all(1)
+            fused[rows] = rule.of(kept)(logits[kept][:, rows]).double()
+    return fused
+
 
 @fusion_rules.register("certainty")
 @dataclass(frozen=True)
@@ -91,8 +115,14 @@ def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) 
     ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise. Ties go to the likelier rule.
     """
     stacked = {split: torch.stack([z[split] for z in logits.values()]) for split in ("val", "test")}
-    fitted = {name: rule.fit(stacked["val"], labels["val"]) for name, rule in fusion_rules.items()}
-    probabilities = {name: {s: rule(stacked[s]) for s in stacked} for name, rule in fitted.items()}
+    whole = ~stacked["val"].isnan().any(-1).any(0)  # rules are fitted where nothing is missing, if there is such
+    seen = (
+        (stacked["val"][:, whole], labels["val"][whole])
+        if whole.any()
+        else (stacked["val"].nan_to_num(0), labels["val"])
+    )
+    fitted = {name: rule.fit(*seen) for name, rule in fusion_rules.items()}
+    probabilities = {name: {s: combine(rule, stacked[s]) for s in stacked} for name, rule in fitted.items()}
 
     def merit(name: str) -> tuple[float, float]:
         p = probabilities[name]["val"]
@@ -104,6 +134,17 @@ def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) 
         "rule": best,
         "weights": dict(zip(logits, weights, strict=True)) if weights else None,
         **scores(probabilities[best], labels),
+        "without": without(fitted[best], dict(zip(logits, stacked["test"], strict=True)), labels["test"]),
         "by_rule": {name: scores(p, labels) for name, p in probabilities.items()},
     }
     return metrics, fitted[best]
+
+
+def without(rule: Rule, logits: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, float]:
+    """Accuracy of the fused prediction where a modality, each in turn, is missing from all samples."""
+    accuracies = {}
+    for i, m in enumerate(logits):
+        rest = torch.stack(list(logits.values()))
+        rest[i] = torch.nan
+        accuracies[m] = accuracy(combine(rule, rest), labels)
+    return accuracies

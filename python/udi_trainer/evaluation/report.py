@@ -61,8 +61,10 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     bars = picked(metrics)
     two = bool(followers or found)
     top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * two
-    figure = new_figure(12, top + bottom + 0.4)
-    rows = figure.subfigures(1 + two, 1, height_ratios=[top, bottom] if two else None, squeeze=False)
+    last = 4.2 * ("test_confusion" in metrics["fused"])
+    heights = [height for height in (top, bottom, last) if height]
+    figure = new_figure(12, sum(heights) + 0.4)
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
     accuracies(left, history, metrics["anchor"], colors)
     compare(right, bars, metrics["method"], colors)
@@ -70,6 +72,8 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
         drives(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
     if found:
         dimensions(rows[1, 0], found, history, colors)
+    if last:
+        classes(rows[-1, 0], metrics)
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
     figure.suptitle(f"{metrics['method']} on {metrics['dataset']}, seed {metrics['seed']}{anchor}", fontsize=13)
     figure.savefig(path, dpi=130)
@@ -128,6 +132,30 @@ def dimensions(figure, found: dict, history: History, colors: dict):
     right.set_xlabel("dimension")
     right.set_title("Effective dimensions", loc="left", fontsize=11)
     right.spines[["top", "right"]].set_visible(False)
+
+
+def classes(figure, metrics: dict):
+    """What the fused prediction takes each class for, and how often it is right."""
+    fused, names = metrics["fused"], metrics["classes"]
+    f1, precision = 100 * fused["test_macro_f1"], 100 * fused["test_map"]
+    figure.suptitle(f"Fused, on test: macro-F1 {f1:.1f} %, mAP {precision:.1f} %", x=0.01, ha="left", fontsize=11)
+    left, right = figure.subplots(1, 2)
+    shares = [[n / max(1, sum(row)) for n in row] for row in fused["test_confusion"]]
+    left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    few = len(names) <= 12
+    for y, row in enumerate(fused["test_confusion"] if few else []):
+        for x, n in enumerate(row):
+            if n:
+                left.text(x, y, n, ha="center", va="center", fontsize=8, color="white" if shares[y][x] > 0.5 else INK)
+    ticks, labels = range(len(names)), [name[:12] for name in names]
+    if few:
+        left.set_xticks(ticks, labels, rotation=0 if max(map(len, labels)) < 4 else 40, fontsize=8)
+        left.set_yticks(ticks, labels, fontsize=8)
+        right.set_xticks(ticks, labels, rotation=0 if max(map(len, labels)) < 4 else 40, fontsize=8)
+    left.set_title("Labels (rows), predictions (columns)", loc="left", fontsize=11)
+    right.bar(ticks, [100 * (acc or 0) for acc in fused["test_acc_by_class"]], color=INK, alpha=0.7)
+    right.set_ylim(0, 102)
+    finish(right, "Accuracy by class, %", "class")
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:

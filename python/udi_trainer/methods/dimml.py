@@ -27,6 +27,7 @@ from udi_kernels import duc_loss, effective_dims
 
 from ..console import log
 from ..data.dataset import Batch
+from ..errors import UserError
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import ConcatClassifier, DetachedClassifiers
@@ -34,7 +35,7 @@ from ..models.encoders import make_encoder, may_draw
 from ..registry import methods
 from ..run import Run
 from ..training.feed import Feed
-from ..training.loop import fit, outputs
+from ..training.loop import fit, outputs, usable
 from ..training.task import Task, update
 from .frozen import Frozen
 from .outcome import Outcome
@@ -65,7 +66,7 @@ class Detached(Task):
         made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
-        self.random = any(view.augment for view in self.views.values()) or any(map(may_draw, encoders.values()))
+        self.random = any(view.random for view in self.views.values()) or any(map(may_draw, encoders.values()))
         self.model = self.place(DetachedClassifiers(encoders, widths, run.data.classes))
         self.projected = {name: width for name, width in widths.items() if width != self.model.width}
         self.parameters = list(self.model.parameters())
@@ -191,6 +192,8 @@ def effective(task: Detached) -> dict[str, dict]:
 @methods.register("dimml")
 def dimml(run: Run) -> Outcome:
     """Detached modalities that learn complementary dimensions from each other, fused by certainty."""
+    if lacking := [m for m in run.data.modalities if usable(run.data.train, m) is not None]:
+        raise UserError(f"method dimml trains all modalities together, and samples lack {', '.join(lacking)}")
     detached = run.make(Detached)
     for name, width in detached.projected.items():
         log.info("%s: a linear layer brings %d features to %d, the narrowest", name, width, detached.model.width)

@@ -6,6 +6,7 @@ from torch import nn
 from ..data.dataset import Batch
 from ..run import Run
 from ..training.feed import Feed
+from ..training.loop import usable
 
 CACHE_LIMIT = 2**30  # bytes of outputs above which they are kept in bfloat16
 
@@ -16,7 +17,9 @@ class Frozen:
     def __init__(self, run: Run, modality: str, model: nn.Module, width: int):
         self.run, self.view, self.reads = run, run.data.modalities[modality], (modality,)
         self.model, self.width = model.requires_grad_(False).eval(), width
-        self.cache = None if self.view.augment else self.compute_all()
+        self.cache = None if self.view.random else self.compute_all()
+        has = usable(run.data.train, modality)
+        self.has = None if has is None else has.to(run.device)  # which samples have this modality; None: all
 
     def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Of a batch of training."""

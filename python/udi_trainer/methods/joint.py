@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..data.dataset import Batch
+from ..data.dataset import Batch, presence
 from ..evaluation.scores import scores
 from ..models.classifiers import ConcatClassifier, JointClassifier
 from ..models.encoders import make_encoder, may_draw
@@ -29,7 +29,7 @@ class Joint(Task):
         made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
-        self.random = any(view.augment for view in views.values()) or any(map(may_draw, encoders.values()))
+        self.random = any(view.random for view in views.values()) or any(map(may_draw, encoders.values()))
         self.model = self.place(self.classifier(encoders, widths, run.data.classes))
         self.parameters = trainable(self.model)
         self.optimizer = run.optimizer(self.parameters)
@@ -37,7 +37,9 @@ class Joint(Task):
 
     def forward(self, batch: Batch, training: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Features by modality, and logits."""
-        return self.model({name: view.input(batch, training) for name, view in self.run.data.modalities.items()})
+        views = self.run.data.modalities
+        present = {name: batch[presence(name)] for name in views if presence(name) in batch}
+        return self.model({name: view.input(batch, training) for name, view in views.items()}, present)
 
     def step(self, batch):
         with self.run.autocast():
@@ -59,7 +61,7 @@ def train_joint(task: Joint) -> Outcome:
     """Trains it to the end; the scores of the joint prediction, and of each modality's share of the logits."""
     run = task.run
     fit([task], run)
-    shares = {m: outputs(task, run, partial(task.share, m)) for m in run.data.modalities}
+    shares = {m: outputs(task, run, partial(task.share, m), m) for m in run.data.modalities}
     metrics = {
         "modalities": {m: scores(z, run.labels) for m, z in shares.items()},
         "unimodal": {},

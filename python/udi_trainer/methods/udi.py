@@ -62,6 +62,11 @@ class Follower(Unimodal):
             anchor_features, anchor_logits = self.anchor.outputs(batch)
             features, logits = self.forward(batch, training=True)
             cls = cross_entropy(logits, batch["labels"])
+            some = None
+            if self.anchor.has is not None:  # what the anchor lacks, only the labels teach
+                rows, some = repeated(self.anchor.has[batch["index"]])
+                both = anchor_features, anchor_logits, features, logits
+                anchor_features, anchor_logits, features, logits = (t[rows] for t in both)
             con = js_div(logits, anchor_logits)
 
             # q(y|x) is fitted with the features fixed, the bound is lowered in the features with q fixed: a q that has
@@ -72,6 +77,8 @@ class Follower(Unimodal):
             q_nll = club_nll(mu, logvar, y.detach())
             bound = club_mi(mu.detach(), logvar.detach(), y) / self.width
             com = bound.relu() if fitted else 0 * bound
+            if some is not None:
+                con, com, q_nll = con * some, com * some, q_nll * some
 
         if align:
             # The gradients that set the weights make this step's update too.
@@ -103,6 +110,16 @@ class Follower(Unimodal):
     def normalise(self, features: torch.Tensor) -> torch.Tensor:
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
         return layer_norm(features, features.shape[1:]) if self.run.options.club_norm == "layer" else features
+
+
+def repeated(has: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers (N,) of the samples of a batch that ``has``, bool (N,), marks, over and over; and whether there are any.
+
+    As many as the batch has, whatever their number: a step's shapes stay the same, and nothing waits for the GPU.
+    """
+    first = has.int().argsort(descending=True, stable=True)
+    count = has.sum()
+    return first[torch.arange(len(has), device=has.device) % count.clamp_min(1)], count > 0
 
 
 class Controller(nn.Module):
@@ -169,7 +186,9 @@ def predictions(tasks: Mapping[str, Unimodal], run: Run) -> tuple[dict, dict]:
 
 
 def similarity(anchor: dict, follower: dict) -> dict[str, float]:
-    """How much of a follower's test features the anchor's have, too."""
+    """How much of a follower's test features the anchor's have, too, of samples that have both."""
+    both = {s: ~(anchor[s].isnan().any(1) | follower[s].isnan().any(1)) for s in anchor}
+    anchor, follower = ({s: z[s][both[s]] for s in z} for z in (anchor, follower))
     return {"cka": linear_cka(anchor["test"], follower["test"]), "r2": cross_prediction(anchor, follower)}
 
 

@@ -22,7 +22,7 @@ class Unimodal(Task):
         super().__init__(run, modality)
         self.view = run.data.modalities[modality]
         encoder, self.width = make_encoder(modality, self.view, run.data.train)
-        self.random = self.view.augment is not None or may_draw(encoder)
+        self.random = self.view.random or may_draw(encoder)
         self.model = self.place(Classifier(encoder, self.width, run.data.classes))
         self.parameters = trainable(self.model)
 

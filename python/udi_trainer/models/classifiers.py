@@ -61,8 +61,13 @@ class JointClassifier(nn.Module):
         """The logits that come of each modality."""
         raise NotImplementedError
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def forward(
+        self, inputs: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """``present``: which samples have a modality; the features of the others are 0. Not named: all have it."""
         features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
+        for name, has in (present or {}).items():
+            features[name] = features[name] * has[:, None].to(features[name].dtype)
         return features, self.fuse(features)
 
 

@@ -1,43 +1,79 @@
 """Encoders: from one modality's inputs to features.
 
-A new encoder is one function decorated with ``@encoders.register(name)`` that takes the shape of one sample and
-returns a module from a batch to features (N, width).
+A new encoder is one function decorated with ``@encoders.register(name)`` that takes the shape of one sample, and if it
+likes the width of the features, and returns a module from a batch to features (N, width). Those of images serve clips
+of several frames too, with the mean over the frames.
 """
+
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..data.dataset import Modality, Split
 from ..errors import UserError
-from ..registry import encoders
-
-FEATURES = 64  # of the encoders here; others may have any width
+from ..registry import encoders, offered
+from ..run_folder import load_tensors
 
 
 @encoders.register("cnn")
-def cnn(shape: torch.Size) -> nn.Module:
-    """Two convolutions, for images of 8x8 and more; small ones keep their resolution longer.
+def cnn(shape: torch.Size, features: int = 64) -> nn.Module:
+    """Two convolutions, for images of 8x8 and more; small ones keep their resolution longer, large ones get more.
 
     ReLU comes after pooling: the same function, on a quarter of the elements.
     """
     channels, height, width = shape
     late = 2 if min(height, width) >= 16 else 1
-    flat = 32 * (height // 2 // late) * (width // 2 // late)
+    height, width, last, more = height // 2 // late, width // 2 // late, 32, []
+    while max(height, width) > 16:
+        pool = 2 if height > 8 else 1, 2 if width > 8 else 1
+        more += [nn.Conv2d(last, 64, 3, padding=1), nn.MaxPool2d(pool), nn.ReLU()]
+        height, width, last = height // pool[0], width // pool[1], 64
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(late), nn.ReLU(),
-        nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(late), nn.ReLU(), *more,
+        nn.Flatten(), nn.Linear(last * height * width, features), nn.ReLU(),
     )  # fmt: skip
 
 
 @encoders.register("mlp")
-def mlp(shape: torch.Size) -> nn.Module:
+def mlp(shape: torch.Size, features: int = 64) -> nn.Module:
     """One hidden layer, for samples of any shape."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), 128), nn.ReLU(), nn.Linear(128, FEATURES), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), 128), nn.ReLU(), nn.Linear(128, features), nn.ReLU())
+
+
+@encoders.register("cnn1d")
+def cnn1d(shape: torch.Size, features: int = 64) -> nn.Module:
+    """Three convolutions along the first axis of sequences (T, D), and the mean over time."""
+    sizes = (shape[1], 64, 128, 128)
+    pairs = zip(sizes, sizes[1:], strict=False)
+    layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
+    return nn.Sequential(
+        Transpose(), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU()
+    )
+
+
+class Transpose(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@encoders.register("words")
+class Words(nn.Module):
+    """Mean of the learned vectors of a text's words, which come as their hashes (N, L) below 8192; 0 is no word."""
+
+    def __init__(self, shape: torch.Size, features: int = 64):
+        super().__init__()
+        self.vectors, self.head = nn.Embedding(8192, 64), nn.Linear(64, features)
+
+    def forward(self, words):
+        known = (words != 0)[..., None]
+        mean = (self.vectors(words.long()) * known).sum(1) / known.sum(1).clamp_min(1)
+        return self.head(mean).relu()
 
 
 @encoders.register("resnet18")
-def resnet18(shape: torch.Size) -> nn.Module:
+def resnet18(shape: torch.Size, features: int = 64) -> nn.Module:
     """ResNet-18 (He et al. 2016), for images of 32x32 and more, spectrograms too."""
 
     def conv(inputs, outputs, size, stride=1):
@@ -60,7 +96,52 @@ def resnet18(shape: torch.Size) -> nn.Module:
     stem = conv(shape[0], 64, 7, 2), nn.ReLU(True), nn.MaxPool2d(3, 2, padding=1)
     widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
     blocks = [Block(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, FEATURES))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, features))
+
+
+class OverFrames(nn.Module):
+    """The mean of an image encoder's features over the frames of clips (N, F, C, H, W)."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, clips):
+        frames = clips.flatten(0, 1).to(memory_format=torch.channels_last)
+        return self.encoder(frames).unflatten(0, clips.shape[:2]).mean(1)
+
+
+def named_encoder(modality: Modality, shape: torch.Size) -> nn.Module:
+    """Of clips, the images' encoder over their frames."""
+    clip = len(shape) == 4
+    encoder = offered(encoders.find(str(modality.encoder)), shape[1:] if clip else shape, modality.width)
+    if modality.weights:
+        load_weights(encoder, modality.weights)
+    return OverFrames(encoder) if clip else encoder
+
+
+def load_weights(encoder: nn.Module, file: str):
+    """Starts from a file of weights: by name, or by order where all shapes agree, as with torchvision's ResNet-18.
+
+    The last layers, whose width is another matter, keep their own. A first convolution of other channels gets the mean
+    over the file's channels, scaled so that its outputs keep their size (as in temporal segment networks,
+    arXiv 1608.00859).
+    """
+    given = load_tensors(Path(file), "give another file")
+    given = given.get("state_dict", given)
+    given = {name: t for name, t in given.items() if not name.startswith("fc.")}
+    own = encoder.state_dict()
+    if not given.keys() <= own.keys():
+        given = dict(zip(own, given.values(), strict=False))
+    loaded: dict[str, torch.Tensor] = {}
+    for name, t in given.items():
+        if t.dim() == 4 == own[name].dim() and t.shape[1] != own[name].shape[1] and not loaded:
+            channels = own[name].shape[1]
+            t = t.mean(1, keepdim=True).expand(-1, channels, -1, -1) * (t.shape[1] / channels)
+        if t.shape != own[name].shape:
+            raise UserError(f"{file}: {name} is {tuple(own[name].shape)} here, {tuple(t.shape)} there")
+        loaded[name] = t
+    encoder.load_state_dict(own | loaded)
 
 
 def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module, int]:
@@ -69,17 +150,18 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     Images keep their channels last in memory: pooling and, in reduced precision, convolutions are quicker so.
     """
     two = modality.sample(split, min(2, len(split))).cpu()
-    make = encoders.find(modality.encoder) if isinstance(modality.encoder, str) else modality.encoder
-    if isinstance(make, nn.Module):
+    if isinstance(modality.encoder, nn.Module):
         raise UserError(f"the encoder of {name} is a module: give what makes one anew, a class, or a function")
     shape = two.shape[1:]
     try:
-        encoder = make(shape)
+        encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)
         if len(shape) == 3:
             encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             features = encoder.eval()(two)
         encoder.train()
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the encoder of {name} fails on inputs of shape {tuple(shape)}: {error}") from error
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != len(two):

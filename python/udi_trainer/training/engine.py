@@ -40,7 +40,7 @@ class Eager:
             self.generator.manual_seed(self.seed + number)
 
     def run(self, batch: Batch, number: int, flags: dict) -> None:
-        scalars = self.task.step(self.feed.complete(batch), **flags)
+        scalars = self.task.step(self.feed.training_batch(batch), **flags)
         values = torch.stack([x.detach().float() for x in scalars.values()])
         if not self.names:
             self.names, self.totals = list(scalars), torch.zeros_like(values)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..data.dataset import Batch, Split
+from ..data.dataset import Batch, Split, presence
 from ..run import Run
 
 AHEAD = 2  # batches prefetched
@@ -17,7 +17,10 @@ class Feed:
 
     def __init__(self, run: Run, split: Split, modalities: Sequence[str]) -> None:
         self.split, self.device, self.resident = split, run.device, run.resident
-        self.names = sorted({name for m in modalities for name in run.data.modalities[m].reads})
+        views = {m: run.data.modalities[m] for m in modalities}
+        lacked = {presence(m) for m in views} & set(split.stored)
+        self.names = sorted({name for view in views.values() for name in view.reads} | lacked)
+        self.varies = any(view.vary for view in views.values())
         # Of high priority: these streams come from a pool that no stage computes on.
         copying = not self.resident and self.device.type == "cuda"
         self.copies = torch.cuda.Stream(self.device, priority=-1) if copying else None
@@ -31,6 +34,12 @@ class Feed:
     def complete(self, batch: Batch) -> Batch:
         """The whole batch. Of resident data it is gathered here, on the device: a graph can contain that."""
         return self.split.batch(batch["index"], self.names) if self.resident else batch
+
+    def training_batch(self, batch: Batch) -> Batch:
+        """The whole batch, with what its modalities vary by."""
+        batch = self.complete(batch)
+        chance = {"chance": torch.rand(len(batch["index"]), 4, device=self.device)} if self.varies else {}
+        return batch | chance
 
     def _stream(self, indices: Sequence[torch.Tensor]) -> Iterator[Batch]:
         def load(index):

@@ -100,6 +100,7 @@ class Stage:
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
+        self.usable = usable(run.data.train, task.modality)
         self.history: list[dict] = []
         self.done, self.seconds = 0, 0.0  # steps of the epoch under way, and what they took before they were resumed
         self.best: dict | None = None
@@ -157,7 +158,11 @@ class Stage:
         """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
-        order = torch.randperm(len(train), generator=shuffle)[: steps * self.run.batch_size]
+        order = torch.randperm(len(train), generator=shuffle)
+        if self.usable is not None:  # an epoch is as many steps for all: who has fewer samples sees them more often
+            order = order[self.usable[order]]
+            order = order.repeat(-(-steps * self.run.batch_size // len(order)))
+        order = order[: steps * self.run.batch_size]
         with self.on_stream():
             if not self.done:
                 self.task.begin_epoch(self.epoch)
@@ -181,7 +186,10 @@ class Stage:
     def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
         means, fault = self.engine.means(), self.engine.fault()
-        val = self.task.validate(predict(self.task, self.run, self.run.data.val), self.run.labels["val"])
+        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
+        if (kept := usable(self.run.data.val, self.task.modality)) is not None:
+            logits, labels = logits[kept], labels[kept]
+        val = self.task.validate(logits, labels)
         if fault or not math.isfinite(val["val_loss"]):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
@@ -192,7 +200,7 @@ class Stage:
         self.done, self.seconds = 0, 0.0
         self.engine.clear()
         self.save()
-        self.run.folder.append_log(row)
+        self.run.log(self.task.name, row)
 
     def diverged(self, name: str, step: int) -> UserError:
         path, number = self.run.folder.checkpoint_path(self.task.name), self.epoch * self.run.steps + step + 1
@@ -230,9 +238,26 @@ def best_epoch(history: Sequence[dict]) -> dict:
     return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
 
 
-def outputs(task: Task, run: Run, compute: Callable | None = None) -> dict[str, torch.Tensor]:
-    """The task's logits, or what else it computes of a batch, on validation and test, as fusion takes them."""
-    return {"val": predict(task, run, run.data.val, compute), "test": predict(task, run, run.data.test, compute)}
+def usable(split: Split, modality: str | None) -> torch.Tensor | None:
+    """Which samples can train this modality, or tell what it is worth; None: all."""
+    has = None if modality is None else split.has(modality)
+    return None if has is None or has.all() else has.cpu()
+
+
+def outputs(
+    task: Task, run: Run, compute: Callable | None = None, modality: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The task's logits, or what else it computes of a batch, on validation and test, as fusion takes them.
+
+    The rows of samples that lack the modality, by default the task's own, are NaN, which no model's are: those of one
+    that overflows become finite numbers.
+    """
+
+    def marked(split):
+        z, has = predict(task, run, split, compute).nan_to_num(0), usable(split, modality or task.modality)
+        return z if has is None else z.masked_fill(~has[:, None], torch.nan)
+
+    return {"val": marked(run.data.val), "test": marked(run.data.test)}
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from udi_trainer import Modality, Split, UserError
-from udi_trainer.models.encoders import FEATURES, make_encoder, may_draw
+from udi_trainer import Modality, Split, UserError, train
+from udi_trainer.data.pipelines import Tokens
+from udi_trainer.models.encoders import make_encoder, may_draw
 from udi_trainer.registry import encoders
 
 
@@ -14,7 +15,7 @@ from udi_trainer.registry import encoders
 def test_features(name, shape):
     split = Split(torch.zeros(3), {"x": torch.rand(3, *shape)})
     encoder, width = make_encoder("x", Modality(name, ("x",)), split)
-    assert width == FEATURES and encoder(split.stored["x"]).shape == (3, FEATURES)
+    assert width == 64 and encoder(split.stored["x"]).shape == (3, 64)
     assert encoder.training and not may_draw(encoder)
 
 
@@ -60,3 +61,52 @@ class Silent(nn.Module):
 )
 def test_may_draw(encoder, random):
     assert may_draw(encoder) is random
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("cnn", (1, 94, 143)), ("cnn", (3, 64, 64)), ("cnn", (2, 9, 40)), ("resnet18", (2, 32, 32)), ("cnn1d", (11, 3)),
+    ("cnn1d", (1, 1)), ("cnn", (4, 3, 12, 12)), ("resnet18", (2, 1, 32, 32)), ("mlp", (3, 4)),
+])  # fmt: skip
+def test_encoders_of_other_shapes_and_widths(name, shape):
+    split = Split(torch.zeros(3), {"x": torch.randn(3, *shape)})
+    encoder, width = make_encoder("x", Modality(name, ("x",), width=24), split)
+    assert width == 24
+    x = split.stored["x"]
+    if len(shape) == 4:  # clips: the mean over their frames
+        frames = torch.stack([encoder.eval().encoder(x[:, i]) for i in range(shape[0])], 1)
+        torch.testing.assert_close(encoder(x), frames.mean(1))
+
+
+def test_words_count_whatever_their_number():
+    words = torch.tensor([[5, 9, 0, 0], [9, 5, 5, 9], [0, 0, 0, 0]], dtype=torch.int32)
+    split = Split(torch.zeros(3), {"text": words})
+    encoder, _ = make_encoder("text", Modality("words", ("text",), Tokens()), split)
+    features = encoder(words)
+    torch.testing.assert_close(features[0], features[1])
+    assert features.isfinite().all()
+
+
+def test_weights_from_a_file(tmp_path):
+    """By order, as torchvision names them; a stem of two channels gets the mean of three, scaled."""
+    view = Modality("resnet18", ("x",), weights=str(tmp_path / "w.pt"))
+    three, two = (Split(torch.zeros(2), {"x": torch.randn(2, c, 32, 32)}) for c in (3, 2))
+    source, _ = make_encoder("x", Modality("resnet18", ("x",)), three)
+    given = {f"layer.{i}": t for i, t in enumerate(list(source.state_dict().values())[:-2])}
+    torch.save(given | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "w.pt")
+    for split in (three, two):
+        encoder, _ = make_encoder("x", view, split)
+        own, theirs = encoder.state_dict(), source.state_dict()
+        stem, *rest = list(own)[:-2]
+        assert all(torch.equal(own[name], theirs[name]) for name in rest)
+        channels = split.stored["x"].shape[1]
+        wanted = theirs[stem] if channels == 3 else theirs[stem].mean(1, keepdim=True).expand(-1, 2, -1, -1) * 1.5
+        torch.testing.assert_close(own[stem], wanted)
+    torch.save({"layer.0": torch.zeros(3, 3)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w.pt: 0.0.weight is \(64, 3, 7, 7\) here, \(3, 3\) there"):
+        make_encoder("x", view, three)
+
+
+def test_encoder_of_ones_own_by_option(mixed):
+    result = train(mixed, "ensemble", epochs=1, progress=False, device="cpu", features=16,
+                   encoder={"audio": "udi_trainer.models.encoders:cnn1d", "sensor": "mlp"})  # fmt: skip
+    assert {m: model.head.in_features for m, model in result.models.items()}["sensor"] == 16

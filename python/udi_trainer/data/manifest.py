@@ -1,0 +1,364 @@
+"""Data of one's own: a CSV with a row a sample and a column a modality.
+
+The columns ``label``, ``split``, ``group`` and ``id`` are reserved. Any other is a modality: paths (relative ones are
+taken from the CSV's folder; several are separated by ``;``), text, or numbers. An empty cell: the sample lacks it.
+"""
+
+import csv
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..console import log
+from ..errors import UserError, choose
+from ..options import Options
+from ..registry import datasets
+from . import kinds
+from .cache import Cache
+from .dataset import Dataset, Split, presence
+from .kinds import SAMPLES, Column, Kind
+
+RESERVED = ("label", "split", "group", "id")
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SPLITS |= {"test": "test", "testing": "test"}
+SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # where a manifest does not say
+SHOWN = 20  # samples that are listed one by one
+
+
+@dataclass
+class Rows:
+    """A table of samples, whoever made it. ``lines``: where each is in ``source``, for messages."""
+
+    source: str
+    folder: Path
+    rows: list[dict[str, str]]
+    lines: list[int] | None = None
+
+    def at(self, i: int) -> str:
+        return f"{self.source}, {f'line {self.lines[i]}' if self.lines else f'sample {i}'}"
+
+
+@datasets.register("manifest")
+def manifest(data_root, options: Options) -> Dataset:
+    """A CSV of one's own, see --manifest."""
+    if options.manifest is None:
+        raise UserError("dataset manifest needs --manifest FILE, a CSV with a column a modality and a column label")
+    return build(read(options.manifest), options)
+
+
+def read(file: str | Path) -> Rows:
+    """The rows of a CSV, or of a .tsv."""
+    file = Path(file).expanduser()
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as text:
+            reader = csv.reader(text, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+            lines = [(reader.line_num, line) for line in reader if any(cell.strip() for cell in line)]
+    except OSError as error:
+        raise UserError(f"manifest {file} cannot be read ({error.strerror})") from None
+    except (csv.Error, UnicodeError) as error:
+        raise UserError(f"manifest {file} is no CSV in UTF-8: {error}") from None
+    header = [name.strip() for name in lines[0][1]] if lines else []
+    if "label" not in header or len(lines) < 2:
+        raise UserError(
+            f"manifest {file} needs a header with a column label, and samples: it has {header or 'nothing'}"
+        )
+    if doubled := [name for name, count in Counter(header).items() if count > 1 or not name]:
+        raise UserError(f"manifest {file} has columns of the same name, or without one: {doubled}")
+    for number, line in lines[1:]:
+        if len(line) != len(header):
+            raise UserError(f"{file}, line {number} has {len(line)} cells, the header {len(header)}")
+    rows = [dict(zip(header, (cell.strip() for cell in line), strict=True)) for _, line in lines[1:]]
+    return Rows(str(file), file.parent, rows, [number for number, _ in lines[1:]])
+
+
+def write(file: Path, rows: Sequence[dict[str, str]]):
+    with open(file, "w", newline="", encoding="utf-8") as text:
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def build(source: Rows, options: Options) -> Dataset:
+    """Reads all files, or fails with a line that names the first sample it cannot use, and what is wrong with it.
+
+    With ``skip_bad`` such samples are left out and listed.
+    """
+    names = [name for name in source.rows[0] if name not in RESERVED]
+    kind_of = find_kinds(source, names, options)
+    cells = gather(source, kind_of, options)
+    missing = [m for m, column in cells.items() if not any(cell is not None for cell in column)]
+    if missing:
+        raise UserError(f"{source.source}: column {missing[0]} is empty")
+    bad = check_rows(source, cells, options)
+    splits = find_splits(source, options)
+    labels = [row["label"] for row in source.rows]
+    kept = [i for i in range(len(labels))]
+    cache = Cache(options.cache_dir)
+    while True:
+        report(source, {i: bad[i] for i in kept if i in bad}, options)
+        kept = [i for name in SHARES for i in kept if splits[i] == name and i not in bad]
+        columns, found = {}, {}
+        for m, kind in kind_of.items():
+            column = Column(m, [cells[m][i] for i in kept], options, cache, {})
+            columns[m] = load(kind(column))
+            found |= {
+                kept[row]: f"column {m}: {reason}" for row, reason in column.bad.items() if kept[row] not in found
+            }
+        if not found:
+            break
+        bad |= found
+
+    classes = sorted({labels[i] for i in kept if labels[i]}, key=natural)
+    number = {label: c for c, label in enumerate(classes)} | {"": -1}
+    split_of = {name: [row for row, i in enumerate(kept) if splits[i] == name] for name in SHARES}
+    check_splits(source, kept, splits, labels)
+    warn_of_shared(source, kept, splits, columns)
+    ids = [source.rows[i].get("id") or str(source.lines[i] if source.lines else i) for i in kept]
+    made, modalities, checked = {}, {}, set()
+    trained = [row for row in split_of["train"] if number[labels[kept[row]]] >= 0]
+    for m, (kind, keys, stored) in columns.items():
+        rows = [row for row in trained if cells[m][kept[row]] is not None]
+        if not rows:
+            raise UserError(f"{source.source}: no training sample has {m}")
+        rows = rows[:: math.ceil(len(rows) / SAMPLES)]
+        modalities[m] = kind.modality(m, stored[rows], [keys[row] for row in rows])
+        checked.add(m)
+    for name, rows in split_of.items():
+        span = slice(rows[0], rows[-1] + 1)  # sorted by split: no tensor is copied
+        tensors = {m: stored[span] for m, (_, _, stored) in columns.items()}
+        for m in columns:
+            if any(cells[m][i] is None for i in kept):
+                tensors[presence(m)] = torch.tensor([cells[m][i] is not None for i in kept[span]])
+        made[name] = Split(torch.tensor([number[labels[i]] for i in kept[span]]), tensors, ids[span])
+    name = Path(source.source).stem
+    shapes = ", ".join(f"{m} {'x'.join(map(str, modalities[m].sample(made['train']).shape[1:]))}" for m in modalities)
+    counts = ", ".join(f"{len(split)} {name}" for name, split in made.items())
+    log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
+    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=frozenset(checked))
+
+
+def load(kind: Kind) -> tuple[Kind, list[bytes], torch.Tensor | None]:
+    """Both passes over a column; what cannot be read is noted in it."""
+    keys = kind.keys()
+    facts = None if kind.column.bad else kind.find_out(keys)
+    if facts is None:
+        return kind, keys, None
+    kind.settle(facts)
+    return kind, keys, kind.read(keys)
+
+
+def natural(label: str):
+    """Numbers by their size, before words."""
+    return (0, float(label), label) if re.fullmatch(r"-?\d+(\.\d+)?", label) else (1, 0.0, label)
+
+
+# --- what columns hold ---
+
+
+def find_kinds(source: Rows, names: list[str], options: Options) -> dict[str, type[Kind]]:
+    """The kind of each modality, by option or by its first cells; columns of numbers are taken together."""
+    given = options.kinds or {}
+    for name in given:
+        choose("column", name, names)
+    found = {name: kinds.kinds.find(given.get(name) or guess(source, name)) for name in names}
+    tables = {table: columns.split("+") for table, columns in (options.tables or {}).items()}
+    numbers = [name for name in names if found[name] is kinds.Numbers]
+    for table, columns in tables.items():
+        for name in columns:
+            choose("column of numbers", name, numbers)
+        if table in names and table not in columns:
+            raise UserError(f"--tables {table}: a column has this name")
+    rest = [name for name in numbers if not any(name in columns for columns in tables.values())]
+    kept = {name: kind for name, kind in found.items() if kind is not kinds.Numbers}
+    if rest and "table" in kept:
+        raise UserError("a column cannot be named table beside columns of numbers, which are together called so")
+    return kept | {table: kinds.Numbers for table in [*tables, *["table"] * bool(rest)]}
+
+
+def guess(source: Rows, name: str) -> str:
+    values = [row[name] for row in source.rows if row[name]]
+    if not values:
+        raise UserError(f"{source.source}: column {name} is empty")
+    if all(map(is_number, values)):
+        return "number"
+    there = (value for value in values[:100] if paths_of(value, source.folder)[0].exists())
+    value = next(there, values[0])
+    several = paths_of(value, source.folder)
+    suffix = kinds.parted(several[0])[0].suffix.lower()
+    for kind, suffixes in {
+        "image": kinds.IMAGES,
+        "audio": kinds.SOUNDS,
+        "array": kinds.ARRAYS,
+        "text": (".txt",),
+    }.items():
+        if suffix in suffixes:
+            return "frames" if kind == "image" and len(several) > 1 else kind
+    if several[0].is_dir():
+        return "flow" if len(several) == 2 or (several[0] / "u").is_dir() else "frames"
+    if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
+        gone = "" if several[0].exists() else ", and there is no such file"
+        raise UserError(f"{source.source}: column {name} holds {value!r}{gone}: --kinds {name}=KIND tells what that is")
+    return "text"
+
+
+def is_number(cell: str) -> bool:
+    try:
+        float(cell)
+        return True
+    except ValueError:
+        return False
+
+
+def paths_of(cell: str, folder: Path) -> list[Path]:
+    """Relative to the folder; a name with a semicolon is one path if there is such a file."""
+    whole = folder / Path(cell).expanduser()
+    if ";" not in cell or whole.exists():
+        return [whole]
+    return [folder / Path(part.strip()).expanduser() for part in cell.split(";") if part.strip()]
+
+
+def gather(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> dict[str, list]:
+    """The cells of each modality, as its kind takes them; None where empty."""
+    tables = {table: columns.split("+") for table, columns in (options.tables or {}).items()}
+    taken = {name for columns in tables.values() for name in columns} | set(kind_of) | set(RESERVED)
+    tables.setdefault("table", [name for name in source.rows[0] if name not in taken])
+
+    def cell_of(m, kind, row):
+        if kind is kinds.Numbers:
+            values = [row[name] for name in tables[m]]
+            return [float(x) if is_number(x) else math.nan for x in values] if any(values) else None
+        if not row[m]:
+            return None
+        return row[m] if kind is kinds.Text and not row[m].endswith(".txt") else paths_of(row[m], source.folder)
+
+    return {m: [cell_of(m, kind, row) for row in source.rows] for m, kind in kind_of.items()}
+
+
+# --- what is wrong with rows ---
+
+
+def check_rows(source: Rows, cells: dict[str, list], options: Options) -> dict[int, str]:
+    """What is wrong with rows as the table has them, by number."""
+    bad, seen, splits = {}, {}, [row.get("split", "").lower() for row in source.rows]
+    for i, row in enumerate(source.rows):
+        lacking = [m for m, column in cells.items() if column[i] is None]
+        numbers = [
+            m
+            for m, column in cells.items()
+            if isinstance(column[i], list) and column[i][:1] and isinstance(column[i][0], float)
+        ]
+        if "split" in row and splits[i] not in SPLITS:
+            bad[i] = f"split {row['split']!r} is none of train, val and test"
+        elif not row["label"] and SPLITS.get(splits[i]) != "train":
+            bad[i] = "no label (only rows of the split train may lack one)"
+        elif len(lacking) == len(cells):
+            bad[i] = "no modality at all"
+        elif lacking and not options.allow_missing and SPLITS.get(splits[i], "train") == "train":
+            bad[i] = f"column {lacking[0]} is empty (--allow-missing trains on what there is)"
+        elif wrong := [m for m in numbers if not all(map(math.isfinite, cells[m][i]))]:
+            bad[i] = f"{wrong[0]}: a number is missing, or not finite"
+        elif name := row.get("id"):
+            if name in seen:
+                bad[i] = f"id {name!r} is that of {source.at(seen[name])} too"
+            seen.setdefault(name, i)
+    return bad
+
+
+def report(source: Rows, bad: dict[int, str], options: Options):
+    """Raises an error with the first bad row; or lists them, to be left out."""
+    if not bad:
+        return
+    lines = [f"{source.at(i)}: {bad[i]}" for i in sorted(bad)]
+    if not options.skip_bad:
+        more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
+        raise UserError(f"{lines[0]}{more} (--skip-bad leaves them out and lists them)")
+    for line in lines[:SHOWN]:
+        log.warning("left out: %s", line)
+    if len(lines) > SHOWN:
+        log.warning("left out: %d more", len(lines) - SHOWN)
+
+
+def check_splits(source: Rows, kept: list[int], splits: list[str], labels: list[str]):
+    """Every split has samples, every class is trained."""
+    for name in SHARES:
+        if not any(splits[i] == name for i in kept):
+            raise UserError(f"{source.source}: no sample is left for {name}")
+    trained = {labels[i] for i in kept if splits[i] == "train"}
+    for i in kept:
+        if labels[i] not in trained:
+            raise UserError(f"{source.at(i)}: label {labels[i]!r} is in {splits[i]}, but no training sample has it")
+
+
+def warn_of_shared(source: Rows, kept: list[int], splits: list[str], columns: dict):
+    """The same file in training and elsewhere: what is measured there is memory."""
+    for m, (kind, keys, _) in columns.items():
+        if isinstance(kind, kinds.Numbers):
+            continue
+        trained = {key for key, i in zip(keys, kept, strict=True) if splits[i] == "train" and key != kinds.MISSING}
+        shared = [i for key, i in zip(keys, kept, strict=True) if splits[i] != "train" and key in trained]
+        if shared:
+            log.warning(
+                "%s: %s is the same as that of a training sample (%d such)", source.at(shared[0]), m, len(shared)
+            )
+
+
+# --- splits ---
+
+
+def find_splits(source: Rows, options: Options) -> list[str]:
+    """As the table has them; what it does not name is drawn from the training samples, stratified, by group."""
+    rows = source.rows
+    given = [SPLITS.get(row.get("split", "").lower(), "train") for row in rows]
+    groups = [row.get("group") or f"\0{i}" for i, row in enumerate(rows)]
+    absent = [name for name in ("val", "test") if name not in given]
+    if absent:
+        shares = {"train": SHARES["train"]} | {name: SHARES[name] for name in absent}
+        inside = [i for i, name in enumerate(given) if name == "train" and rows[i]["label"]]
+        drawn = draw([rows[i]["label"] for i in inside], [groups[i] for i in inside], shares)
+        for i, name in zip(inside, drawn, strict=True):
+            given[i] = name
+        if "split" in rows[0]:
+            log.info("%s has no split %s: drawn from its training samples", source.source, " and ".join(absent))
+    homes = defaultdict(dict)
+    for i, (group, name) in enumerate(zip(groups, given, strict=True)):
+        homes[group].setdefault(name, i)
+        if len(homes[group]) > 1 and rows[i]["label"]:
+            other = next(iter(homes[group].values()))
+            raise UserError(f"{source.at(i)}: group {group!r} is in {name}, and in {given[other]} ({source.at(other)})")
+    return given
+
+
+def draw(labels: list[str], groups: list[str], shares: dict[str, float], seed: int = 0) -> list[str]:
+    """A split for each sample: labels in the same proportions in all, no group in two.
+
+    Groups are dealt out in random order, the largest first, each to the split that lacks its labels most.
+    """
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    order = list(members)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda group: -len(members[group]))
+    if len(order) < len(shares):
+        raise UserError(f"{len(order)} groups cannot be shared out to {', '.join(shares)}: none may be in two of them")
+    total, counts = sum(shares.values()), Counter(labels)
+    room = {name: {label: share / total * n for label, n in counts.items()} for name, share in shares.items()}
+    given = {}
+    for left, group in zip(range(len(order), 0, -1), order, strict=True):
+        own = Counter(labels[i] for i in members[group])
+        empty = [name for name in shares if name not in given.values()] if left <= len(shares) else []
+        # By how much of what a split may still have of these labels the group would fill.
+        lack = {
+            name: sum(n * room[name][x] / counts[x] / shares[name] for x, n in own.items()) for name in empty or shares
+        }
+        best = max(lack, key=lack.get)
+        given[group] = best
+        for label, n in own.items():
+            room[best][label] -= n
+    return [given[group] for group in groups]

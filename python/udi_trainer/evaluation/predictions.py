@@ -1,0 +1,47 @@
+"""What the test samples were taken for: predictions.csv, and the figures that need more than accuracies."""
+
+import csv
+import io
+
+import torch
+
+from ..data.dataset import Dataset
+from .scores import average_precision, confusion
+
+
+def details(probabilities: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Of fused predictions (N, C): mAP, the accuracy of each class, and the confusion matrix (labels x predictions).
+
+    A class that no sample has counts in neither mean, and its accuracy is None.
+    """
+    precision = average_precision(probabilities, labels)
+    table = confusion(probabilities, labels)
+    totals = table.sum(1)
+    return {
+        "test_map": precision.nanmean().item(),
+        "test_acc_by_class": [
+            hits / n if n else None for hits, n in zip(table.diagonal().tolist(), totals.tolist(), strict=True)
+        ],
+        "test_confusion": table.tolist(),
+    }
+
+
+def predictions_csv(data: Dataset, logits: dict[str, torch.Tensor], fused: torch.Tensor) -> bytes:
+    """The content of predictions.csv, a row a test sample.
+
+    Its id and label, the fused prediction and its probability, each modality's prediction, and what it lacks.
+    """
+    names = data.class_names or [str(c) for c in range(data.classes)]
+    ids = data.test.ids or [str(i) for i in range(len(data.test))]
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["id", "label", "fused", "probability", *logits, "missing"])
+    best, taken = fused.max(-1)
+    each = {m: z.nan_to_num(0).argmax(-1).tolist() for m, z in logits.items()}
+    absent = {m: z.isnan().any(-1).tolist() for m, z in logits.items()}
+    labels = data.test.labels.tolist()
+    for i, (name, label, c, p) in enumerate(zip(ids, labels, taken.tolist(), best.tolist(), strict=True)):
+        own = ["" if absent[m][i] else names[each[m][i]] for m in logits]
+        lacking = ";".join(m for m in logits if absent[m][i])
+        rows.writerow([name, names[label], names[c], f"{p:.4f}", *own, lacking])
+    return text.getvalue().encode()

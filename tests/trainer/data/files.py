@@ -1,0 +1,73 @@
+"""Small data of every kind, written to a folder of the test."""
+
+import csv
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+RATE = 4000
+
+
+class Folder:
+    """Files whose content tells the label, more or less, and a manifest of them."""
+
+    def __init__(self, path):
+        self.path, self.random = path, np.random.default_rng(0)
+
+    def image(self, name, level, size=(12, 12), noise=20.0):
+        pixels = 40 + 50 * level + self.random.normal(0, noise, (*size[::-1], 3))
+        return self._picture(name, pixels)
+
+    def gray(self, name, level, size=(12, 12)):
+        return self._picture(name, np.full(size[::-1], level))
+
+    def _picture(self, name, pixels):
+        path = self._path(name)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+        return name
+
+    def sound(self, name, level, seconds=0.2, rate=RATE, noise=0.05):
+        t = np.arange(int(seconds * rate)) / rate
+        x = 0.4 * np.sin(2 * np.pi * (300 + 400 * level) * t) + noise * self.random.normal(size=t.shape)
+        soundfile.write(self._path(name), x, rate)
+        return name
+
+    def array(self, name, values):
+        np.save(self._path(name), values)
+        return name
+
+    def clip(self, name, level, frames=4):
+        for i in range(frames):
+            self.image(f"{name}/frame{i + 1}.jpg", level)
+        return name
+
+    def flow(self, name, level, frames=4):
+        for i in range(frames):
+            self.gray(f"{name}/u/f{i + 1}.jpg", 100 + 20 * level)
+            self.gray(f"{name}/v/f{i + 1}.jpg", 128)
+        return name
+
+    def _path(self, name):
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def manifest(self, rows, name="data.csv"):
+        path = self.path / name
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+
+    def pairs(self, count=48, classes=4):
+        """Rows of image and sound; the image tells half of the label, the sound the other half."""
+        return [
+            {
+                "image": self.image(f"images/{i}.png", i % classes // 2),
+                "sound": self.sound(f"sounds/{i}.wav", i % 2, 0.1 + 0.02 * (i % 7)),
+                "label": "abcd"[i % classes],
+            }
+            for i in range(count)
+        ]

@@ -1,0 +1,286 @@
+"""Manifests: every kind of file trains, splits keep their rules, and what is damaged is named before training."""
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[data]"')
+pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
+
+from udi_trainer import UserError, load, train  # noqa: E402
+from udi_trainer.data.manifest import build, draw, read  # noqa: E402
+from udi_trainer.options import Options  # noqa: E402
+
+
+def dataset(path, options, **more):
+    given = {name: value for name, value in options.items() if name != "progress"} | more
+    return build(read(path), Options(**given))
+
+
+def test_pairs_of_images_and_sounds_out_of_the_box(folder, options, tmp_path):
+    """Recordings of different lengths, no option but the manifest; together they tell what neither does alone."""
+    path = folder.manifest(folder.pairs(120))
+    result = train("manifest", "ensemble", manifest=path, epochs=12, batch_size=16, out=tmp_path / "run", **options)
+    alone = [figures["test_acc"] for figures in result.metrics["unimodal"].values()]
+    assert result.metrics["fused"]["test_acc"] > max(alone) + 0.2
+    data = dataset(path, options)
+    assert torch.equal(load(tmp_path / "run", device="cpu").predict(data.test), result.predict(data.test))
+
+
+def test_all_kinds_in_one_manifest(folder, options):
+    rows = []
+    for i in range(30):
+        c = i % 3
+        rows.append({
+            "photo": folder.image(f"p/{i}.jpg", c, size=(14 + i % 3, 11)),
+            "scan": folder.gray(f"s/{i}.png", 60 * c),
+            "clip": folder.clip(f"c/{i}", c, 3 + i % 3),
+            "list": ";".join(folder.image(f"l/{i}-{k}.png", c) for k in range(2)),
+            "motion": folder.flow(f"m/{i}", c),
+            "sound": folder.sound(f"a/{i}.flac", c, 0.1 + 0.01 * i, rate=(4000, 8000)[i % 2]),
+            "vector": folder.array(f"v/{i}.npy", np.full(5, c) + folder.random.normal(size=5)),
+            "sequence": folder.array(f"q/{i}.npy", c + folder.random.normal(size=(8 + i % 4, 3))),
+            "title": ["red fish soup", "green leaf salad", "Brown bread, baked"][c],
+            "pulse": 60 + c, "age": 30 + i, "label": c,
+        })  # fmt: skip
+    path = folder.manifest(rows)
+    data = dataset(path, options, frames=2, tables={"vitals": "pulse"})
+    shapes = {m: tuple(view.sample(data.train).shape[1:]) for m, view in data.modalities.items()}
+    assert shapes == {
+        "photo": (3, 16, 16), "scan": (1, 12, 12), "clip": (2, 3, 12, 12), "list": (2, 3, 12, 12),
+        "motion": (2, 2, 12, 12), "sound": (1, 47, 25), "vector": (5,), "sequence": (11, 3), "title": (3,),
+        "vitals": (1,), "table": (1,),
+    }  # fmt: skip
+    result = train(
+        "manifest", manifest=path, frames=2, tables={"vitals": "pulse"}, epochs=2, batch_size=8, baselines=["joint"],
+        anchor="title", augment=["crop", "flip", "spec"], encoder={"photo": "resnet18"}, features=32, **options,
+    )  # fmt: skip
+    assert result.metrics["modalities"].keys() == shapes.keys()
+    assert result.models["photo"].head.in_features == 32
+
+
+def test_class_names_and_ids(folder, options):
+    rows = [row | {"id": f"take {i}"} for i, row in enumerate(folder.pairs(24))]
+    data = dataset(folder.manifest(rows), options)
+    assert data.class_names == ["a", "b", "c", "d"]
+    for split in data.splits().values():
+        for name, label in zip(split.ids, split.labels.tolist(), strict=True):
+            assert int(name.split()[1]) % 4 == label
+
+
+def test_labels_of_numbers_in_their_order(folder, options):
+    rows = [row | {"label": 5 + i % 8} for i, row in enumerate(folder.pairs(40))]
+    assert dataset(folder.manifest(rows), options).class_names == ["5", "6", "7", "8", "9", "10", "11", "12"]
+
+
+# --- splits ---
+
+
+def test_drawn_splits_are_stratified_and_the_same_again():
+    labels = ["x"] * 700 + ["y"] * 200 + ["z"] * 100
+    names = draw(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
+    assert names == draw(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
+    for label, count in Counter(labels).items():
+        got = Counter(name for name, x in zip(names, labels, strict=True) if x == label)
+        assert abs(got["train"] - 0.7 * count) <= 2 and abs(got["val"] - got["test"]) <= 2
+
+
+def test_groups_stay_together():
+    pick = random.Random(0)
+    groups = [f"g{pick.randrange(40)}" for _ in range(1000)]
+    labels = [str(pick.randrange(5)) for _ in groups]
+    names = draw(labels, groups, {"train": 0.7, "val": 0.15, "test": 0.15})
+    homes = {}
+    for group, name in zip(groups, names, strict=True):
+        assert homes.setdefault(group, name) == name
+    counts = Counter(names)
+    assert 600 < counts["train"] < 800 and counts["val"] > 100 and counts["test"] > 100
+
+
+def test_three_groups_are_enough_and_two_are_not():
+    shares = {"train": 0.7, "val": 0.15, "test": 0.15}
+    assert sorted(set(draw(["a", "b"] * 9, list("xxyyzz") * 3, shares))) == ["test", "train", "val"]
+    with pytest.raises(UserError, match="2 groups"):
+        draw(["a", "b"] * 4, list("xxyy") * 2, shares)
+
+
+def test_given_splits_are_kept_and_an_absent_one_drawn(folder, options):
+    rows = [row | {"split": "test" if i < 12 else "train"} for i, row in enumerate(folder.pairs(48))]
+    data = dataset(folder.manifest(rows), options)
+    assert len(data.test) == 12 and len(data.val) in (6, 7, 8) and len(data.train) + len(data.val) == 36
+    assert data.test.ids == [str(line) for line in range(2, 14)]
+
+
+def test_a_group_in_two_splits_is_refused(folder, options):
+    rows = [
+        row | {"split": ("train", "val", "test")[i // 4 % 3], "group": "anna" if i in (0, 5) else f"g{i}"}
+        for i, row in enumerate(folder.pairs(24))
+    ]
+    with pytest.raises(UserError, match=r"line 7: group 'anna' is in val, and in train \(.*line 2\)"):
+        dataset(folder.manifest(rows), options)
+
+
+# --- damage ---
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_one_line_that_names_row_and_file(folder, options):
+    """Each kind of damage, one at a time; --skip-bad leaves exactly that sample out."""
+    rows = folder.pairs(48)
+    images, sounds = folder.path / "images", folder.path / "sounds"
+    damages = {
+        "no image": (lambda: cut(images / "5.png", 100), "line 7: column image: .*5.png: a damaged image"),
+        "not an image": (lambda: (images / "5.png").write_text("hello"), "line 7: column image: .*5.png: no image"),
+        "missing": (lambda: (images / "5.png").unlink(), "line 7: column image: .*5.png: No such file"),
+        "truncated": (lambda: cut(sounds / "5.wav", 300), "line 7: column sound: .*5.wav: truncated, 300 bytes of"),
+        "empty": (lambda: cut(sounds / "5.wav", 0), "line 7: column sound: .*5.wav: no sound"),
+        "folder": (lambda: ((images / "5.png").unlink(), (images / "5.png").mkdir()), "line 7: column image: .*5.png"),
+    }
+    for damage, wanted in damages.values():
+        for name, level in (("image", 5 % 4 // 2), ("sound", 1)):
+            path = folder.path / rows[5][name]
+            if path.is_dir():
+                path.rmdir()
+            getattr(folder, name)(rows[5][name], level)
+        path = folder.manifest(rows)
+        damage()
+        with pytest.raises(UserError, match=wanted) as caught:
+            dataset(path, options)
+        assert "\n" not in str(caught.value) and "--skip-bad" in str(caught.value)
+        data = dataset(path, options, skip_bad=True)
+        assert sum(map(len, data.splits().values())) == 47
+        assert "7" not in [name for split in data.splits().values() for name in split.ids]
+
+
+@pytest.mark.parametrize("change, wanted", [
+    ({"label": "", "split": "val"}, "line 7: no label"),
+    ({"split": "tset"}, "line 7: split 'tset' is none of"),
+    ({"sound": "", "split": "train"}, "line 7: column sound is empty .--allow-missing"),
+    ({"sound": "", "image": "", "number": ""}, "line 7: no modality at all"),
+    ({"id": "3"}, r"line 7: id '3' is that of .*line 5 too"),
+    ({"number": "nan"}, "line 7: table: a number is missing, or not finite"),
+    ({"number": ""}, "line 7: column table is empty"),
+])  # fmt: skip
+def test_damaged_rows(folder, options, change, wanted):
+    rows = [
+        row | {"split": ("train", "train", "val", "test")[i // 4 % 4], "id": i, "number": i}
+        for i, row in enumerate(folder.pairs(48))
+    ]
+    rows[5] |= change
+    path = folder.manifest(rows)
+    with pytest.raises(UserError, match=wanted):
+        dataset(path, options)
+    assert sum(map(len, dataset(path, options, skip_bad=True).splits().values())) == 47
+
+
+def test_nan_feature_and_wrong_shape(folder, options):
+    rows = [row | {"f": folder.array(f"f/{i}.npy", np.ones(4) * i)} for i, row in enumerate(folder.pairs(24))]
+    path = folder.manifest(rows)
+    folder.array("f/3.npy", np.array([1, np.nan, 0, 0]))
+    with pytest.raises(UserError, match="line 5: column f: .*3.npy: NaN or inf"):
+        dataset(path, options)
+    folder.array("f/3.npy", np.ones(5))
+    with pytest.raises(UserError, match=r"line 5: column f: .*3.npy: of shape \(5,\), others are \(4,\)"):
+        dataset(path, options)
+
+
+def test_empty_frame_folder_and_uneven_flow(folder, options):
+    rows = [row | {"clip": folder.clip(f"c/{i}", 1, 2), "flow": folder.flow(f"w/{i}", 1, 2)}
+            for i, row in enumerate(folder.pairs(24))]  # fmt: skip
+    path = folder.manifest(rows)
+    (folder.path / "w/2/v/f2.jpg").unlink()
+    for frame in (folder.path / "c/4").iterdir():
+        frame.unlink()
+    with pytest.raises(UserError, match="line 4: column flow: .*2 frames of u, 1 of v; and 1 more"):
+        dataset(path, options)
+    folder.flow("w/2", 1, 2)
+    with pytest.raises(UserError, match="line 6: column clip: .*c/4: a folder without images"):
+        dataset(path, options)
+
+
+def test_class_absent_from_training(folder, options):
+    rows = [row | {"split": ("train", "val", "test")[i // 4 % 3]} for i, row in enumerate(folder.pairs(24))]
+    rows[9]["label"] = "new"
+    with pytest.raises(UserError, match="line 11: label 'new' is in test, but no training sample has it"):
+        dataset(folder.manifest(rows), options)
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("", "needs a header"),
+    ("image,sound\na.png,b.wav\n", "needs a header with a column label"),
+    ("image,label,label\na.png,1,1\n", "columns of the same name"),
+    ("image,label\na.png,1,2\n", "line 2 has 3 cells, the header 2"),
+    ("image,label\n,1\n", "column image is empty"),
+    ("film,label\na.mp4,1\n", "column film holds 'a.mp4', and there is no such file: --kinds"),
+    ('image,label\n"a.png,1\n', "no CSV in UTF-8"),
+])  # fmt: skip
+def test_manifest_that_is_none(tmp_path, options, text, wanted):
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=wanted):
+        dataset(path, options)
+
+
+def test_the_same_file_in_training_and_test_is_told(folder, options, caplog):
+    rows = [row | {"split": ("train", "val", "test")[i // 4 % 3]} for i, row in enumerate(folder.pairs(24))]
+    rows[8]["sound"] = rows[0]["sound"]
+    with caplog.at_level("WARNING", logger="udi_trainer"):
+        dataset(folder.manifest(rows), options)
+    assert "line 10: sound is the same as that of a training sample" in caplog.text
+
+
+# --- where files lie ---
+
+
+def test_odd_paths(folder, options, tmp_path, monkeypatch):
+    """Spaces, semicolons, names beyond ASCII, links, a relative manifest, a folder nobody may write to."""
+    rows = folder.pairs(24)
+    for i, name in enumerate(("bild mit platz.png", "ä;ö.png", "图像.png")):
+        os.rename(folder.path / rows[i]["image"], folder.path / "images" / name)
+        rows[i]["image"] = f"images/{name}"
+    (folder.path / "linked.wav").symlink_to(folder.path / rows[3]["sound"])
+    rows[3]["sound"] = "linked.wav"
+    rows[4]["sound"] = str(folder.path / rows[4]["sound"])
+    path = folder.manifest(rows, "mein manifest.csv")
+    for place in (folder.path, folder.path / "images"):
+        place.chmod(0o555)
+    monkeypatch.chdir(tmp_path)
+    try:
+        data = dataset(Path("files") / path.name, options)
+    finally:
+        for place in (folder.path, folder.path / "images"):
+            place.chmod(0o755)
+    assert sum(map(len, data.splits().values())) == 24
+
+
+# --- missing senses ---
+
+
+def test_missing_modalities(folder, options, tmp_path):
+    rows = [row | {"split": ("train", "train", "val", "test")[i // 4 % 4]} for i, row in enumerate(folder.pairs(96))]
+    for i in (0, 4, 16, 18, 33):
+        rows[i]["sound"] = ""
+    rows[21]["image"] = ""
+    for i in (12, 13, 30):
+        rows[i]["sound"] = ""  # of test
+    rows[14]["image"] = ""
+    path = folder.manifest(rows)
+    given = {"manifest": path, "epochs": 6, "batch_size": 8, "baselines": ["joint"], **options}
+    with pytest.raises(UserError, match="line 2: column sound is empty"):
+        train("manifest", **given)
+    for anchor in ("image", "sound"):
+        result = train("manifest", allow_missing=True, anchor=anchor, out=tmp_path / anchor, **given)
+        assert result.metrics["fused"]["without"].keys() == {"image", "sound"}
+        data = dataset(path, options, allow_missing=True)
+        fused = result.predict(data.test)
+        assert fused.isfinite().all()
+        lines = (tmp_path / anchor / "predictions.csv").read_text().splitlines()
+        assert len(lines) == 25 and lines[0].startswith("id,label,")

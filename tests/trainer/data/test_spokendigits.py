@@ -1,0 +1,60 @@
+"""Spoken beside written digits, in small: speakers stay apart, pairs agree, and are the same again."""
+
+import pytest
+import torch
+
+pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
+
+from udi_trainer import Options, UserError, train  # noqa: E402
+from udi_trainer.registry import datasets, offered  # noqa: E402
+
+SPEAKERS = ("anna", "bert", "carl", "dora", "emil", "fred")
+
+
+@pytest.fixture
+def spoken(folder, little_mnist):
+    for digit in range(10):
+        for s, speaker in enumerate(SPEAKERS):
+            for take in range(2):
+                folder.sound(f"recordings/{digit}_{speaker}_{take}.wav", digit / 4, 0.1 + 0.02 * s, rate=8000)
+    little_mnist.rename(folder.path / "mnist")
+    return folder.path
+
+
+def dataset(root, options, **more):
+    chosen = Options(dataset="spokendigits", data_root=root, cache_dir=options["cache_dir"], **more)
+    return offered(datasets.find("spokendigits"), chosen.data_root, chosen)
+
+
+def test_unseen_speakers(spoken, options):
+    tested = set()
+    for fold in range(6):
+        data = dataset(spoken, options, fold=fold)
+        heard = {name: {i.split("_")[1] for i in split.ids} for name, split in data.splits().items()}
+        assert [len(heard[name]) for name in ("train", "val", "test")] == [3, 1, 2]
+        assert not heard["train"] & heard["val"] and not heard["train"] & heard["test"]
+        assert not heard["val"] & heard["test"]
+        tested |= heard["test"]
+        for split in data.splits().values():
+            assert [int(i[0]) for i in split.ids] == split.labels.tolist()
+    assert tested == set(SPEAKERS)
+
+
+def test_pairs_are_the_same_again_and_noise_is_an_option(spoken, options):
+    a, b, clean = dataset(spoken, options), dataset(spoken, options), dataset(spoken, options, image_noise=0)
+    assert torch.equal(a.train.stored["image"], b.train.stored["image"])
+    assert not torch.equal(a.train.stored["image"], clean.train.stored["image"])
+    assert a.modalities["speech"].sample(a.train).shape[1] == 1
+
+
+def test_it_trains(spoken, options, tmp_path):
+    result = train("spokendigits", data_root=spoken, epochs=1, batch_size=20, out=tmp_path / "run", **options)
+    assert result.metrics["modalities"].keys() == {"image", "speech"}
+    assert (tmp_path / "run" / "predictions.csv").read_text().count("\n") == 41
+
+
+def test_what_is_missing(tmp_path, little_mnist, options):
+    with pytest.raises(UserError, match="holds no recordings such as 7_jackson_32.wav"):
+        dataset(little_mnist, options)
+    with pytest.raises(UserError, match="needs --data-root"):
+        dataset(None, options)
