@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, layer_norm
 
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
+from .. import distributed
 from ..console import log
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
@@ -22,7 +23,7 @@ from ..registry import methods
 from ..run import Run
 from ..training.feed import Feed
 from ..training.loop import best_epoch, fit, outputs
-from ..training.task import update
+from ..training.task import apply, update
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
 
@@ -51,9 +52,9 @@ class Anchor:
 
     def compute_all(self):
         train = self.run.data.train
-        feed = Feed(self.run, train, self.reads)
-        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
-        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        feed, count = Feed(self.run, train, self.reads), len(train)
+        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(distributed.part(count), 1000)]
+        cache = [distributed.gather(torch.cat(tensors), count) for tensors in zip(*parts, strict=True)]
         return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
 
 
@@ -96,22 +97,23 @@ class Follower(Unimodal):
             x, y = self.normalise(anchor_features), self.normalise(features)
             mu, logvar = self.q(x)
             q_nll = club_nll(mu, logvar, y.detach())
-            bound = club_mi(mu.detach(), logvar.detach(), y) / self.width
+            bound = club_mi(mu.detach(), logvar.detach(), y, process_group=distributed.group()) / self.width
             com = bound.relu() if fitted else 0 * bound
 
         if align:
             # The gradients that set the weights make this step's update too.
             grads = [
-                torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+                distributed.average(torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True))
                 for loss in (cls, con, com)
             ]
             alpha.copy_(alignment_weights(gramian(grads)))
-            grad = [*weighted_sum(grads, alpha), *torch.autograd.grad(q_nll, self.q_parameters)]
+            q_grad = distributed.average(torch.autograd.grad(q_nll, self.q_parameters))
+            apply(self.optimizer, self.parameters + self.q_parameters, [*weighted_sum(grads, alpha), *q_grad])
         else:
             one = alpha[0]
             parameters = self.parameters + self.q_parameters
-            grad = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
-        update(self.optimizer, self.parameters + self.q_parameters, grad)
+            grads = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
+            update(self.optimizer, parameters, grads)
         for _ in range(self.run.options.q_steps - 1):
             self.fit_q(x, y.detach())
         loss = torch.stack((cls, con, com)).detach() @ alpha

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .. import distributed
 from ..run import Run
 
 
@@ -58,6 +59,12 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def update(optimizer: torch.optim.Optimizer, parameters, grads):
+    """A step with these gradients, averaged over the processes that train together."""
+    apply(optimizer, parameters, distributed.average(grads))
+
+
+def apply(optimizer: torch.optim.Optimizer, parameters, grads):
+    """A step with these gradients as they are."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
