@@ -46,7 +46,7 @@ def main(dtype, method, steps, file):
         epochs=int(steps) // 4, batch_size=32, lr=1e-3, progress=False, **options,
     )  # fmt: skip
     for row in measured:  # the mean over the processes, of what each measured on its part
-        for name, x in row.items():
+        for x in row.values():
             if torch.distributed.is_initialized() and isinstance(x, torch.Tensor):
                 torch.distributed.all_reduce(x)
                 x /= torch.distributed.get_world_size()

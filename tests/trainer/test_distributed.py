@@ -68,7 +68,7 @@ def test_same_as_one_process(dtype, tolerance, counts, method):
 
 
 def test_command_and_another_number_of_processes():
-    """One writes and tells; stopped by SIGTERM, the run goes on in one process, and ends as one that was not stopped."""
+    """One writes and tells; stopped by SIGTERM, the run goes on in one process, to the same end."""
     assert main([*UDI, "--out", "whole"]) == 0
     process = torchrun(2, TRAIN, *UDI, "--out", "cut")
     log = Path("cut") / "metrics.jsonl"
