@@ -91,6 +91,19 @@ def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(parts)[:count]
 
 
+def whole(rows: torch.Tensor) -> torch.Tensor:
+    """All processes' rows of a batch. The gradient reaches those of this one, times the number of processes: of a loss
+    that is the same in all of them the averaged gradients are then those of one process.
+    """
+    if world() == 1:
+        return rows
+    fixed = rows.detach().contiguous()
+    parts = [torch.empty_like(fixed) for _ in range(world())]
+    dist.all_gather(parts, fixed)
+    parts[rank()] = fixed + world() * (rows - fixed)
+    return torch.cat(parts)
+
+
 def average(tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
     """Each tensor's mean over the processes, in few messages. What is None is None in all."""
     if world() == 1:
@@ -124,14 +137,14 @@ def buckets(tensors: Sequence[torch.Tensor | None]) -> Iterator[list[int]]:
             yield bucket
 
 
-def average_(tensors: Sequence[torch.Tensor]):
+def average_(tensors: Sequence[torch.Tensor]) -> None:
     """The same in place: buffers that a process keeps of its own share, such as BatchNorm's."""
     if world() > 1:
         for t, mean in zip(tensors, average(tensors), strict=True):
             t.copy_(mean)  # type: ignore[arg-type]
 
 
-def minimum_(t: torch.Tensor):
+def minimum_(t: torch.Tensor) -> None:
     if world() > 1:
         dist.all_reduce(t, dist.ReduceOp.MIN)
 

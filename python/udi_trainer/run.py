@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ class Run:
 
     def __init__(
         self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
-    ):
+    ) -> None:
         self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
@@ -36,25 +38,24 @@ class Run:
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
 
-    def seed(self, *key) -> int:
+    def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
 
-    def make(self, task, *args, **named):
+    def make(self, task: Any, *args: Any, **named: Any) -> Any:
         """A task of this class, its initial weights drawn from the seed of its name."""
         modality = args[0] if args else None
         with seeded(self.seed(task.name_of(modality))):
             return task(self, *args, **named)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
 
-    def optimizer(self, parameters) -> torch.optim.Optimizer:
-        options, on_gpu = self.options, self.device.type == "cuda"
+    def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
+        options, decay = self.options, self.options.weight_decay or 0.0
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, weight_decay=options.weight_decay, fused=True, capturable=on_gpu)
-        return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
-        )
+            on_gpu = self.device.type == "cuda"
+            return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=True)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -84,7 +85,7 @@ class Run:
                 raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
         return saved
 
-    def save(self, stage: str, **state):
+    def save(self, stage: str, **state: Any) -> None:
         """Checkpoints the stage."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
         if distributed.first():

@@ -152,6 +152,5 @@ def test_patience_ends_a_stage_and_resumes(three_views):
 
 def test_best_epoch():
     """Of the highest accuracy, then of the lowest loss, then the first."""
-    figures = [(0.5, 0.1), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8)]
-    rows = [dict(zip(("val_acc", "val_loss"), row, strict=True)) for row in figures]
+    rows = [{"val_acc": acc, "val_loss": loss} for acc, loss in ((0.5, 0.1), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8))]
     assert best_epoch(rows) is rows[2]
