@@ -20,8 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure
 import sklearn.datasets
 import sklearn.model_selection  # noqa: F401  here, and not in every forked process
 
