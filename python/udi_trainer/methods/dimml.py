@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from udi_kernels import duc_loss, effective_dims
 
+from .. import distributed
 from ..console import log
 from ..data.dataset import Batch
 from ..errors import UserError
@@ -88,11 +89,11 @@ class Detached(Task):
         train = self.run.data.train
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(torch.arange(len(train)), 1000):
+        for batch in feed.batches(distributed.part(len(train)), 1000):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
         labels = train.labels.to(self.run.device)
-        columns = (torch.cat(parts) for parts in zip(*features, strict=True))
+        columns = (distributed.gather(torch.cat(parts), len(train)) for parts in zip(*features, strict=True))
         return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
 
     def flags(self, number: int) -> dict:
@@ -112,7 +113,8 @@ class Detached(Task):
         return scalars | {f"shared_{m}": x for m, x in zip(self.views, shared, strict=True)}
 
     def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The loss by which modalities learn from each other, over all ordered pairs."""
+        """The loss by which modalities learn from each other, over all ordered pairs; the whole batch's rows."""
+        features = [distributed.whole(x) for x in features]
         temperature, full = self.run.options.contrast_temperature, self.run.options.contrast == "full"
         total = torch.zeros((), device=features[0].device)
         for a, b in itertools.permutations(range(len(features)), 2):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .. import distributed
 from ..data.dataset import Batch
 from ..run import Run
 from ..training.feed import Feed
@@ -34,7 +35,7 @@ class Frozen:
 
     def compute_all(self) -> list[torch.Tensor]:
         train = self.run.data.train
-        feed = Feed(self.run, train, self.reads)
-        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
-        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        feed, count = Feed(self.run, train, self.reads), len(train)
+        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(distributed.part(count), 1000)]
+        cache = [distributed.gather(torch.cat(tensors), count) for tensors in zip(*parts, strict=True)]
         return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
