@@ -166,18 +166,17 @@ def natural(path: Path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def pictures_in(folder: Path) -> tuple[Path, ...]:
-    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=natural)
-    if not found:
-        raise Unreadable(f"{folder}: a folder without images")
-    return tuple(found)
-
-
 def frames_of(paths: list[Path]) -> list[Path]:
     """Those of a folder in the order of their numbers, or those that are listed."""
-    if len(paths) == 1 and paths[0].is_dir():
-        return list(pictures_in(paths[0]))
-    return paths
+    if len(paths) > 1 or not paths[0].is_dir():
+        return paths
+    try:
+        found = sorted((p for p in paths[0].iterdir() if p.suffix.lower() in IMAGES), key=natural)
+    except OSError as error:
+        raise Unreadable(f"{paths[0]}: {error.strerror}") from None
+    if not found:
+        raise Unreadable(f"{paths[0]}: a folder without images")
+    return found
 
 
 @kinds.register("image", needs=("PIL",), extra="data")
@@ -215,7 +214,7 @@ class Image(Kind):
         picture, square = opened(path), self.shape[-2:]
         try:
             picture = pillow().ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):
+            if picture.mode.startswith("I"):  # 16 bits, the lower of which a conversion would keep
                 picture = pillow().Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             picture = picture.convert(self.mode)
             if picture.size != square:

@@ -28,7 +28,6 @@ RESERVED = ("label", "split", "group", "id")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test"}
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # where a manifest does not say
-SHOWN = 20  # samples that are listed one by one
 
 
 @dataclass
@@ -92,13 +91,10 @@ def build(source: Rows, options: Options) -> Dataset:
     names = [name for name in source.rows[0] if name not in RESERVED]
     kind_of = find_kinds(source, names, options)
     cells = gather(source, kind_of, options)
-    missing = [m for m, column in cells.items() if not any(cell is not None for cell in column)]
-    if missing:
-        raise UserError(f"{source.source}: column {missing[0]} is empty")
     bad = check_rows(source, cells, options)
     splits = find_splits(source, options)
     labels = [row["label"] for row in source.rows]
-    kept = [i for i in range(len(labels))]
+    kept = list(range(len(labels)))
     cache = Cache(options.cache_dir)
     while True:
         report(source, {i: bad[i] for i in kept if i in bad}, options)
@@ -120,7 +116,7 @@ def build(source: Rows, options: Options) -> Dataset:
     check_splits(source, kept, splits, labels)
     warn_of_shared(source, kept, splits, columns)
     ids = [source.rows[i].get("id") or str(source.lines[i] if source.lines else i) for i in kept]
-    made, modalities, checked = {}, {}, set()
+    made, modalities = {}, {}
     trained = [row for row in split_of["train"] if number[labels[kept[row]]] >= 0]
     for m, (kind, keys, stored) in columns.items():
         rows = [row for row in trained if cells[m][kept[row]] is not None]
@@ -128,7 +124,6 @@ def build(source: Rows, options: Options) -> Dataset:
             raise UserError(f"{source.source}: no training sample has {m}")
         rows = rows[:: math.ceil(len(rows) / SAMPLES)]
         modalities[m] = kind.modality(m, stored[rows], [keys[row] for row in rows])
-        checked.add(m)
     for name, rows in split_of.items():
         span = slice(rows[0], rows[-1] + 1)  # sorted by split: no tensor is copied
         tensors = {m: stored[span] for m, (_, _, stored) in columns.items()}
@@ -140,7 +135,7 @@ def build(source: Rows, options: Options) -> Dataset:
     shapes = ", ".join(f"{m} {'x'.join(map(str, modalities[m].sample(made['train']).shape[1:]))}" for m in modalities)
     counts = ", ".join(f"{len(split)} {name}" for name, split in made.items())
     log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
-    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=frozenset(checked))
+    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=frozenset(columns))
 
 
 def load(kind: Kind) -> tuple[Kind, list[bytes], torch.Tensor | None]:
@@ -164,6 +159,9 @@ def natural(label: str):
 def find_kinds(source: Rows, names: list[str], options: Options) -> dict[str, type[Kind]]:
     """The kind of each modality, by option or by its first cells; columns of numbers are taken together."""
     given = options.kinds or {}
+    for name in names:
+        if not any(row[name] for row in source.rows):
+            raise UserError(f"{source.source}: column {name} is empty")
     for name in given:
         choose("column", name, names)
     found = {name: kinds.kinds.find(given.get(name) or guess(source, name)) for name in names}
@@ -183,8 +181,6 @@ def find_kinds(source: Rows, names: list[str], options: Options) -> dict[str, ty
 
 def guess(source: Rows, name: str) -> str:
     values = [row[name] for row in source.rows if row[name]]
-    if not values:
-        raise UserError(f"{source.source}: column {name} is empty")
     if all(map(is_number, values)):
         return "number"
     there = (value for value in values[:100] if paths_of(value, source.folder)[0].exists())
@@ -245,14 +241,11 @@ def gather(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> di
 
 def check_rows(source: Rows, cells: dict[str, list], options: Options) -> dict[int, str]:
     """What is wrong with rows as the table has them, by number."""
+    tables = [m for m, column in cells.items() if any(cell and isinstance(cell[0], float) for cell in column)]
     bad, seen, splits = {}, {}, [row.get("split", "").lower() for row in source.rows]
     for i, row in enumerate(source.rows):
         lacking = [m for m, column in cells.items() if column[i] is None]
-        numbers = [
-            m
-            for m, column in cells.items()
-            if isinstance(column[i], list) and column[i][:1] and isinstance(column[i][0], float)
-        ]
+        wrong = [m for m in tables if cells[m][i] and not all(map(math.isfinite, cells[m][i]))]
         if "split" in row and splits[i] not in SPLITS:
             bad[i] = f"split {row['split']!r} is none of train, val and test"
         elif not row["label"] and SPLITS.get(splits[i]) != "train":
@@ -261,7 +254,7 @@ def check_rows(source: Rows, cells: dict[str, list], options: Options) -> dict[i
             bad[i] = "no modality at all"
         elif lacking and not options.allow_missing and SPLITS.get(splits[i], "train") == "train":
             bad[i] = f"column {lacking[0]} is empty (--allow-missing trains on what there is)"
-        elif wrong := [m for m in numbers if not all(map(math.isfinite, cells[m][i]))]:
+        elif wrong:
             bad[i] = f"{wrong[0]}: a number is missing, or not finite"
         elif name := row.get("id"):
             if name in seen:
@@ -278,10 +271,8 @@ def report(source: Rows, bad: dict[int, str], options: Options):
     if not options.skip_bad:
         more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more} (--skip-bad leaves them out and lists them)")
-    for line in lines[:SHOWN]:
+    for line in lines:
         log.warning("left out: %s", line)
-    if len(lines) > SHOWN:
-        log.warning("left out: %d more", len(lines) - SHOWN)
 
 
 def check_splits(source: Rows, kept: list[int], splits: list[str], labels: list[str]):
