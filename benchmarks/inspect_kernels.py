@@ -3,7 +3,8 @@
     python benchmarks/inspect_kernels.py [--arch sm_90 ...] [--write] [--predict]
 
 Triton: calls the launchers on tensors without memory, notes each kernel they would launch, and compiles it as the
-launch would, so what is inspected is what is shipped. CUDA: all kernels of csrc/cuda, by nvcc where it exists.
+launch would, so what is inspected is what is shipped. CUDA: all kernels of csrc/cuda, by
+NVRTC, with the short table.
 
 Columns: instructions an element of the input matrix (CUDA: an element loaded, in the kernel's busiest loop), and of
 them those of each pipe; registers of a thread; warps that a multiprocessor holds; KB of loads that these have in flight
@@ -20,11 +21,7 @@ import functools
 import math
 import multiprocessing
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -35,10 +32,7 @@ TABLE = ROOT / "benchmarks" / "results" / "kernels.csv"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 RISE = 1.05
 # Kernel name: the reason why it may spill or use local memory.
-ACCEPTED = {
-    f"udi::gramian_tiles<__nv_bfloat16, udi::Table<{size}> >": "on sm_100, 10 local loads beside 512 multiply-adds"
-    for size in (500, 4080)
-}
+ACCEPTED: dict[str, str] = {}
 COLUMNS = (
     "kernel", "configuration", "arch", "compiler", "instructions", "fma", "alu", "xu", "memory", "registers", "warps",
     "flight", "load", "store", "shared", "local", "spills", "bytes",
@@ -240,44 +234,19 @@ def table_row(name, label, arch, compiler, code, pipes, elements, **more):
 # --- CUDA C++ ---------------------------------------------------------------------------------------------------
 
 
-def inspect_cuda(source, arch):
-    """Rows of all kernels of a .cu file; theirs is the busiest loop's count, for an element that it loads."""
-    from udi_kernels import _build
+def inspect_cuda(kernel, arch):
+    """The row of a kernel: its busiest loop's count, for an element that it loads."""
+    from udi_kernels import _nvrtc
 
-    include = [f"-I{p}" for p in (_build._torch() / "include", _build.SOURCES)]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/{source.stem}.cubin"
-        command = [nvcc(), *_build.CUDA_FLAGS.split(), *include, f"-arch={arch}", "-cubin", str(source), "-o", cubin]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(f"{source} does not compile for {arch}:\n{run.stdout}{run.stderr}")
-        kernels = sass.read(Path(cubin).read_bytes())
-    version = re.search(r"release (\S+),", subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout)
-    return [cuda_row(demangled(name), source.name, arch, f"nvcc {version[1]}", code) for name, code in kernels.items()]
-
-
-def cuda_row(name, label, arch, compiler, code):
+    (code,) = sass.read(_nvrtc.image(kernel, arch)[0]).values()
     busiest = max(code.loops, key=lambda loop: loop.loaded, default=code.straight)
-    size = 2 if re.search(r"<(__nv_bfloat16|__half|\w*(bf|f)16)", name) else 8 if "<double" in name else 4
-    warps = 8  # every kernel's block has 256 threads
-    resident = code.resident(warps, arch, code.shared)
-    flight = round(busiest.loaded * 32 * resident / 1024)
-    elements = max(busiest.loaded / size, 1)
+    size = 8 if "double" in kernel else 4 if "float" in kernel else 2
+    resident = code.resident(8, arch, code.shared)  # every kernel's block has 256 threads
     return table_row(
-        name, label, arch, compiler, code, busiest.pipes, elements, warps=resident, flight=flight, shared=code.shared
-    )
-
-
-def nvcc():
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
-
-
-def demangled(name):
-    """Names and template arguments without the parameter list."""
-    filt = shutil.which("cu++filt") or shutil.which("c++filt")
-    if filt:
-        name = subprocess.run([filt, name], capture_output=True, text=True).stdout.strip()
-    return re.sub(r"\(anonymous namespace\)::|^void |\(.*\)$", "", name)
+        kernel.replace("udi::", ""), "CUDA", arch, f"NVRTC {_nvrtc.version()}", code, busiest.pipes,
+        max(busiest.loaded / size, 1), warps=resident, flight=round(busiest.loaded * 32 * resident / 1024),
+        shared=code.shared,
+    )  # fmt: skip
 
 
 # --- judgement --------------------------------------------------------------------------------------------------
@@ -337,11 +306,13 @@ def predictions(launched):
 
 def inspect(archs, jobs):
     """(rows of the table, launches on sm_90)"""
+    from udi_kernels._nvrtc import KERNELS, TABLE_WORDS
+
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         triton = [(arch, pool.submit(inspect_triton, i, arch)) for i in range(len(launches())) for arch in archs]
-        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc() else []
-        cuda = [pool.submit(inspect_cuda, source, arch) for source in sources for arch in archs]
-        rows = [future.result()[0] for _, future in triton] + [row for future in cuda for row in future.result()]
+        kernels = [kernel for kernel in KERNELS if kernel.endswith(f"{TABLE_WORDS[0]}>")]
+        cuda = [pool.submit(inspect_cuda, kernel, arch) for kernel in kernels for arch in archs]
+        rows = [future.result()[0] for _, future in triton] + [future.result() for future in cuda]
         launched = [future.result()[1] for arch, future in triton if arch == "sm_90"]
     return list({tuple(row[k] for k in KEY): row for row in rows}.values()), launched
 
@@ -359,8 +330,6 @@ def main():
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
     for line in table:
         print("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
-    if not nvcc():
-        print("\ncsrc/cuda is not inspected: there is no nvcc")
     if options.predict:
         print("\nPredicted, forward + backward to one gradient; no GPU has calibrated this:\n")
         print("\n".join(predictions(launched)))

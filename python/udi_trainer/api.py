@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import io
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def train(
     *,
     resume: str | Path | None = None,
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> Result:
     """Trains a method, and baselines beside it; the figures are those of the command with the same options.
 
@@ -119,10 +120,10 @@ class Plan:
         data: Dataset | None = None,
         encoders: dict[str, Encoder] | None = None,
         method: Method | None = None,
-    ):
+    ) -> None:
         self.options = options
         self.method = method if callable(method) else methods.find(options.method)
-        self.baselines = {name: methods.find(name) for name in options.baselines if name != options.method}
+        self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
         data = data or datasets.find(options.dataset)(options.data_root)
         for m in encoders or {}:
@@ -163,7 +164,7 @@ class Plan:
         return Result(metrics, run.history, predictor, folder)
 
     @contextlib.contextmanager
-    def settings(self):
+    def settings(self) -> Iterator[None]:
         """torch as the options want it, and afterwards as it was."""
         gpus = [self.device] if self.device.type == "cuda" else []
         threads = torch.get_num_threads()
@@ -185,13 +186,13 @@ class Plan:
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool):
+def tf32(allowed: bool) -> Iterator[None]:
     """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
 
     torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, level = [backend.fp32_precision for backend in backends], None
     with contextlib.suppress(RuntimeError):
         level = torch.get_float32_matmul_precision()
@@ -215,7 +216,7 @@ def labelled(data: Dataset) -> Dataset:
     return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
 
 
-def picture(metrics: dict, run: Run):
+def picture(metrics: dict, run: Run) -> None:
     """report.png, without which a run is none the worse."""
     image = io.BytesIO()
     draw(metrics, run.history, image)
