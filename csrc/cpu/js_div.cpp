@@ -21,7 +21,8 @@ namespace {
 constexpr int64_t kPackedClasses = 128;
 constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute type before they join a double
 
-// Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m).
+// Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m); at beta = 0 the last are the sums of
+// q - p, which rounding leaves, and of p log(p/q).
 enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
 
 template <class S>
@@ -52,7 +53,7 @@ inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool pac
   return result;
 }
 
-// The larger of q and p, the ratio of the smaller to it, ratio - 1, and d = log(p/q) with its -|d|, that one at least -87.
+// The larger of q and p, the ratio of the smaller to it, ratio - 1, and d = log(p/q) with -|d|, that one at least -87.
 template <class V>
 struct Pair {
   V d, minus, ratio, ratio_m1, high;
@@ -83,6 +84,12 @@ inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
   V low = c.high * c.ratio, L = log1p((c.below ? splat(k.beta) : splat(1 - k.beta)) * c.ratio_m1);
   V log_low = c.minus - L;
   return {c.below ? c.high : low, c.below ? low : c.high, c.below ? -L : log_low, c.below ? log_low : -L};
+}
+
+// A probability that is not contracted with a subtraction that follows: equal ones shall give exactly 0.
+template <class V>
+inline V rounded(V probability) {
+  return max(V{}, probability);
 }
 
 // At beta = 0, log(p/q): +inf where q alone is 0, whose logit was clamped.
@@ -118,14 +125,18 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
     auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
     return compare(a, b, stats, log_sums, k, exponential);
   };
-  if (k.beta == 0) {  // KL(p||q), its terms p d + q - p, which are never negative
-    auto [loss] = sums<1>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+  if (k.beta == 0) {  // KL(p||q), of terms p d + q - p, which are never negative
+    auto [total, div, rest] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
       auto c = compared(a, b, i);
-      V term = c.high * (c.below ? c.ratio * c.minus - c.ratio_m1 : log_ratio(c, a, stats, k) + c.ratio_m1);
+      V q = rounded(load(exps_q + i) * stats[kInvQ]), p = rounded(load(exps_p + i) * stats[kInvP]);
+      V d = log_ratio(c, a, stats, k);
+      V term = c.high * (c.below ? c.ratio * c.minus - c.ratio_m1 : d + c.ratio_m1);
       sum[0] += c.high == 0 ? V{} : term;
+      sum[1] += p == 0 ? V{} : p * d;
+      sum[2] += q - p;
     });
-    stats[kDivQ] = V{}, stats[kDivP] = loss;
-    return loss;
+    stats[kDivQ] = rest, stats[kDivP] = div;
+    return total;
   }
   // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
@@ -151,11 +162,11 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   for_each(x, y, 0, size, [&](V a, V b, int64_t i, int n) {
     auto c = compare(a, b, stats, log_sums, k, exponential);
     auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
-    if (k.beta == 0) {  // the probabilities as the sums were made of them, whose rounding then cancels in q - p
-      V q = exp_negative((a - stats[kMaxQ]) * k.inverse_temperature) * stats[kInvQ];
-      V p = exp_negative((b - stats[kMaxP]) * k.inverse_temperature) * stats[kInvP];
+    if (k.beta == 0) {  // less what the sums of these very terms are off, so that rounding of the sums of e^z cancels
+      V q = rounded(exp_negative((a - stats[kMaxQ]) * k.inverse_temperature) * stats[kInvQ]);
+      V p = rounded(exp_negative((b - stats[kMaxP]) * k.inverse_temperature) * stats[kInvP]);
       V scale = grad * k.inverse_temperature;
-      if (grad_x) put(grad_x, scale * (q - p));
+      if (grad_x) put(grad_x, scale * (q - p - q * stats[kDivQ]));
       if (grad_y) put(grad_y, p == 0 ? V{} : V(scale * p * (log_ratio(c, a, stats, k) - stats[kDivP])));
       return;
     }

@@ -47,7 +47,8 @@ struct JSDiv : Function<JSDiv> {
 void check_weight(const Tensor& weight, const Tensor& input) {
   const auto type = weight.scalar_type();
   TORCH_CHECK_TYPE(floating(type) || c10::isIntegralType(type, true),
-                   "js_div: weight must be float16, bfloat16, float32, float64, bool or an integer, got ", python(type));
+                   "js_div: weight must be float16, bfloat16, float32, float64, bool or an integer, got ",
+                   python(type));
   TORCH_CHECK_VALUE(weight.device() == input.device(), "js_div: weight must be on ", input.device(),
                     " as input is, got ", weight.device());
   const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
@@ -69,7 +70,8 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   if (weight) check_weight(*weight, input);
   if (!kernels_serve<JSDiv>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference =
-        op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>("udi_kernels::js_div_reference");
+        op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(
+            "udi_kernels::js_div_reference");
     return reference.call(input.to(dtype), target.to(dtype), weight, beta, temperature, reduction);
   }
   const bool recorded = records({{"input", input}, {"target", target}});
