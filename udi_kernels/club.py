@@ -53,7 +53,8 @@ def club_mi(
     if process_group is not None:
         if reduction == "none":
             raise ValueError("club_mi: a process group needs reduction 'mean' or 'sum', got 'none'")
-        return distributed.club_mi(*_checked("club_mi", mu, logvar, y), process_group, reduction=reduction)
+        mu, logvar, y = _checked("club_mi", mu, logvar, y)
+        return distributed.club_mi(mu, logvar, y, process_group, reduction=reduction)
     if native():
         return ops.club_mi.default(mu, logvar, y, code)
     return reference.club_mi(*_checked("club_mi", mu, logvar, y), reduction=reduction)
