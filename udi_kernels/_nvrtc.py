@@ -60,7 +60,9 @@ def image(kernel, arch):
 
 def compile(kernel, arch):
     """Machine code; PTX of the latest architecture that NVRTC knows, if it does not know this one yet."""
-    nvrtc, number = _nvrtc(), int(arch.removeprefix("sm_"))
+    if not re.fullmatch(r"sm_\d+", arch):
+        raise BuildError(f"an architecture must be written as sm_90 is, got {arch}")
+    nvrtc, number = _nvrtc(), int(arch[3:])
     known = [a for a in _call(nvrtc.nvrtcGetSupportedArchs) if a <= number]
     if not known:
         raise BuildError(f"NVRTC {version()} has no code for {arch}")
@@ -136,9 +138,7 @@ def fill_cache(archs):
     with ProcessPoolExecutor(cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(_fill, wanted), 1):
             if sys.stderr.isatty():
-                print(
-                    f"\r{done} of {len(wanted)} kernels", end="\n" * (done == len(wanted)), file=sys.stderr, flush=True
-                )
+                print(f"\r{done} of {len(wanted)} kernels ", end="", file=sys.stderr, flush=True)
     print(f"{len(wanted)} kernels by NVRTC {by} in {_build.cache()}, {time.monotonic() - began:.0f} s")
 
 

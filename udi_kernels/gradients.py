@@ -105,8 +105,9 @@ class GradientPlan:
     """:func:`gramian` and :func:`weighted_sum` of gradients that stay where they are, prepared once.
 
     A call then costs a few microseconds of host time however many tensors there are, where the functions need about
-    one per tensor. It reads what the buffers hold when it runs, on the current stream; calls on the same plan must
-    not overlap on two streams.
+    one per tensor. It reads what the buffers hold when it runs, on the current stream. Each ``gramian`` has scratch
+    memory of its own, so calls may overlap on several streams; two of ``weighted_sum`` may not, as they write the same
+    ``out``. A CUDA graph with a call in it keeps addresses alone: keep the plan, which keeps the buffers, as long.
 
     Args:
         grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: a gradient that

@@ -80,6 +80,43 @@ def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     return ((y - mu).square() * (-logvar).exp() + logvar).sum(-1).mean()
 
 
+def duc_loss(
+    student: Tensor, teacher: Tensor, dims: Tensor, *, temperature: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    dtype = accumulation_dtype(student.dtype, teacher.dtype)
+    student, teacher = (torch.where(dims, x.to(dtype), 0) for x in (student, teacher))
+    z = student @ teacher.T
+    # Less each row's own: small losses and their gradients keep their digits. Padded, since a row may have none.
+    z = (z - z.diagonal()[:, None]) / temperature
+    top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    others = (z.masked_fill(own, -torch.inf) - top[:, None]).exp().sum(1)
+    rows = top + (others + (-top).expm1()).log1p()
+    return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+
+
+def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    features = features.double()
+    sums = features.new_zeros(num_classes + 1, features.shape[1])
+    rows = torch.where((labels < 0) | (labels >= num_classes), num_classes, labels)  # all the others together
+    counts = features.new_zeros(num_classes + 1).index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
+    centroids = sums.index_add_(0, rows, features) / counts[:, None]
+    nearest = torch.full_like(features, -1, dtype=torch.int64)
+    distance = torch.full_like(features, torch.inf)
+    for label, centroid in enumerate(centroids[:num_classes]):  # that of an absent class is NaN, and near to nothing
+        to_this = (features - centroid).abs()
+        nearest = torch.where(to_this < distance, label, nearest)
+        distance = torch.where(to_this < distance, to_this, distance)
+    hits = (nearest == labels[:, None]).sum(0)
+    return hits * len(hits) > hits.sum()
+
+
+def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    z = logits.to(accumulation_dtype(logits.dtype))
+    certainty = z.softmax(-1).amax(-1, keepdim=True)
+    return ((certainty / temperature).softmax(0) * z).sum(0).to(logits.dtype)
+
+
 def gramian(grads: Lists, dtype: torch.dtype | None = None) -> Tensor:
     tensors = [g for row in grads for g in row if g is not None]
     dtype = dtype or accumulation_dtype(*(g.dtype for g in tensors))

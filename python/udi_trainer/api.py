@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import io
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +18,15 @@ from .console import console, log
 from .data.check import check
 from .data.dataset import Dataset, Encoder, Split
 from .data.noise import corrupt
-from .errors import UserError, choose
+from .errors import UserError, choose, memory_errors
 from .evaluation.report import draw, table
 from .methods.outcome import Outcome
 from .options import Options, resumed
 from .predictor import Predictor
 from .registry import datasets, methods
 from .run import Run, choose_device
-from .run_folder import RunFolder, new_folder, read_json, write_json
+from .run_folder import RunFolder, as_json, locked, new_folder, read_config
+from .stop import Stop
 
 Method = str | Callable[[Run], Outcome]
 
@@ -65,7 +68,7 @@ def train(
     *,
     resume: str | Path | None = None,
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> Result:
     """Trains a method, and baselines beside it; the figures are those of the command with the same options.
 
@@ -101,12 +104,11 @@ def train(
 
 def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
     """Folder and options of an interrupted run."""
-    config = Path(folder) / "config.json"
     try:
-        saved = read_json(config)
-    except (OSError, ValueError):
-        raise UserError(f"--resume {folder}: no run to resume, {config} is missing or damaged") from None
-    return Path(folder), resumed(str(folder), saved, given)
+        config = read_config(Path(folder))
+    except UserError as error:
+        raise UserError(f"--resume {folder}: no run to resume, {error}") from None
+    return Path(folder), resumed(str(folder), config, given)
 
 
 class Plan:
@@ -118,10 +120,10 @@ class Plan:
         data: Dataset | None = None,
         encoders: dict[str, Encoder] | None = None,
         method: Method | None = None,
-    ):
+    ) -> None:
         self.options = options
         self.method = method if callable(method) else methods.find(options.method)
-        self.baselines = {name: methods.find(name) for name in options.baselines if name != options.method}
+        self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
         data = data or datasets.find(options.dataset)(options.data_root)
         for m in encoders or {}:
@@ -138,17 +140,17 @@ class Plan:
     def new_folder(self) -> Path:
         """With config.json in it."""
         options = self.options
-        folder = new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}")
         with self.settings():
-            write_json(folder / "config.json", dataclasses.asdict(options) | environment(self.device))
-        return folder
+            config = dataclasses.asdict(options) | environment(self.device)
+        return new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}", config)
 
-    def run(self, folder: Path | None) -> Result:
+    def run(self, folder: Path | None, stop: Stop | None = None) -> Result:
+        """``stop``: what asks it to end before it is done."""
         options = self.options
-        where = f"; run folder {folder}" if folder else ""
-        log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
-        with self.settings():
-            run = Run(options, self.data, self.device, RunFolder(folder))
+        with locked(folder), self.settings(), memory_errors(f"with {sizes(options)}"):
+            where = f"; run folder {folder}" if folder else ""
+            log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
+            run = Run(options, self.data, self.device, RunFolder(folder), stop)
             outcome = self.method(run)
             metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
@@ -156,13 +158,13 @@ class Plan:
             metrics["seconds"] = seconds(run)
             predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
             if folder:
-                predictor.save(folder, self.data)
-                draw(metrics, run.history, folder / "report.png")
-                write_json(folder / "metrics.json", metrics)
+                predictor.save(run.folder, self.data)
+                picture(metrics, run)
+                run.folder.write("metrics.json", as_json(metrics))
         return Result(metrics, run.history, predictor, folder)
 
     @contextlib.contextmanager
-    def settings(self):
+    def settings(self) -> Iterator[None]:
         """torch as the options want it, and afterwards as it was."""
         gpus = [self.device] if self.device.type == "cuda" else []
         threads = torch.get_num_threads()
@@ -184,13 +186,13 @@ class Plan:
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool):
+def tf32(allowed: bool) -> Iterator[None]:
     """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
 
     torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, level = [backend.fp32_precision for backend in backends], None
     with contextlib.suppress(RuntimeError):
         level = torch.get_float32_matmul_precision()
@@ -212,6 +214,26 @@ def labelled(data: Dataset) -> Dataset:
         return data
     log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
     return replace(data, train=Split(data.train.labels[known], {n: t[known] for n, t in data.train.stored.items()}))
+
+
+def picture(metrics: dict, run: Run) -> None:
+    """report.png, without which a run is none the worse."""
+    image = io.BytesIO()
+    draw(metrics, run.history, image)
+    try:
+        run.folder.write("report.png", image.getbuffer())
+    except UserError as error:
+        log.warning(str(error))
+
+
+def sizes(options: Options) -> str:
+    """What takes memory, and what would take less."""
+    less = ["a smaller one"]
+    if options.amp == "none":
+        less.append("--amp bf16")
+    if options.data != "host":
+        less.append("--data host")
+    return f"--batch-size {options.batch_size}: try {', '.join(less)}"
 
 
 def seconds(run: Run) -> dict[str, float]:

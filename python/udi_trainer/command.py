@@ -1,38 +1,50 @@
 """The command line, made from the options."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import os
 import shlex
+import signal
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from .api import Plan, restored
 from .console import console
 from .errors import UserError
 from .options import Options, filled, spelled
+from .stop import Stop
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    folder = None
+    folder, stop = None, Stop()
     try:
-        options, folder = parse(sys.argv[1:] if argv is None else argv, prog)
-        with console():
+        with stop.on_signals(), console():
+            options, folder = parse(sys.argv[1:] if argv is None else argv, prog)
             plan = Plan(options)
             folder = folder or plan.new_folder()
-            result = plan.run(folder)
-        total = result.metrics["seconds"]["total"]
-        print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json")
+            result = plan.run(folder, stop)
+            total = result.metrics["seconds"]["total"]
+            print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
         return 0
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        command = f"python {sys.argv[0]}" if prog == "train.py" else "python -m udi_trainer"
-        resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
-        print(f"\n{prog}: interrupted{resume}", file=sys.stderr)
-        return 130
+        number, reason = stop.number or signal.SIGINT, "interrupted"
+    except BrokenPipeError:
+        number, reason = signal.SIGPIPE, "nobody reads its output"
+        with contextlib.suppress(OSError):  # what is still in the buffer would be tried again at the end of the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    command = f"python {sys.argv[0]}" if prog == "train.py" else "python -m udi_trainer"
+    resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
+    with contextlib.suppress(OSError):
+        print(f"\n{prog}: {reason}{resume}", file=sys.stderr)
+    return 128 + number
 
 
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
@@ -47,7 +59,7 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
             groups[facts["group"]] = parser.add_argument_group(facts["group"])
         default = facts["shown"] or (field.default if field.default is not None else None)
         shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
-        kind = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
+        kind: dict[str, Any] = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
         if isinstance(field.default, bool):
             kind["action"] = "store_true"
         else:
@@ -65,19 +77,19 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     return options, folder
 
 
-def as_text(value) -> str:
+def as_text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def argument(kind):
+def argument(kind: Callable) -> Callable:
     """As argparse takes it, which hides the words of any other error."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         try:
             return kind(text)
         except ValueError as error:

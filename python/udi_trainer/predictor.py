@@ -1,9 +1,10 @@
 """A trained method as one predictor, kept in a run folder and loaded from it in another process."""
 
 import importlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from .evaluation.fusion import Rule
 from .models.encoders import make_encoder
 from .registry import classifiers, datasets, fusion_rules
 from .run import choose_device
-from .run_folder import load_tensors, read_json, save_tensors
+from .run_folder import RunFolder, load_tensors, read_config
 
 FILE = Path("checkpoints") / "model.pt"
 
@@ -25,7 +26,9 @@ class Predictor:
     A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs.
     """
 
-    def __init__(self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"):
+    def __init__(
+        self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"
+    ) -> None:
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
 
     @torch.no_grad()
@@ -42,7 +45,7 @@ class Predictor:
         logits = [self._logits(name, model, stored, count) for name, model in self.models.items()]
         return self.rule(torch.stack(logits))
 
-    def _logits(self, name, model, stored, count):
+    def _logits(self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         device = next(model.parameters()).device
         joint = name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
@@ -56,30 +59,32 @@ class Predictor:
                 parts.append(model(inputs if joint else inputs[name])[1])
         return torch.cat(parts).float().cpu()
 
-    def save(self, folder: Path, data: Dataset):
+    def save(self, folder: RunFolder, data: Dataset) -> None:
         """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
         rules = {rule: name for name, rule in fusion_rules.items()}
-        save_tensors(
-            folder / FILE,
-            {
-                "classes": data.classes,
-                "modalities": {
-                    m: {
-                        "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
-                        "reads": list(view.reads),
-                        "make": None if view.make is torch.Tensor.float else address(view.make),
-                        "sample": {name: data.test.stored[name][:2].cpu() for name in view.reads},
-                    }
-                    for m, view in self.modalities.items()
-                },
-                "models": {
-                    name: {"kind": getattr(model, "kind", None), "state": model.state_dict()}
-                    for name, model in self.models.items()
-                },
-                "rule": rules.get(type(self.rule)),
-                "weights": self.rule.weights,
-                "amp": self.amp,
+        folder.save(
+            "model",
+            classes=data.classes,
+            modalities={
+                m: {
+                    "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
+                    "reads": list(view.reads),
+                    "make": None if view.make is torch.Tensor.float else address(view.make),
+                    "sample": {name: data.test.stored[name][:2].cpu() for name in view.reads},
+                }
+                for m, view in self.modalities.items()
             },
+            models={
+                name: {
+                    "kind": getattr(model, "kind", None),
+                    "arguments": getattr(model, "arguments", {}),
+                    "state": model.state_dict(),
+                }
+                for name, model in self.models.items()
+            },
+            rule=rules.get(type(self.rule)),
+            parameters=asdict(self.rule),
+            amp=self.amp,
         )
 
 
@@ -105,7 +110,10 @@ def load(
         raise UserError(
             f"{folder} has no {FILE}: no run has ended there; an unended one goes on with --resume {folder}"
         )
-    saved = load_tensors(folder / FILE, "repeat the run")
+    remedy = f"delete it, then --resume {folder} makes it again"
+    saved = load_tensors(folder / FILE, remedy)
+    if missing := {"classes", "modalities", "models", "rule", "parameters", "amp"} - saved.keys():
+        raise UserError(f"{folder / FILE} lacks {', '.join(sorted(missing))}: {remedy}")
     views = modalities_of(saved["modalities"], folder, dataset, given)
     samples = {m: Split(torch.zeros(len(spec["sample"])), spec["sample"]) for m, spec in saved["modalities"].items()}
     models, place = {}, choose_device(device)
@@ -116,23 +124,23 @@ def load(
         made = {m: make_encoder(m, views[m], samples[m]) for m in ([name] if alone else views)}
         networks, widths = ({m: pair[i] for m, pair in made.items()} for i in (0, 1))
         inputs = (networks[name], widths[name]) if alone else (networks, widths)
-        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"])
+        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"], **part["arguments"])
         try:
             models[name].load_state_dict(part["state"])
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the encoders are not those of {folder / FILE}: {reason}") from None
         models[name].to(place)
-    return Predictor(views, models, fusion_rules.find(saved["rule"])(saved["weights"]), saved["amp"])
+    return Predictor(views, models, fusion_rules.find(saved["rule"])(**saved["parameters"]), saved["amp"])
 
 
 def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
     """The modalities as a run had them: of the dataset, of one of the trainer's own, or put together by name."""
     for m in given:
         choose("modality", m, specs)
-    config = read_json(folder / "config.json")
-    if dataset is None and config["dataset"] in datasets:
-        dataset = datasets.find(config["dataset"])(config["data_root"])
+    config = read_config(folder)
+    if dataset is None and config.get("dataset") in datasets:
+        dataset = datasets.find(config["dataset"])(config.get("data_root"))
     views = {}
     for m, spec in specs.items():
         if dataset:
@@ -147,12 +155,12 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     return views
 
 
-def address(thing) -> str:
+def address(thing: object) -> str:
     """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
 
 
-def imported(where: str, remedy: str):
+def imported(where: str, remedy: str) -> Any:
     module, _, path = where.partition(":")
     try:
         return attrgetter(path)(importlib.import_module(module))

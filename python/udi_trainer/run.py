@@ -1,22 +1,28 @@
 """What all parts of a run share: options, data, device, seeds and the log."""
 
+import dataclasses
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
-from .options import Options
-from .run_folder import RunFolder
+from .options import MOVABLE, Options
+from .run_folder import REPEAT, RunFolder
 from .seeds import derive_seed, seeded
+from .stop import Stop
 
 
 class Run:
     """A run: its options, data and device, and what it has logged of each stage."""
 
-    def __init__(self, options: Options, data: Dataset, device: torch.device, folder: RunFolder):
-        self.options, self.device, self.folder = options, device, folder
+    def __init__(
+        self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
+    ) -> None:
+        self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device if self.resident else torch.device("cpu"))
@@ -26,25 +32,24 @@ class Run:
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
 
-    def seed(self, *key) -> int:
+    def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
 
-    def make(self, task, *args, **named):
+    def make(self, task: Any, *args: Any, **named: Any) -> Any:
         """A task of this class, its initial weights drawn from the seed of its name."""
         modality = args[0] if args else None
         with seeded(self.seed(task.name_of(modality))):
             return task(self, *args, **named)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
 
-    def optimizer(self, parameters) -> torch.optim.Optimizer:
-        options, on_gpu = self.options, self.device.type == "cuda"
+    def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
+        options, decay = self.options, self.options.weight_decay or 0.0
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, weight_decay=options.weight_decay, fused=True, capturable=on_gpu)
-        return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
-        )
+            on_gpu = self.device.type == "cuda"
+            return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=True)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -53,16 +58,33 @@ class Run:
         """The stage's last checkpoint, or None; takes up its log from there."""
         saved = self.folder.checkpoint(stage)
         if saved:
+            self.check(stage, saved)
             self.began = min(self.began, time.perf_counter() - saved["elapsed"])
         self.history[stage] = saved["rows"] if saved else []
         self.folder.write_log([row for rows in self.history.values() for row in rows])
         return saved
 
-    def save(self, stage: str, row: dict, **state):
-        """Checkpoints the stage after an epoch, and logs the epoch."""
-        self.history[stage].append(row)
-        self.folder.save(stage, **state, rows=self.history[stage], elapsed=self.elapsed())
-        self.folder.append_log(row)
+    def check(self, stage: str, saved: dict) -> None:
+        """Whether a checkpoint is of this stage, and of a run with these options."""
+        path, mine = self.folder.checkpoint_path(stage), identity(self.options)
+        keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
+        if saved.keys() != keys or saved["stage"] != stage:
+            raise UserError(f"{path} is no checkpoint of {stage}: {REPEAT}")
+        theirs = identity(Options.make(**saved["options"]))
+        for name, value in mine.items():
+            if value != theirs[name]:
+                values = f"{name} {theirs[name]}, in config.json {value}"
+                raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
+
+    def save(self, stage: str, **state: Any) -> None:
+        """Checkpoints the stage."""
+        common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
+        self.folder.save(stage, **common, **state, rows=self.history[stage])
+
+
+def identity(options: Options) -> dict:
+    """What the figures depend on."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in (*MOVABLE, "out")}
 
 
 def choose_device(name: str) -> torch.device:

@@ -133,9 +133,9 @@ def call(arguments, **environment):
         raise SystemExit(f"{' '.join(map(str, arguments))}\n{run.stdout}{run.stderr}")
 
 
-def driver(build, folder, pool, csrc=ROOT / "csrc", types=TYPES, others=()):
+def driver(build, folder, pool, csrc=ROOT / "csrc", types=TYPES, others=(), flags=()):
     """libcuda.so.1 with the kernels of these types from csrc, and objects of the others."""
-    include = [f"-I{csrc / 'cuda'}", f"-I{csrc}"]
+    include = [f"-I{csrc / 'cuda'}", f"-I{csrc}", *flags]
     jobs = [
         (HERE / "kernels.cpp", f"{name}.o", f'-DKERNELS="{KERNELS}"', f"-DTYPE={T}", f"-DTABLE={name}_kernels")
         for T, name in types.items()
@@ -195,7 +195,7 @@ def faults(folder, pool):
     whole = {build: folder / build for build in ("asan", "tsan")}
     for build, where in whole.items():
         where.mkdir()
-        driver(build, where, pool)
+        driver(build, where, pool, flags=["-DLEAST"])
 
     def find(number, fault):
         what, build, file, good, bad = fault
@@ -211,7 +211,7 @@ def faults(folder, pool):
         if file == KERNELS:
             others = [library.with_name(f"{name}.o") for name in ("machine", "driver", "bfloat16", "half")]
             with ThreadPoolExecutor(1) as alone:
-                library = driver(build, csrc.parent, alone, csrc, dict(list(TYPES.items())[:2]), others)
+                library = driver(build, csrc.parent, alone, csrc, dict(list(TYPES.items())[:2]), others, ["-DLEAST"])
         binary = program(build, csrc.parent, library, csrc)
         found = None
         for _, environment in CHECKS[build]:

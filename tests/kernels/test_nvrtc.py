@@ -45,6 +45,8 @@ def test_an_architecture_that_nvrtc_does_not_know_yet_gets_ptx(nvrtc, cache):
 def test_an_architecture_that_nvrtc_no_longer_knows_is_an_error(nvrtc, cache):
     with pytest.raises(_build.BuildError, match="no code for sm_20"):
         _nvrtc.image(KERNEL, "sm_20")
+    with pytest.raises(_build.BuildError, match="as sm_90 is, got 9.0"):
+        _nvrtc.image(KERNEL, "9.0")
 
 
 def test_command_fills_the_cache(nvrtc, cache, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 Encoder = str | Callable[[torch.Size], nn.Module]
+Batch = dict[str, torch.Tensor]  # what is stored of some samples, their labels, and what samples they are
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def batch(self, index: torch.Tensor, names: Sequence[str]) -> Batch:
         """These samples' labels and stored tensors of these names, and what samples they are."""
         tensors = {"labels": self.labels} | {name: self.stored[name] for name in names}
         return {"index": index} | {name: t.index_select(0, index) for name, t in tensors.items()}
@@ -51,7 +52,7 @@ class Modality:
     make: Callable[..., torch.Tensor] = torch.Tensor.float
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def input(self, batch: dict[str, torch.Tensor], training: bool = False) -> torch.Tensor:
+    def input(self, batch: Batch, training: bool = False) -> torch.Tensor:
         x = self.make(*(batch[name] for name in self.reads))
         if training and self.augment:
             x = self.augment(x)
@@ -77,7 +78,7 @@ class Dataset:
         return {"train": self.train, "val": self.val, "test": self.test}
 
     def to(self, device: torch.device) -> "Dataset":
-        return replace(self, **{name: split.to(device) for name, split in self.splits().items()})
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
     def nbytes(self) -> int:
         return sum(split.nbytes() for split in self.splits().values())

@@ -5,8 +5,10 @@ and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all s
 """
 
 import gzip
+import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,8 @@ from ..errors import UserError
 from ..registry import datasets
 from .dataset import Dataset, Modality, Split
 from .noise import noisy
+
+Part = tuple[torch.Tensor, torch.Tensor]  # pixels uint8 (N, H, W), labels (N,)
 
 # Mean color of each digit, RGB.
 COLORS = torch.tensor(
@@ -23,11 +27,12 @@ COLORS = torch.tensor(
     ]
 ) / 255  # fmt: skip
 COLOR_VARIANCE = 0.03
+LARGEST = 2**30  # bytes of an idx file's data; MNIST's largest has 47 million
 HALVES = {"left": 0.1, "right": 0.3}  # of splitdigits, and the noise of each: standard deviation, of pixels' range
 
 
-def colored_and_gray(train, val, test, mean, std):
-    """Each split (pixels uint8 (N, H, W), labels) as two modalities: the gray digit, and the digit in a color.
+def colored_and_gray(train: Part, val: Part, test: Part, mean: float, std: float) -> Dataset:
+    """Each split as two modalities: the gray digit, and the digit in a color.
 
     In training the color tells the digit: a shortcut. In validation and test it is drawn independently of the digit:
     a validation split with training colors would take the shortcut for skill, and make color the anchor.
@@ -46,7 +51,7 @@ def colored_and_gray(train, val, test, mean, std):
     return Dataset(10, modalities, split(*train, True), split(*val, False), split(*test, False))
 
 
-def split_in_halves(train, val, test, mean, std):
+def split_in_halves(train: Part, val: Part, test: Part, mean: float, std: float) -> Dataset:
     """The left and the right half of each digit, with independent noise, in all splits alike: each has what the other
     lacks.
     """
@@ -61,13 +66,13 @@ def split_in_halves(train, val, test, mean, std):
 
 
 @datasets.register("cgdigits")
-def cgdigits(data_root):
+def cgdigits(data_root: str | Path | None) -> Dataset:
     """Colored-and-gray digits, 8x8, from scikit-learn."""
     return colored_and_gray(**digits())
 
 
 @datasets.register("cgmnist")
-def cgmnist(data_root):
+def cgmnist(data_root: str | Path | None) -> Dataset:
     """Colored-and-gray MNIST, 28x28."""
     if data_root is None:
         raise UserError("dataset cgmnist needs --data-root DIR, the folder of MNIST's four idx.gz files")
@@ -75,12 +80,12 @@ def cgmnist(data_root):
 
 
 @datasets.register("splitdigits")
-def splitdigits(data_root):
+def splitdigits(data_root: str | Path | None) -> Dataset:
     """The halves of scikit-learn's digits, 8x4, or with a data root of MNIST's, 28x14."""
     return split_in_halves(**(mnist(data_root) if data_root else digits()))
 
 
-def digits():
+def digits() -> dict[str, Any]:
     """scikit-learn's digits, 8x8: 1077 for training, 360 each for validation and test."""
     try:
         from sklearn.datasets import load_digits
@@ -96,7 +101,7 @@ def digits():
     return {"train": train, "val": val, "test": test, "mean": 0.3053, "std": 0.3760}
 
 
-def mnist(data_root):
+def mnist(data_root: str | Path) -> dict[str, Any]:
     """MNIST, 28x28: 55,000 for training, the last twelfth of the training file for validation."""
     root, files = Path(data_root), {}
     for part in ("train", "t10k"):
@@ -110,6 +115,9 @@ def mnist(data_root):
         pixels, labels = read_idx(files[part, "images"], 3), read_idx(files[part, "labels"], 1).long()
         if len(pixels) != len(labels):
             raise UserError(f"{root}: {len(pixels)} {part} images but {len(labels)} labels: download the files again")
+        if labels.max() > 9:
+            path, i = files[part, "labels"], int(labels.argmax())
+            raise UserError(f"{path}: label {i} is {int(labels[i])}, no digit: download it again")
         parts[part] = pixels, labels
     pixels, labels = parts["train"]
     cut = len(labels) - len(labels) // 12
@@ -117,17 +125,29 @@ def mnist(data_root):
     return {"train": train, "val": val, "test": parts["t10k"], "mean": 0.1307, "std": 0.3081}
 
 
-def read_idx(path, dims):
-    """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data."""
+def read_idx(path: Path, dims: int) -> torch.Tensor:
+    """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data.
+
+    Takes no more memory than the header announces, however much the file would unpack to.
+    """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{path} {what}: download it again")
+
     try:
-        raw = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            header = file.read(4 + 4 * dims)
+            if len(header) < 4 + 4 * dims or header[:4] != bytes((0, 0, 8, dims)):
+                raise wrong(f"is not an idx file of unsigned bytes with {dims} dimension(s)")
+            shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
+            size = math.prod(shape)  # of integers without end: four bytes a dimension can announce more than a tensor
+            if not 0 < size <= LARGEST:
+                raise wrong("holds no samples" if size == 0 else f"claims to hold {' x '.join(map(str, shape))} bytes")
+            data = bytearray(file.read(size))
+            if len(data) < size:
+                raise wrong(f"is truncated ({len(data)} bytes of {size})")
+            if file.read(1):
+                raise wrong(f"has more than the {size} bytes that its header announces")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): download it again") from None
-    header = 4 + 4 * dims
-    if len(raw) < header or raw[:4] != bytes((0, 0, 8, dims)):
-        raise UserError(f"{path} is not an idx file of unsigned bytes with {dims} dimension(s): download it again")
-    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
-    data = torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
-    if data.numel() != torch.Size(shape).numel():
-        raise UserError(f"{path} is truncated ({data.numel()} bytes of {torch.Size(shape).numel()}): download it again")
-    return data.view(shape)
+        raise wrong(f"cannot be read ({error})") from None
+    return torch.frombuffer(data, dtype=torch.uint8).view(shape)

@@ -76,7 +76,7 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     try:
         encoder = make(shape)
         if len(shape) == 3:
-            encoder = encoder.to(memory_format=torch.channels_last)
+            encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             features = encoder.eval()(two)
         encoder.train()

@@ -4,10 +4,12 @@ Both see the same batches, seeds and kinds of steps, so that they train the same
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from ..console import log
+from ..data.dataset import Batch
 from ..errors import UserError
 from .feed import Feed
 from .task import Task
@@ -16,36 +18,59 @@ from .task import Task
 class Eager:
     """Launches a step's operators one by one. Sums its scalars on the device; nothing waits for it until `means`."""
 
-    def __init__(self, task: Task, feed: Feed, seed: int):
+    kept = ("names", "totals", "finite", "steps")  # of an epoch that is interrupted
+
+    def __init__(self, task: Task, feed: Feed, seed: int) -> None:
         self.task, self.feed, self.seed = task, feed, seed
         # torch.manual_seed would take 130 us, to look for other devices too.
         index = feed.device.index or 0
         self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
-        self.names, self.totals, self.steps = None, None, 0
+        self.names: list[str] = []
+        self.totals = self.finite = torch.empty(0)  # of each scalar: its sum, and in how many steps that was finite
+        self.steps = 0
 
-    def step(self, batch: dict[str, torch.Tensor], number: int):
+    def step(self, batch: Batch, number: int) -> None:
         self.reseed(number)
         self.run(batch, number, self.task.flags(number))
         self.steps += 1
 
-    def reseed(self, number: int):
+    def reseed(self, number: int) -> None:
         """A step's random numbers depend on its number alone, whatever ran before it."""
         if self.task.random:
             self.generator.manual_seed(self.seed + number)
 
-    def run(self, batch, number, flags):
+    def run(self, batch: Batch, number: int, flags: dict) -> None:
         scalars = self.task.step(self.feed.complete(batch), **flags)
         values = torch.stack([x.detach().float() for x in scalars.values()])
-        if self.totals is None:
+        if not self.names:
             self.names, self.totals = list(scalars), torch.zeros_like(values)
+            self.finite = torch.zeros_like(values, dtype=torch.int64)
         self.totals += values
+        self.finite += self.totals.isfinite()  # a sum that is not finite stays so
 
     def means(self) -> dict[str, float]:
-        """The scalars' means over the steps since the last call."""
-        means = dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))
+        """The scalars' means over the steps since :meth:`clear`."""
+        return dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))
+
+    def fault(self) -> tuple[str, int] | None:
+        """The first scalar that was not finite, and in which step since :meth:`clear`, counted from 0."""
+        finite = dict(zip(self.names, self.finite.tolist(), strict=True))
+        first = min(finite.values())
+        faulty = [name for name, count in finite.items() if count == first < self.steps]
+        return (faulty[1] if faulty[0] == "loss" and len(faulty) > 1 else faulty[0], first) if faulty else None
+
+    def clear(self) -> None:
         self.steps = 0
-        self.totals.zero_()
-        return means
+        for t in (self.totals, self.finite):
+            t.zero_()
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.kept:
+            value = state[name]
+            setattr(self, name, value.to(self.feed.device) if isinstance(value, torch.Tensor) else value)
 
 
 class Graphs(Eager):
@@ -60,7 +85,7 @@ class Graphs(Eager):
         super().__init__(*args)
         self.graphs, self.seen, self.pool = {}, [], torch.cuda.graph_pool_handle()
 
-    def run(self, batch, number, flags):
+    def run(self, batch: Batch, number: int, flags: dict) -> None:
         if self.pool is None:
             return super().run(batch, number, flags)
         if flags not in self.seen:
@@ -83,13 +108,15 @@ class Graphs(Eager):
             static[name].copy_(t)
         graph.replay()
 
-    def capture(self, batch, number, flags):
+    def capture(self, batch: Batch, number: int, flags: dict) -> tuple[torch.cuda.CUDAGraph, Batch]:
         graph, static = torch.cuda.CUDAGraph(), {name: t.clone() for name, t in batch.items()}
         # Thread-local: a thread may be allocating the next batch meanwhile.
         stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 super().run(static, number, flags)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -99,7 +126,7 @@ class Graphs(Eager):
 
 
 @contextlib.contextmanager
-def no_waiting():
+def no_waiting() -> Iterator[None]:
     """Whatever waits for the GPU raises an error."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

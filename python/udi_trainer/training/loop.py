@@ -2,114 +2,117 @@
 
 import contextlib
 import copy
+import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.nn.functional import nll_loss
 
 from ..console import Progress, log
 from ..data.dataset import Split
 from ..errors import UserError
-from ..evaluation.scores import accuracy
-from ..options import Options
 from ..run import Run
+from ..run_folder import REPEAT
+from ..stop import Stopped
 from .engine import Eager, Graphs
 from .feed import Feed
 from .task import Task
 
 
-def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
+def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
 
     Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
     threads that share its cores.
     """
-    epochs = epochs or run.options.epochs
     stages = [Stage(task, run) for task in tasks]
     for stage in stages:
         stage.restore()
     share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
-    total = sum(max(0, epochs - s.epoch) * run.steps for s in stages)
-    with Progress(" + ".join(s.label for s in stages), total) as progress:
+    total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
+    with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
             began = time.perf_counter()
-            train_epoch(active, share, progress)
-            for stage in active:
-                with stage.on_stream():
-                    stage.end(began, len(active))
+            try:
+                train_epoch(active, share, progress)
+                for stage in active:
+                    with stage.on_stream():
+                        stage.end(began, len(active))
+            except Stopped:
+                for stage in active:
+                    stage.suspend(began, len(active))
+                raise
             progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:
         stage.finish()
 
 
-def share_stream(stages: Sequence["Stage"]):
+def share_stream(stages: Sequence["Stage"]) -> None:
     """Stages that draw random numbers share a stream: graphs read their seeds from one place, one after the other."""
     drawing = [stage for stage in stages if stage.task.random and stage.stream]
     for stage in drawing:
         stage.stream = drawing[0].stream
 
 
-def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress):
+def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress) -> None:
     """An epoch of each stage, step by step in turn; or at the same time, each with so many threads of the CPU.
 
     Stages that draw random numbers take turns there too, for the generator is one for all.
     """
     steps = [stage.epoch_steps() for stage in stages]
     if threads is None:
-        for _ in zip(*steps, strict=True):
-            progress.update(len(stages))
+        take_turns(steps, progress)
         return
 
     for ours in steps:  # the first here, so that whatever it builds is built once
-        next(ours)
-        progress.update()
+        progress.update(next(ours, 0))
     in_turn = [ours for stage, ours in zip(stages, steps, strict=True) if stage.task.random]
     groups = [in_turn] * bool(in_turn) + [[s] for s in steps if s not in in_turn]
     stopped = threading.Event()
 
-    def train(group):
-        for done in zip(*group, strict=True):
-            progress.update(len(done))
-            if stopped.is_set():
-                return
-
     # The number of threads, on which rounding depends, is the same whatever runs beside a stage.
     with ThreadPoolExecutor(len(stages), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
-            list(pool.map(train, groups))
+            list(pool.map(lambda group: take_turns(group, progress, stopped), groups))
         except BaseException:
             stopped.set()
             raise
 
 
+def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None) -> None:
+    """Step by step, each to its end: one that was interrupted in the midst of an epoch has fewer."""
+    for done in itertools.zip_longest(*steps, fillvalue=0):
+        progress.update(sum(done))
+        if stopped and stopped.is_set():
+            return
+
+
 class Stage:
     """A task on its way: trained epoch by epoch, checkpointed after each."""
 
-    def __init__(self, task: Task, run: Run):
+    def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
         self.history: list[dict] = []
+        self.done, self.seconds = 0, 0.0  # steps of the epoch under way, and what they took before they were resumed
         self.best: dict | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
         self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
 
-    def restore(self):
+    def restore(self) -> None:
         """Goes on from its last checkpoint, if there is one."""
         saved = self.run.restore(self.task.name)
         self.history = self.run.history[self.task.name]
         if saved:
-            self.best = saved["best"]
-            for name, part in self.task.parts.items():
-                part.load_state_dict(saved["parts"][name])
+            self.take_up(saved)
         optimizers = [part for part in self.task.parts.values() if isinstance(part, torch.optim.Optimizer)]
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.groups:
@@ -120,77 +123,102 @@ class Stage:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
 
+    def take_up(self, saved: dict) -> None:
+        try:
+            self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
+            for name, part in self.task.parts.items():
+                part.load_state_dict(saved["parts"][name])
+            if self.done:
+                self.engine.load_state_dict(saved["engine"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            path = self.run.folder.checkpoint_path(self.task.name)
+            reason = (str(error) or repr(error)).splitlines()[-1].strip()
+            raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
+
+    def save(self) -> None:
+        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
+        under_way = (self.done, self.seconds)
+        engine = self.engine.state_dict() if self.done else None
+        self.run.save(self.task.name, parts=parts, best=self.best, under_way=under_way, engine=engine)
+
     @property
     def epoch(self) -> int:
         return len(self.history)
 
-    @property
-    def diverged(self) -> bool:
-        return bool(self.history) and self.history[-1]["diverged"]
-
-    def ended(self, epochs: int) -> bool:
+    def ended(self, epochs: int | None) -> bool:
         patience = self.run.options.patience
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
-        return self.epoch >= epochs or self.diverged or bool(waited)
+        return self.epoch >= (epochs or self.task.epochs) or bool(waited)
 
-    def on_stream(self):
+    def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
-    def epoch_steps(self):
-        """Trains an epoch; yields after each step."""
+    def epoch_steps(self) -> Iterator[int]:
+        """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
         order = torch.randperm(len(train), generator=shuffle)[: steps * self.run.batch_size]
-        self.task.model.train()
         with self.on_stream():
+            if not self.done:
+                self.task.begin_epoch(self.epoch)
+            self.task.model.train()
             for group in self.groups:
-                group["lr"].fill_(learning_rate(self.run.options, self.epoch, group.get("lr_scale", 1)))
-            batches = iter(self.feed.batches(order, self.run.batch_size))
-        first = self.epoch * steps
-        for number in range(first, first + steps):
+                group["lr"].fill_(learning_rate(self.task, self.epoch, group.get("lr_scale", 1)))
+            batches = iter(self.feed.batches(order[self.done * self.run.batch_size :], self.run.batch_size))
+        while self.done < steps:
             with self.on_stream():
-                self.engine.step(next(batches), number)
-            yield
+                self.engine.step(next(batches), self.epoch * steps + self.done)
+            self.done += 1
+            yield 1
+            self.run.stop.check()
 
-    def end(self, began: float, shared: int):
+    def suspend(self, began: float, shared: int) -> None:
+        """Keeps an epoch that is under way, to go on with it when the run is resumed."""
+        if self.done:
+            self.seconds += (time.perf_counter() - began) / shared
+            self.save()
+
+    def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
-        means = self.engine.means()
-        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
-        log_p = logits.log_softmax(-1)
-        val = {
-            "val_acc": accuracy(logits, labels),
-            "val_loss": nll_loss(log_p, labels).item(),
-            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        }
-        diverged = not all(map(math.isfinite, [*means.values(), val["val_loss"]]))
-        if diverged and self.best is None:
-            lr = self.run.options.lr
-            raise UserError(f"{self.label}: the loss is not finite in the first epoch: lower --lr (it is {lr})")
-        row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1}
-        row |= {name: x if math.isfinite(x) else None for name, x in (means | val).items()}  # JSON has no NaN
-        row |= {"diverged": diverged, "seconds": (time.perf_counter() - began) / shared}
-        if best_epoch([*self.history, row]) is row:
+        means, fault = self.engine.means(), self.engine.fault()
+        val = self.task.validate(predict(self.task, self.run, self.run.data.val), self.run.labels["val"])
+        if fault or not math.isfinite(val["val_loss"]):
+            raise self.diverged(*(fault or ("val_loss", self.done - 1)))
+        row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
+        row["seconds"] = self.seconds + (time.perf_counter() - began) / shared
+        self.history.append(row)
+        if best_epoch(self.history) is row:
             self.best = copy.deepcopy(self.task.model.state_dict())
-        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
-        self.run.save(self.task.name, row, parts=parts, best=self.best)
+        self.done, self.seconds = 0, 0.0
+        self.engine.clear()
+        self.save()
+        self.run.folder.append_log(row)
 
-    def finish(self):
+    def diverged(self, name: str, step: int) -> UserError:
+        path, number = self.run.folder.checkpoint_path(self.task.name), self.epoch * self.run.steps + step + 1
+        good = f"; the last good checkpoint is {path}, of epoch {self.epoch}" if path and self.epoch else ""
+        lr = self.run.options.lr
+        where = f"in step {number}, of epoch {self.epoch + 1}"
+        return UserError(f"{self.label}: {name} is not finite {where}: lower --lr (it is {lr}){good}")
+
+    def finish(self) -> None:
         if self.stream:
             torch.cuda.current_stream(self.run.device).wait_stream(self.stream)
+        assert self.best is not None
         self.task.model.load_state_dict(self.best)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
-        kept, planned = best_epoch(self.history), self.run.options.epochs
+        kept, planned = best_epoch(self.history), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
-        end = f"; stopped: loss not finite in epoch {self.epoch}" if self.diverged else ""
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
-        log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s{end}")
+        log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
 
 
-def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
+def learning_rate(task: Task, epoch: int, scale: float = 1.0) -> float:
+    options = task.run.options
     lr = options.lr * scale
     if options.schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+        return lr * (1 + math.cos(math.pi * epoch / task.epochs)) / 2
     if options.schedule == "step":
         every, factor = options.lr_step
         return lr * factor ** (epoch // every)
@@ -199,7 +227,7 @@ def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
 
 def best_epoch(history: Sequence[dict]) -> dict:
     """The row of the highest validation accuracy, of the lowest loss among these; the first of equals."""
-    return min((row for row in history if not row["diverged"]), key=lambda row: (-row["val_acc"], row["val_loss"]))
+    return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
 
 
 def outputs(task: Task, run: Run, compute: Callable | None = None) -> dict[str, torch.Tensor]:
@@ -213,5 +241,8 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     compute = compute or task.logits
     task.model.eval()
     feed = Feed(run, split, task.reads)
-    batches = feed.batches(torch.arange(len(split)), 1000)
-    return torch.cat([compute(feed.complete(batch)) for batch in batches]).float().cpu()
+    parts = []
+    for batch in feed.batches(torch.arange(len(split)), 1000):
+        parts.append(compute(feed.complete(batch)))
+        run.stop.check()
+    return torch.cat(parts).float().cpu()
