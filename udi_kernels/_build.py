@@ -55,9 +55,7 @@ def load(kind):
 def cache():
     root = os.environ.get("UDI_KERNELS_CACHE") or os.environ.get("XDG_CACHE_HOME")
     if not root:
-        home = Path(
-            os.environ.get("HOME") or "nowhere"
-        )  # empty in some containers; the root directory is nobody's home
+        home = Path(os.environ.get("HOME") or "nowhere")  # empty in some containers; / is nobody's home
         root = home / ".cache" if home.is_absolute() else Path(tempfile.gettempdir()) / f"udi_kernels-{os.getuid()}"
     return Path(root) / "udi_kernels"
 
