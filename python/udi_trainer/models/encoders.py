@@ -156,7 +156,7 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     try:
         encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)
         if len(shape) == 3:
-            encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            encoder.to(**{"memory_format": torch.channels_last})  # which torch's type hints of modules lack
         with torch.no_grad():
             features = encoder.eval()(two)
         encoder.train()
