@@ -85,7 +85,7 @@ def stages(out):
     measure = [PYTHON, "-m", "pytest", ROOT / "benchmarks", "--benchmark-only", "-q", "--benchmark-columns=median,iqr"]
     measure += [f"--benchmark-json={out / 'results.json'}", "--budget=380", *([] if gpu else ["--full"])]
     trainer = [PYTHON, ROOT / "benchmarks" / "trainer.py", "--out", out, "--rounds", "1" if gpu else "2"]
-    kernels = [ROOT / "tests" / "kernels", ROOT / "tests" / "test_triton.py"]
+    kernels = [ROOT / "tests" / "kernels"]
     return [
         Stage("kernels", "install", 60, pip),
         Stage("kernels", "build", 60, [PYTHON, "-c", BUILD]),

@@ -31,7 +31,7 @@ class Launch:
     tensors on this device, of these dtypes, that start at multiples of 16 bytes: a Launch belongs to one plan, whose
     key has device and dtypes, and other addresses take Triton's own way.
 
-    values: arguments by name; those that the kernel does not have are ignored.  options: num_warps, maxnreg, ...
+    values: arguments by name; those that the kernel does not have are ignored.  options: num_warps, maxnreg.
     """
 
     __slots__ = "compiled", "grid", "kernel", "options", "rest"
