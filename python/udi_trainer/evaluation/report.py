@@ -92,7 +92,7 @@ def accuracies(axes, history: History, anchor: str | None, colors: dict):
         else:
             name = f"{m}, {phase}"
         dashed = phase in ALONE and m in following
-        style = {"color": colors[phase if m is None else m], "linestyle": "--" if dashed else "-"}
+        style = {"color": colors.get(phase if m is None else m, MUTED), "linestyle": "--" if dashed else "-"}
         style["linewidth"] = 1.3 if dashed or m is None else 2
         epochs, values = series(rows, "val_acc")
         lines.append((name, epochs, [100 * x for x in values], style))
