@@ -48,6 +48,7 @@ def steps(count, dtype, method):
         ("float32", 1e-5, (2,), "joint-sum"),
         ("float32", 1e-5, (2,), "ogm-ge"),
         ("float32", 1e-5, (2,), "ensemble"),
+        ("float32", 1e-5, (2,), "dimml"),
         pytest.param("float32", 1e-5, (2,), "gramian", marks=needs_torchjd),
     ],
 )
