@@ -13,7 +13,18 @@ import peers
 from measure import Unavailable
 from peers import compiled
 from shapes import MODELS
-from udi_kernels import GradientPlan, alignment_weights, club_mi, gramian, js_div, reference, weighted_sum
+from udi_kernels import (
+    GradientPlan,
+    alignment_weights,
+    certainty_fusion,
+    club_mi,
+    duc_loss,
+    effective_dims,
+    gramian,
+    js_div,
+    reference,
+    weighted_sum,
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,95 @@ def club_cases():
                     draw=partial(draw, n=n, d=d, needs=needs),
                     providers=loss_providers(needs, table),
                 )  # fmt: skip
+
+
+# --- DI-MML's ops -------------------------------------------------------------------------------------------------
+
+DUC = [(64, 512), (256, 512), (1024, 512), (8192, 512)]
+LOOP = 1024  # samples, beyond which the loop takes minutes
+
+
+def duc_cases():
+    """A quarter of the dimensions, as two modalities of which half is effective leave each other; temperature 10."""
+
+    def draw(randn, n, d):
+        dims = torch.arange(d) % 4 == 1
+        student, teacher = require([randn(n, d), randn(n, d)], (0,))
+        return student, teacher, dims.to(student.device)
+
+    def bind(f, gathered=False):
+        def variant(student, teacher, dims):
+            chosen = dims.nonzero().flatten() if gathered else dims
+            return partial(loss_call, lambda s, t: f(s, t, chosen), (0,), student, teacher)
+
+        return variant
+
+    def at(f):
+        return lambda student, teacher, dims: f(student, teacher, dims, 10.0)
+
+    for n, d in DUC:
+        providers = {
+            "udi_kernels": Provider({"": bind(lambda s, t, dims: duc_loss(s, t, dims, temperature=10.0))}, 2),
+            "eager": Provider(
+                {"indexed": bind(at(peers.duc_loss_indexed)), "masked": bind(at(peers.duc_loss_masked))}, 3 * n / d + 2
+            ),
+            "torch.compile": Provider(
+                {
+                    "gathered": bind(at(compiled(peers.duc_loss_gathered)), gathered=True),
+                    "log-sum-exp": bind(at(compiled(peers.duc_loss_lse)), gathered=True),
+                    "masked": bind(at(compiled(peers.duc_loss_masked))),
+                },
+                3 * n / d + 2,
+            ),
+        }
+        if n <= LOOP:
+            providers["sample by sample"] = Provider({"": bind(at(peers.duc_loss_loop))}, 3 * n / d + 2)
+        yield Case(
+            "duc_loss", f"{n}x{d}", torch.float32, "+ backward", rank=int(n not in (64, 256)),
+            elements=2 * n * d,
+            bytes=(2 * n * d // 4 + n * d) * 4,
+            draw=partial(draw, n=n, d=d),
+            providers=providers,
+        )  # fmt: skip
+
+
+def effective_dims_cases():
+    def draw(randn, n, c, d):
+        labels = randn(n, c).argmax(1)
+        return randn(n, d) + randn(c, d)[labels], labels
+
+    for n, c, d in ((1000, 10, 512), (10_000, 101, 512)):
+        table = {
+            "udi_kernels": (1, {"": effective_dims}),
+            "NxCxD": (3 * c, {"": peers.effective_dims_pairs}),
+            "eager": (3, {"class by class": peers.effective_dims_classes}),
+        }
+        yield Case(
+            "effective_dims", f"{n}x{d}, {c} classes", torch.float32, "", rank=int(n > 1000),
+            elements=n * d,
+            bytes=n * d * 4,
+            draw=partial(draw, n=n, c=c, d=d),
+            providers={
+                name: Provider({v: lambda x, y, f=f, c=c: partial(f, x, y, c) for v, f in variants.items()}, memory)
+                for name, (memory, variants) in table.items()
+            },
+        )  # fmt: skip
+
+
+def certainty_cases():
+    for shape in ((3, 64, 6), (3, 1000, 101)):
+        table = {
+            "udi_kernels": (1, {"": certainty_fusion}),
+            "eager": (4, {"heads": peers.certainty_fusion_heads, "stacked": peers.certainty_fusion_stacked}),
+            "torch.compile": (2, {"stacked": compiled(peers.certainty_fusion_stacked)}),
+        }
+        yield Case(
+            "certainty_fusion", "x".join(map(str, shape)), torch.float32, "", rank=0,
+            elements=math.prod(shape),
+            bytes=(shape[0] + 1) * shape[1] * shape[2] * 4,
+            draw=lambda randn, shape=shape: (randn(*shape),),
+            providers=loss_providers((), table),
+        )  # fmt: skip
 
 
 # --- gradients: an input set is (K lists, P stacked tensors over the same memory, weights) ----------------------
@@ -290,6 +390,5 @@ def step_cases():
         )  # fmt: skip
 
 
-CASES = {
-    c.name: c for c in sorted([*js_div_cases(), *club_cases(), *gradient_cases(), *step_cases()], key=lambda c: c.rank)
-}
+GROUPS = js_div_cases, club_cases, duc_cases, effective_dims_cases, certainty_cases, gradient_cases, step_cases
+CASES = {c.name: c for c in sorted((c for group in GROUPS for c in group()), key=lambda c: c.rank)}

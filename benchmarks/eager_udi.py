@@ -1,6 +1,6 @@
 """UDI as one would first write it in plain PyTorch; what the trainer is compared with, and computes the same as.
 
-CLUB over all N x N pairs, gradients concatenated, the anchor run in every step, figures read with .item().
+CLUB over all N x N pairs, gradients concatenated, the anchor run in every step, losses read with .item().
 """
 
 import copy
@@ -9,26 +9,28 @@ import time
 
 import torch
 import torch.nn.functional as F
-from methods.udi import Q_WARMUP
-from models import FEATURES, Classifier, ConditionalGaussian, encoders
 
 from peers import club_mi_pairs, js_div_eager
+from udi_trainer.methods.udi import q_warmup
+from udi_trainer.models.classifiers import Classifier, ConditionalGaussian
+from udi_trainer.models.encoders import FEATURES
+from udi_trainer.registry import encoders
 
 
 class EagerUDI:
     """The two phases with a run's data, seeds and options, followers from scratch, the dynamic controller.
 
-    ``rows``: {stage: [figures of an epoch]}, as the trainer logs them.
+    ``history``: {stage: [its row of each epoch]}, as the trainer logs them.
     """
 
     def __init__(self, run):
         self.run, self.options, self.train = run, run.options, run.data.train
         self.steps = len(self.train) // self.options.batch_size
-        self.rows = {}
+        self.warmup, self.history = q_warmup(run), {}
 
     def fit(self):
         alone = {m: self.fit_stage(f"anchor-{m}", m, self.alone_step) for m in self.run.data.modalities}
-        anchor = max(alone, key=lambda m: max(row["val_acc"] for row in self.rows[f"anchor-{m}"]))
+        anchor = max(alone, key=lambda m: max(row["val_acc"] for row in self.history[f"anchor-{m}"]))
         self.anchor_view, self.anchor = anchor, alone[anchor].eval()
         for modality in alone:
             if modality != anchor:
@@ -39,11 +41,12 @@ class EagerUDI:
         options, run = self.options, self.run
         torch.manual_seed(run.seed(name))
         view = run.data.modalities[modality]
-        self.model = Classifier(encoders[view.encoder](view.shape(self.train)), run.data.classes).to(run.device)
+        encoder = encoders.find(view.encoder)(view.sample(self.train).shape[1:])
+        self.model = Classifier(encoder, FEATURES, run.data.classes).to(run.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.q = ConditionalGaussian(FEATURES, FEATURES, hidden=128).to(run.device)
         self.q_optimizer = torch.optim.AdamW(self.q.parameters())
-        best, rows = (-1,), self.rows.setdefault(name, [])
+        best, rows = (-1,), self.history.setdefault(name, [])
         for epoch in range(options.epochs):
             began, total = time.perf_counter(), 0
             for optimizer in (self.optimizer, self.q_optimizer):
@@ -56,10 +59,10 @@ class EagerUDI:
                 total += step(modality, index, number).item()
             accuracy, loss = self.validate(modality)
             if (accuracy, -loss) > best:
-                best, weights = (accuracy, -loss), copy.deepcopy(self.model.state_dict())
+                best, state = (accuracy, -loss), copy.deepcopy(self.model.state_dict())
             row = {"loss": total / self.steps, "val_acc": accuracy, "val_loss": loss}
             rows.append(row | {"seconds": time.perf_counter() - began})
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(state)
         return self.model
 
     def inputs(self, modality, split, index):
@@ -84,7 +87,7 @@ class EagerUDI:
         con = js_div_eager(logits, anchor_logits)
         mu, logvar = self.q(x)
         com = (club_mi_pairs(mu.detach(), logvar.detach(), y) / FEATURES).relu()
-        if number < Q_WARMUP:
+        if number < self.warmup:
             com = 0 * com
 
         every = self.steps if self.options.align_every == "epoch" else self.options.align_every
@@ -105,10 +108,10 @@ class EagerUDI:
         return loss
 
     def flat_gradient(self, loss):
-        weights = list(self.model.parameters())
-        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-        pairs = zip(weights, grads, strict=True)
-        return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for w, g in pairs])
+        parameters = list(self.model.parameters())
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        pairs = zip(parameters, grads, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 
     @torch.no_grad()
     def validate(self, modality):

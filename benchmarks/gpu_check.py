@@ -1,29 +1,36 @@
-"""Everything that needs a GPU, in one call, without network.
+"""Everything that needs a GPU, without network, in calls of less than ten minutes each.
 
-    python benchmarks/gpu_check.py DIR [--minutes 9] [--only STAGE ...]
+    python benchmarks/gpu_check.py DIR --only kernels    # installs, builds, tests and sanitizes every kernel
+    python benchmarks/gpu_check.py DIR --only speed      # inspects machine code, measures, reports
+    python benchmarks/gpu_check.py DIR --only trainer    # tests and measures the trainer
 
-Installs, builds, tests, sanitizes, inspects, measures kernels and trainer, and reports; a stage that fails does not
-stop the next. Leaves in DIR: check.log, tests.xml, results.json, table.md, plots and the trainer's figures. Exit code 1
-if a stage failed. Without a GPU it does the same on the CPU, with the quick selection of benchmarks, and says which
-stages did not run.
+A stage that fails does not stop the next; --only takes stages by name too, and --dry-run says what would run. Leaves in
+DIR: summary.md, which fits on a page, a log of each stage, tests.xml, results.json, table.md, plots and the trainer's
+figures; a later call adds to the summary. Exit code 1 if a stage failed. Without a GPU the same runs on the CPU, with
+the quick selection of benchmarks, and the summary says which stages did not run.
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
 
 BUILD = """
 from udi_kernels import build_info
-from udi_kernels.__main__ import main
+from udi_kernels._info import main
 main()
 slow = [f"{op}: {where}" for op, by in build_info()["backends"].items() for where, name in by.items()
         if name == "reference" and "float64" not in where]
@@ -41,7 +48,7 @@ for dtype in (torch.float32, torch.bfloat16):
     for shape in ((7, 41), (512, 130), (2100, 30)):
         for f in (club_mi, club_nll):
             f(*(draw(*shape).requires_grad_() for _ in range(3))).backward()
-    for k in (3, 8, 32):
+    for k in (3, 5, 8, 32):
         grads = [[draw(*s) for s in ((64, 33, 3, 3), (1271,), (), (0, 3), (16385,))] for _ in range(k)]
         weights = torch.rand(k, device="cuda")
         plan = GradientPlan(grads)
@@ -51,88 +58,130 @@ print("done")
 """
 
 
-def stages(out, deadline):
-    """(name, its command or why there is none, most seconds); the benchmarks get the time that is left."""
-    gpu = torch.cuda.is_available()
-    python = [sys.executable]
-    pip = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ROOT]
-    tests = [*python, "-m", "pytest", ROOT / "tests", "-q", f"--junitxml={out / 'tests.xml'}"]
-    sanitizer = find_sanitizer()
-    sanitize = [sanitizer, "--error-exitcode", "9", "--print-limit", "20", "--tool"]
-    missing = None if gpu and sanitizer else "no compute-sanitizer" if gpu else "no GPU"
-    measure = [*python, "-m", "pytest", ROOT / "benchmarks", "--benchmark-only", "-q", "--benchmark-columns=median,iqr"]
-    measure += [f"--benchmark-json={out / 'results.json'}", *(["--full"] if gpu else [])]
-
-    yield "install", pip, 120
-    yield "build", [*python, "-c", BUILD], 120
-    yield "tests", tests, 240
-    for tool in ("memcheck", "racecheck"):
-        yield tool, missing or [*sanitize, tool, *python, "-c", EXERCISE], 60
-    yield "inspect", [*python, ROOT / "benchmarks" / "inspect_kernels.py"], 90
-    trainer = [*python, ROOT / "benchmarks" / "trainer.py", "--out", out, "--rounds", "1" if not gpu else "2"]
-    yield "trainer", [*trainer, *([] if gpu else ["--epochs", "2", "--samples", "3000"])], 120
-    yield (
-        "resnet18",
-        [*trainer, "--encoder", "resnet18", "--samples", "1024", "--epochs", "2"] if gpu else "no GPU",
-        120,
-    )
-    budget = max(60, deadline - time.monotonic() - 40)  # the last case, the tables and the plots need time too
-    yield "benchmarks", [*measure, f"--budget={budget:.0f}"], budget + 30
-    yield "report", [*python, ROOT / "benchmarks" / "report.py", out / "results.json", "--out", out], 60
+@dataclass
+class Stage:
+    part: str
+    name: str
+    seconds: int  # at most
+    command: list
+    missing: str | None = None  # why it cannot run here
 
 
-def find_sanitizer():
-    places = os.environ["PATH"], f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+def stages(out):
+    gpu = None if torch.cuda.is_available() else "no GPU"
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    unsanitized = gpu or (None if sanitizer else "no compute-sanitizer")
+    arch = "sm_90" if gpu else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    # Triton compiles hundreds of kernels for the tests: as many processes as cores, each with one thread.
+    shards = ["-n", str(os.cpu_count()), "--dist", "worksteal"] if find_spec("xdist") else []
+
+    def tests(name, *paths):
+        return [PYTHON, "-m", "pytest", "-q", "-rf", *shards, f"--junitxml={out / name}.xml", *paths]
+
+    def sanitize(tool):
+        return [sanitizer, "--error-exitcode", "9", "--print-limit", "20", "--tool", tool, PYTHON, "-c", EXERCISE]
+
+    pip = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ROOT]
+    measure = [PYTHON, "-m", "pytest", ROOT / "benchmarks", "--benchmark-only", "-q", "--benchmark-columns=median,iqr"]
+    measure += [f"--benchmark-json={out / 'results.json'}", "--budget=380", *([] if gpu else ["--full"])]
+    trainer = [PYTHON, ROOT / "benchmarks" / "trainer.py", "--out", out, "--rounds", "1" if gpu else "2"]
+    kernels = [ROOT / "tests" / "kernels", ROOT / "tests" / "test_triton.py"]
+    return [
+        Stage("kernels", "install", 60, pip),
+        Stage("kernels", "build", 60, [PYTHON, "-c", BUILD]),
+        Stage("kernels", "compile", 60, [PYTHON, "-m", "udi_kernels", "--compile", arch]),
+        Stage("kernels", "exercise", 60, [PYTHON, "-c", EXERCISE], gpu),  # also fills caches for the sanitizers
+        Stage("kernels", "tests", 180, tests("tests", *kernels)),
+        Stage("kernels", "memcheck", 70, sanitize("memcheck"), unsanitized),
+        Stage("kernels", "racecheck", 70, sanitize("racecheck"), unsanitized),
+        Stage("speed", "inspect", 80, [PYTHON, ROOT / "benchmarks" / "inspect_kernels.py", "--arch", arch]),
+        Stage("speed", "benchmarks", 420, measure),
+        Stage("speed", "report", 60, [PYTHON, ROOT / "benchmarks/report.py", out / "results.json", "--out", out]),
+        Stage("trainer", "trainer-tests", 240, tests("trainer-tests", ROOT / "tests" / "trainer")),
+        Stage("trainer", "cnn", 150, [*trainer, *(["--epochs", "2", "--samples", "3000"] if gpu else [])]),
+        Stage(
+            "trainer", "resnet18", 150, [*trainer, "--encoder", "resnet18", "--samples", "1024", "--epochs", "2"], gpu
+        ),
+    ]
 
 
-def run(command, limit, log):
-    """Exit code, or None if it ran past its limit."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if "--tool" in command:
+def run(stage, log):
+    """What became of it."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{os.environ.get('PYTHONPATH', '')}"}
+    if "tests" in stage.name:
+        environment["OMP_NUM_THREADS"] = "1"
+    if "--tool" in stage.command:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or an access out of bounds stays inside a cached block
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return None
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            list(map(str, stage.command)),
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(stage.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"FAILED: stopped after {stage.seconds} s"
+    return "ok" if code == 0 else "used from its folder" if stage.name == "install" else f"FAILED ({code})"
+
+
+def summary(out, results):
+    """A page: machine, stages, tests that failed, the first lines of what else failed, the table of times."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    triton = __import__("triton").__version__ if find_spec("triton") else "none"
+    lines = [f"{where}; Python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton}", ""]
+    lines += [f"{name:<14} {seconds:4.0f} s  {verdict}" for name, (seconds, verdict) in results.items()]
+    for name in ("tests", "trainer-tests"):
+        if (out / f"{name}.xml").exists():
+            suite = xml.etree.ElementTree.parse(out / f"{name}.xml").getroot().find("testsuite")
+            failed = [
+                f"{case.get('classname')}::{case.get('name')}: {problem.get('message')}".partition("\n")[0]
+                for case in suite
+                for problem in case
+                if problem.tag in ("failure", "error")
+            ]
+            lines += ["", f"{name}: {suite.get('tests')}, {suite.get('skipped')} skipped, {len(failed)} failed"]
+            lines += [f"    {line[:160]}" for line in failed[:12]]
+    for name, (_, verdict) in results.items():
+        if verdict.startswith("FAILED") and "tests" not in name:
+            tail = (out / f"{name}.log").read_text().splitlines()[-8:]
+            lines += ["", f"{name}:", *(f"    {line[:160]}" for line in tail)]
+    for name in ("table.md", "trainer-cnn.md", "trainer-resnet18.md"):
+        if (out / name).exists():
+            lines += ["", *(out / name).read_text().splitlines()[:30]]
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything; the benchmarks get what is left")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="install build tests memcheck racecheck ...")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts or stages")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages and their limits")
     options = parser.parse_args()
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    chosen = [s for s in stages(out) if not options.only or {s.part, s.name} & {*options.only}]
+    if options.dry_run:
+        for s in chosen:
+            print(f"{s.part:<8} {s.name:<14} {s.seconds:4} s  {s.missing or ''}")
+        return 0
 
-    failed = []
-    with open(out / "check.log", "w") as log:
-        for name, command, limit in stages(out, time.monotonic() + 60 * options.minutes):
-            if options.only and name not in options.only:
-                continue
-            start, position = time.monotonic(), log.tell()
-            print(f"=== {name}", file=log, flush=True)
-            code = 0 if isinstance(command, str) else run(command, limit, log)
-            log.seek(0, os.SEEK_END)
-            verdict = "ok" if code == 0 else f"stopped after {limit:.0f} s" if code is None else f"failed ({code})"
-            if isinstance(command, str):
-                verdict = f"not run: {command}"
-            elif code != 0 and name == "install":
-                verdict += ", used from its folder"
-            elif code != 0:
-                failed.append(name)
-            print(f"{name:<11} {time.monotonic() - start:4.0f} s  {verdict}", flush=True)
-            if code != 0:
-                lines = (out / "check.log").read_text()[position:].splitlines()
-                print("\n".join(f"    {line}" for line in lines[-15:]), flush=True)
-    print(f"\nfailed: {', '.join(failed)}" if failed else "\nall that ran passed")
-    return bool(failed)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "stages.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    for s in chosen:
+        began = time.monotonic()
+        verdict = f"not run: {s.missing}" if s.missing else run(s, out / f"{s.name}.log")
+        results[s.name] = time.monotonic() - began, verdict
+        kept.write_text(json.dumps(results))
+        print(f"{s.name:<14} {results[s.name][0]:4.0f} s  {verdict}", flush=True)
+    print("\n" + summary(out, results))
+    return any(results[s.name][1].startswith("FAILED") for s in chosen)
 
 
 if __name__ == "__main__":

@@ -1,82 +1,154 @@
-"""What the compilers make of every GPU kernel, without a GPU: registers, spills, local and shared memory, load width.
+"""What the compilers make of every GPU kernel, without a GPU: a static roofline.
 
-    python benchmarks/inspect_kernels.py [--arch sm_90 ...]
+    python benchmarks/inspect_kernels.py [--arch sm_90 ...] [--write] [--predict]
 
 Triton: calls the launchers on tensors without memory, notes each kernel they would launch, and compiles it as the
-launch would, so what is inspected is what is shipped.  CUDA: every csrc/cuda/*.cu, where nvcc exists.
-Exit code 1 if a kernel spills or uses local memory and ACCEPTED does not say why.
+launch would, so what is inspected is what is shipped. CUDA: all kernels of csrc/cuda, by
+NVRTC, with the short table.
+
+Columns: instructions an element of the input matrix (CUDA: an element loaded, in the kernel's busiest loop), and of
+them those of each pipe; registers of a thread; warps that a multiprocessor holds; KB of loads that these have in flight
+(of one loop's body, or all of a kernel's without loops); widest global load and store in bits.
+
+Exit code 1 if a kernel spills, uses local memory or stores single bytes (ACCEPTED says where and why it may), or if it
+takes over 5% more instructions than in the committed table, where that is by the same compiler; --write renews it.
+--predict: least times on two GPUs and what limits them. Predictions: no GPU has calibrated them yet.
 """
 
 import argparse
+import csv
 import functools
+import math
 import multiprocessing
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import sass
+
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "kernels.csv"
 ARCHS = ("sm_80", "sm_90", "sm_100")
+RISE = 1.05
 # Kernel name: the reason why it may spill or use local memory.
-ACCEPTED = {
-    f"udi::gramian_tiles<__nv_bfloat16, udi::Table<{size}> >": "on sm_100, 10 local loads beside 512 multiply-adds"
-    for size in (500, 4080)
-}
-COLUMNS = ("kernel", "configuration", "arch", "registers", "spills", "local", "shared", "widest load")
+ACCEPTED: dict[str, str] = {}
+COLUMNS = (
+    "kernel", "configuration", "arch", "compiler", "instructions", "fma", "alu", "xu", "memory", "registers", "warps",
+    "flight", "load", "store", "shared", "local", "spills", "bytes",
+)  # fmt: skip
+KEY = COLUMNS[:3]
 
 # (rows, classes) and (rows, features): every kernel in every configuration; those in ONCE for float32 alone.
 JS_DIV_SHAPES = (
     (64, 1), (64, 6), (4096, 6), (64, 101), (1024, 1000), (1024, 1271), (8192, 4096), (512, 8192), (4096, 32000),
     (8, 262144),
 )  # fmt: skip
+BETAS = (0.0, 0.3)  # beside 1/2, at BETA_SHAPES
+BETA_SHAPES = (8192, 4096), (4096, 32000)
 CLUB_SHAPES = (64, 41), (512, 512), (65536, 512)
 ONCE = {(64, 1), (4096, 6), (1024, 1271), (64, 41)}
+
+# Multiprocessors, GHz, TB/s. A copy reaches about nine tenths of the bandwidth.
+GPUS = {"H100": (132, 1.755, 3.35), "H200": (132, 1.755, 4.8)}
+COPY = 0.9
+CYCLES = {
+    "issue": 1,
+    "xu": 8,
+    "alu": 2,
+    "fp64": 2,
+}  # of a scheduler, four to a multiprocessor, for a warp's instruction
+PREDICTED = {"js_div": ((1024, 1000), (8192, 4096), (4096, 32000)), "club_mi": ((512, 512), (65536, 512))}
+READS = {"js_div": 2, "club_mi": 3, "club_nll": 3}
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------
 
 
-def launches():
-    """(kernel, arguments, options, label) of everything the launchers launch at these shapes, each signature once."""
+def cases():
+    """(op, pass, shape, dtype, options in words, function that launches it) of all that is inspected."""
     import torch
-    from triton.runtime.jit import JITFunction
 
     from udi_kernels.triton import club, js_div
 
-    seen = {}
+    scalar = torch.empty((), device="meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        new = dict(dtype=dtype, device="meta")
+        for R, C in (shape for shape in JS_DIV_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
+            x, y = torch.empty(R, C, **new), torch.empty(R, C, **new)
+            stats = torch.empty(6, R, device="meta")
+            for beta in (0.5, *(BETAS if (R, C) in BETA_SHAPES else ())):
+                words = "" if beta == 0.5 else f"beta {beta}"
+                yield (
+                    "js_div",
+                    "forward",
+                    (R, C),
+                    dtype,
+                    words,
+                    functools.partial(js_div.js_div_fwd, x, y, None, beta, 1.0, 2),
+                )
+                for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
+                    yield (
+                        "js_div",
+                        "backward",
+                        (R, C),
+                        dtype,
+                        words,
+                        functools.partial(js_div.js_div_bwd, scalar, x, y, None, stats, beta, 1.0, 2, *needs),
+                    )
+        for N, D in (shape for shape in CLUB_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
+            inputs, stats = [torch.empty(N, D, **new) for _ in range(3)], torch.empty(5, D, device="meta")
+            for reduction, words in ((0, "each row"), (2, "")):
+                grad = torch.empty((N,) if reduction == 0 else (), device="meta")
+                yield (
+                    "club_mi",
+                    "forward",
+                    (N, D),
+                    dtype,
+                    words,
+                    functools.partial(club.club_mi_fwd, *inputs, reduction),
+                )
+                for needs in ((False, False, True), (True, True, True)):
+                    yield (
+                        "club_mi",
+                        "backward",
+                        (N, D),
+                        dtype,
+                        words,
+                        functools.partial(club.club_mi_bwd, grad, *inputs, stats, reduction, *needs),
+                    )
+            yield "club_nll", "forward", (N, D), dtype, "", functools.partial(club.club_nll_fwd, *inputs)
+            yield (
+                "club_nll",
+                "backward",
+                (N, D),
+                dtype,
+                "",
+                functools.partial(club.club_nll_bwd, scalar, *inputs, True, True, False),
+            )
+
+
+@functools.cache  # kernels do not travel between processes: each worker notes the launches itself
+def launches():
+    """(kernel, types and constants of its arguments, options, grid, first case) of all that the launchers launch."""
+    from triton.runtime.jit import JITFunction
+
+    found, case = {}, None
 
     def note(kernel, *args, grid, warmup, **kwargs):
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         options = {k: values.pop(k) for k in list(values) if k not in kernel.arg_names}
         source = signature(kernel, values)
-        seen.setdefault((kernel.fn.__name__, repr(source), repr(options)), (kernel, source, options, label))
+        found.setdefault((kernel.fn.__name__, repr(source), repr(options), grid), (kernel, source, options, grid, case))
 
     run, JITFunction.run = JITFunction.run, note
     try:
-        for dtype in (torch.float32, torch.bfloat16):
-            new = dict(dtype=dtype, device="meta")
-            bf16 = dtype == torch.bfloat16
-            for R, C in (shape for shape in JS_DIV_SHAPES if not (bf16 and shape in ONCE)):
-                label = f"{str(dtype)[6:]} {R}x{C}"
-                x, y = torch.empty(R, C, **new), torch.empty(R, C, **new)
-                _, stats = js_div.js_div_fwd(x, y, None, 0.5, 1.0, 2)
-                for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
-                    js_div.js_div_bwd(torch.empty((), device="meta"), x, y, None, stats, 0.5, 1.0, 2, *needs)
-            for N, D in (shape for shape in CLUB_SHAPES if not (bf16 and shape in ONCE)):
-                label = f"{str(dtype)[6:]} {N}x{D}"
-                inputs = [torch.empty(N, D, **new) for _ in range(3)]
-                for reduction in (0, 2):
-                    grad, stats = club.club_mi_fwd(*inputs, reduction)
-                    club.club_mi_bwd(grad, *inputs, stats, reduction, False, False, True)
-                    club.club_mi_bwd(grad, *inputs, stats, reduction, True, True, True)
-                club.club_nll_bwd(club.club_nll_fwd(*inputs), *inputs, True, True, False)
+        for *what, launch in cases():
+            case = what
+            launch()
     finally:
         JITFunction.run = run
-    return list(seen.values())
+    return list(found.values())
 
 
 def signature(kernel, values):
@@ -109,121 +181,173 @@ def signature(kernel, values):
     return types, constants, attributes
 
 
-@functools.cache
-def launches_here():
-    return launches()  # kernels do not travel between processes: each worker notes the launches itself
-
-
-def compile_triton(index, arch):
-    from triton import compile
+def inspect_triton(index, arch):
+    """A row of the table, and the warp instructions of the whole launch by pipe."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, (types, constants, attributes), options, label = launches_here()[index]
-    binary = compile(
+    kernel, (types, constants, attributes), options, grid, (op, way, (R, C), dtype, words) = launches()[index]
+    binary = triton.compile(
         ASTSource(kernel, types, constants, attributes), target=GPUTarget("cuda", int(arch[3:]), 32), options=options
     )
+    (code,) = sass.read(binary.asm["cubin"]).values()
     named = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
-    tile = "x".join(str(named[n]) for n in ("ROWS", "LANES", "STEP", "BLOCK", "WIDTH") if n in named)
+    sizes = [named[n] for n in ("ROWS", "LANES", "STEP", "BLOCK", "WIDTH") if n in named]
     wanted = [n for n in ("DX", "DMU", "DLOGVAR", "DY") if n in types and types[n] != "constexpr"]
-    label = " ".join([f"{label}: {tile}, {options['num_warps']} warps", *wanted])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(binary.asm["cubin"])
-        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        ((registers, spills, local, _, widest),) = inspect(file.name).values()
-    return [(name, label, arch, registers, spills, local, binary.metadata.shared, widest)]
+    label = [
+        f"{op} {str(dtype)[6:]} {R}x{C}",
+        words,
+        "x".join(map(str, sizes)),
+        f"{options['num_warps']} warps",
+        *wanted,
+    ]
+
+    # A loop runs once for each tile of the program's share of the matrix.
+    programs, warps = math.prod(grid), options["num_warps"]
+    trips = max(1, math.ceil(R * C / programs / math.prod(sizes)))
+    pipes = code.straight.pipes
+    for loop in code.loops:
+        for name, n in loop.pipes.items():
+            pipes[name] += n * trips
+    pipes = {name: n * programs * warps for name, n in pipes.items()}
+    resident = code.resident(warps, arch, binary.metadata.shared)
+    in_flight = max(s.loaded for s in code.loops or [code.straight]) * 32 * resident / 1024
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    row = table_row(
+        name, " ".join(filter(None, label)), arch, f"Triton {triton.__version__}", code, pipes, R * C / 32,
+        warps=resident, flight=round(in_flight), shared=binary.metadata.shared,
+    )  # fmt: skip
+    return row, ((op, way, (R, C), str(dtype)[6:], words, len(wanted)), pipes)
+
+
+def table_row(name, label, arch, compiler, code, pipes, elements, **more):
+    each = {pipe: round(pipes.get(pipe, 0) / elements, 2) for pipe in ("fma", "alu", "xu", "memory")}
+    return dict(
+        kernel=name, configuration=label, arch=arch, compiler=compiler,
+        instructions=round(sum(pipes.values()) / elements, 1), **each, registers=code.registers,
+        load=code.widest("LDG"), store=code.widest("STG"), local=code.local, spills=code.spills,
+        bytes=code.byte_stores, **more,
+    )  # fmt: skip
 
 
 # --- CUDA C++ ---------------------------------------------------------------------------------------------------
 
 
-def compile_cuda(source, arch):
-    from udi_kernels import _build
+def inspect_cuda(kernel, arch):
+    """The row of a kernel: its busiest loop's count, for an element that it loads."""
+    from udi_kernels import _nvrtc
 
-    include = [f"-I{p}" for p in (_build._torch() / "include", _build.SOURCES)]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/{source.stem}.cubin"
-        command = [nvcc(), *_build.CUDA_FLAGS.split(), *include, f"-arch={arch}", "-cubin", str(source), "-o", cubin]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(f"{source} does not compile for {arch}:\n{run.stdout}{run.stderr}")
-        return [(demangled(name), source.name, arch, *numbers) for name, numbers in inspect(cubin).items()]
-
-
-def nvcc():
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    (code,) = sass.read(_nvrtc.image(kernel, arch)[0]).values()
+    busiest = max(code.loops, key=lambda loop: loop.loaded, default=code.straight)
+    size = 8 if "double" in kernel else 4 if "float" in kernel else 2
+    resident = code.resident(8, arch, code.shared)  # every kernel's block has 256 threads
+    return table_row(
+        kernel.replace("udi::", ""), "CUDA", arch, f"NVRTC {_nvrtc.version()}", code, busiest.pipes,
+        max(busiest.loaded / size, 1), warps=resident, flight=round(busiest.loaded * 32 * resident / 1024),
+        shared=code.shared,
+    )  # fmt: skip
 
 
-def demangled(name):
-    """Names and template arguments without the parameter list."""
-    filt = shutil.which("cu++filt") or shutil.which("c++filt")
-    if filt:
-        name = subprocess.run([filt, name], capture_output=True, text=True).stdout.strip()
-    return re.sub(r"\(anonymous namespace\)::|^void |\(.*\)$", "", name)
+# --- judgement --------------------------------------------------------------------------------------------------
 
 
-# --- any cubin --------------------------------------------------------------------------------------------------
+def faults(rows, committed):
+    """Sentences about what must not be; `committed`: rows by KEY."""
+    for row in rows:
+        where = f"{row['kernel']} ({row['configuration']}, {row['arch']})"
+        if (row["spills"] or row["local"]) and row["kernel"] not in ACCEPTED:
+            yield f"{where} spills: {row['spills']} local loads and stores, {row['local']} bytes"
+        if row["bytes"]:
+            yield f"{where} has {row['bytes']} stores of single bytes"
+        old = committed.get(tuple(row[k] for k in KEY))
+        if old and old["compiler"] == row["compiler"] and row["instructions"] > RISE * float(old["instructions"]):
+            yield f"{where} takes {row['instructions']} instructions an element, {old['instructions']} in {TABLE.name}"
 
 
-def inspect(cubin):
-    """{kernel: (registers, spills, local bytes, shared bytes, widest load in bits)} of a file of machine code."""
-    usage = {
-        m[0]: (int(m[1]), int(m[2]) + int(m[4]), int(m[3]))
-        for m in re.findall(
-            r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("-res-usage", cubin)
-        )
-    }
-    result = {}
-    for part in re.split(r"Function : ", cuobjdump("-sass", cubin))[1:]:
-        name, _, code = part.partition("\n")
-        registers, local, shared = usage[name.strip()]
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-        loads = re.findall(r"\bLDG\.(\S+)", code)
-        widest = max((int((re.search(r"\b(64|128|256)\b", load) or [32])[0]) for load in loads), default=0)
-        result[name.strip()] = registers, spills, local, shared, widest
-    return result
+def committed_rows():
+    if not TABLE.exists():
+        return {}
+    with open(TABLE, newline="") as file:
+        return {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
 
 
-def cuobjdump(flag, cubin):
-    """The one that comes with Triton; its neighbour nvdisasm does the work of -sass."""
-    import triton
+def predictions(launched):
+    """Lines of a Markdown table: least times in us, what limits them, and the fraction of copy speed at best.
 
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        ["cuobjdump", flag, cubin], capture_output=True, text=True, check=True, env=environment
-    ).stdout
+    launched: (case, warp instructions by pipe) of every kernel launched on sm_90.
+    """
+    yield "| op | shape | dtype | " + " | ".join(f"{g}: us | limit | of copy" for g in GPUS) + " |"
+    yield "|---|---|---|" + "---:|---|---:|" * len(GPUS)
+    for op, shapes in PREDICTED.items():
+        for (R, C), dtype in ((s, d) for s in shapes for d in ("float32", "bfloat16")):
+            size, reads = R * C * (4 if dtype == "float32" else 2), READS[op]
+            cells = []
+            for cores, clock, bandwidth in GPUS.values():
+                least = copy = 0.0
+                limits = []
+                for way, moved in (("forward", reads), ("backward", reads + 1)):  # backward: one gradient
+                    work = [p for case, p in launched if case == (op, way, (R, C), dtype, "", int(way == "backward"))]
+                    moving = moved * size / (bandwidth * COPY) * 1e-6
+                    rate = cores * 4 * clock * 1e3  # warp instructions a microsecond
+                    times = {
+                        name: sum(cycles * (sum(p.values()) if name == "issue" else p.get(name, 0)) for p in work)
+                        / rate
+                        for name, cycles in CYCLES.items()
+                    } | {"memory": moving}
+                    limits.append(max(times, key=times.get))
+                    least, copy = least + max(times.values()), copy + moving
+                cells.append(f"{least:.1f} | {', '.join(limits)} | {100 * copy / least:.0f}%")
+            yield f"| {op} | {R}x{C} | {dtype} | {' | '.join(cells)} |"
 
 
 # --- the command ------------------------------------------------------------------------------------------------
+
+
+def inspect(archs, jobs):
+    """(rows of the table, launches on sm_90)"""
+    from udi_kernels._nvrtc import KERNELS, TABLE_WORDS
+
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        triton = [(arch, pool.submit(inspect_triton, i, arch)) for i in range(len(launches())) for arch in archs]
+        kernels = [kernel for kernel in KERNELS if kernel.endswith(f"{TABLE_WORDS[0]}>")]
+        cuda = [pool.submit(inspect_cuda, kernel, arch) for kernel in kernels for arch in archs]
+        rows = [future.result()[0] for _, future in triton] + [future.result() for future in cuda]
+        launched = [future.result()[1] for arch, future in triton if arch == "sm_90"]
+    return list({tuple(row[k] for k in KEY): row for row in rows}.values()), launched
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=ARCHS, metavar="sm_XX", help=f"default: {' '.join(ARCHS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time; default: all cores")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--predict", action="store_true", help="least times, as predicted for " + " and ".join(GPUS))
     options = parser.parse_args()
-    archs = options.arch
+    rows, launched = inspect(options.arch, options.jobs)
 
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(compile_triton, i, arch) for i in range(len(launches_here())) for arch in archs]
-        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        if nvcc():
-            futures += [pool.submit(compile_cuda, source, arch) for source in sources for arch in archs]
-        rows = [row for future in futures for row in future.result()]
+    table = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    for line in table:
+        print("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+    if options.predict:
+        print("\nPredicted, forward + backward to one gradient; no GPU has calibrated this:\n")
+        print("\n".join(predictions(launched)))
 
-    table = [COLUMNS, *(tuple(map(str, row)) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-    for row in table:
-        print("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
-    if sources and not nvcc():
-        print(f"\nnot inspected, there is no nvcc: {', '.join(s.name for s in sources)}")
-
-    bad = [row for row in rows if row[4] or row[5]]
-    for name, label, arch, *_ in bad:
-        print(f"{name} ({label}, {arch}) spills or uses local memory: {ACCEPTED.get(name, 'NOT ACCEPTED')}")
-    print(f"\n{len(rows)} kernels, {len(bad)} with spills or local memory")
-    return any(row[0] not in ACCEPTED for row in bad)
+    committed = committed_rows()
+    found = list(faults(rows, {} if options.write else committed))
+    if options.write:
+        with open(TABLE, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    compilers = {row["compiler"] for row in rows}
+    other = compilers - {row["compiler"] for row in committed.values()}
+    print("", *found, sep="\n")
+    if other and not options.write:
+        print(f"instruction counts not compared: {TABLE.name} has none by {', '.join(sorted(other))}")
+    print(f"{len(rows)} kernels, {len(found)} faults")
+    return bool(found)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ class CPU:
     rotation = 128 << 20  # bytes of input between two uses of a set; smaller inputs than 1/64 of it stay in some cache
 
     def __init__(self):
-        names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-        simd = torch.backends.cpu.get_cpu_capability()
-        self.name = f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads, {simd}"
+        self.name = cpu_name()
         self._turn = itertools.count()
         self._measure_ceilings(1 << 26)
 
@@ -284,6 +282,12 @@ def _extra_info(case, name, variant, how, sets, call, samples, device):
 
 
 _median = statistics.median
+
+
+def cpu_name():
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    simd = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads, {simd}"
 
 
 def commit():

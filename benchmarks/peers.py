@@ -61,6 +61,79 @@ def club_mi_closed_form(mu, logvar, y):
     return 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1).mean()
 
 
+# --- duc_loss(student, teacher, dims, temperature) ------------------------------------------------------------------
+
+
+def duc_loss_loop(student, teacher, dims, temperature):
+    """Sample by sample with raw exponentials, as the authors' code goes about it."""
+    student, teacher, total = student.float()[:, dims], teacher.float()[:, dims], 0
+    for i in range(len(student)):
+        positive = (teacher[i] @ student[i] / temperature).exp()
+        total = total - (positive / (teacher @ student[i] / temperature).exp().sum()).log()
+    return total / len(student)
+
+
+def duc_loss_indexed(student, teacher, dims, temperature):
+    """The chosen dimensions, of any number, gathered."""
+    return duc_loss_gathered(student, teacher, dims.nonzero().flatten(), temperature)
+
+
+def duc_loss_gathered(student, teacher, index, temperature):
+    z = student.float()[:, index] @ (teacher.float()[:, index] / temperature).T
+    return F.cross_entropy(z, torch.arange(len(z), device=z.device))
+
+
+def duc_loss_lse(student, teacher, index, temperature):
+    z = student.float().index_select(1, index) @ (teacher.float().index_select(1, index) / temperature).T
+    return (z.logsumexp(1) - z.diagonal()).mean()
+
+
+def duc_loss_masked(student, teacher, dims, temperature):
+    z = torch.where(dims, student.float(), 0) @ (torch.where(dims, teacher.float(), 0) / temperature).T
+    return (z.logsumexp(1) - z.diagonal()).mean()
+
+
+# --- effective_dims(features, labels, num_classes) ------------------------------------------------------------------
+
+
+def class_means(features, labels, num_classes):
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
+
+
+def effective_dims_pairs(features, labels, num_classes):
+    """All N x C x D distances, as in the authors' code."""
+    distances = (features.unsqueeze(1) - class_means(features, labels, num_classes)).abs()
+    hits = (distances.argmin(1) == labels.unsqueeze(1)).float()
+    return hits.mean(0) > hits.mean()
+
+
+def effective_dims_classes(features, labels, num_classes):
+    """Class by class, with the nearest so far."""
+    means = class_means(features, labels, num_classes)
+    own = (features - means[labels]).abs()
+    hits = torch.ones_like(features, dtype=torch.bool)
+    for k in range(num_classes):
+        distance = (features - means[k]).abs()
+        first = (k < labels)[:, None]
+        hits &= ~((distance < own) | (first & (distance == own)))
+    hits = hits.sum(0)
+    return hits * len(hits) > hits.sum()
+
+
+# --- certainty_fusion(logits) ---------------------------------------------------------------------------------------
+
+
+def certainty_fusion_heads(logits):
+    """Head by head, as in the authors' code."""
+    weights = torch.stack([z.softmax(1).max(1).values for z in logits]).softmax(0)
+    return sum(w[:, None].repeat(1, z.shape[1]) * z for w, z in zip(weights, logits, strict=True))
+
+
+def certainty_fusion_stacked(logits):
+    return (logits.softmax(-1).amax(-1, keepdim=True).softmax(0) * logits).sum(0)
+
+
 # --- gramian(grads): K lists of P tensors, or P tensors of K stacked gradients ------------------------------------
 
 

@@ -3,13 +3,14 @@
     python benchmarks/report.py results.json [--out DIR]
 
 Reads what `pytest benchmarks/ --benchmark-only --benchmark-json=results.json` wrote; prints the tables, and with --out
-writes table.md, a plot for each family of ops, and results.json without the spaces.
+writes table.md, a plot for each family of ops, and results.json with what these need, a line a benchmark.
 """
 
 import argparse
 import itertools
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 OURS = "udi_kernels"
@@ -40,6 +41,10 @@ COLORS = {
 }
 
 
+WHY_ABOVE = "A copy writes as much as it reads: ops that read more than they write can be faster, up to reading alone."
+PEER = "#a6a6a6"
+
+
 class Result:
     def __init__(self, benchmark):
         self.seconds = benchmark["stats"]["median"]
@@ -68,7 +73,7 @@ def table(cases):
     columns = ["", "udi_kernels", "fastest peer", "speedup", "against usual code", "of copy speed", "extra memory"]
     rows = [columns + ["host µs"] * on_gpu, ["---"] + ["---:"] * (len(columns) - 1 + on_gpu)]
     for results in cases:
-        ours, peer = (min((r for r in results if r.ours == own), key=speed, default=None) for own in (True, False))
+        ours, peer = (min((r for r in results if r.ours == own), key=seconds, default=None) for own in (True, False))
         if ours is None:
             continue
         usual = next((r for r in results if r.provider == USUAL[ours.op]), None)
@@ -90,7 +95,7 @@ def table(cases):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def speed(result):
+def seconds(result):
     return result.seconds
 
 
@@ -130,6 +135,8 @@ def markdown(cases):
     parts = [f"{first.device}; torch {first.torch}{commit}; {copy}. Medians, all providers interleaved."]
     if any(note(r) for results in cases for r in results):
         parts[0] += " \\* cannot be captured in a CUDA graph: eager calls, launches included."
+    if any(r.cold and r.copy_fraction > 1 for results in cases for r in results):
+        parts[0] += f" {WHY_ABOVE}"
     quick = [results for results in cases if results[0].quick]
     rest = [results for results in cases if not results[0].quick]
     parts += [table(part) for part in (quick, rest) if part]
@@ -170,9 +177,11 @@ def plot(cases, figure, path):
         for color in dict.fromkeys(COLORS[p] for p in drawn):
             label = " / ".join(p for p in drawn if COLORS[p] == color)
             handles.append(plt.Line2D([], [], color=color, marker="o", markersize=5, label=label))
-    handles.append(plt.Line2D([], [], color="black", linestyle="--", label="speed of a device copy (the floor)"))
+    for _, style, label in limits_of(results):
+        handles.append(plt.Line2D([], [], color="black", linestyle=style, linewidth=1, label=label))
     fig.legend(handles=handles, loc="outside lower center", ncols=max(1, int(size[0] / 2.4)), frameon=False)
-    fig.suptitle(results[0].device, x=0.01, ha="left", color="#555555", fontsize=9)
+    text = f"{results[0].device}. Farther is faster. {WHY_ABOVE}"
+    fig.suptitle(textwrap.fill(text, int(13 * size[0])), x=0.01, ha="left", color="#555555", fontsize=9)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -187,6 +196,15 @@ def group_of(shape):
     return int(shape.partition("K=")[2] or 0)
 
 
+def limits_of(results):
+    """What memory can do, GB/s: (speed, line style, what it is the speed of)."""
+    first = results[0]
+    return [
+        (first.copy_bandwidth / 1e9, "--", "a device copy: writes as much as it reads"),
+        (first.read_bandwidth / 1e9, ":", "the ceiling: reading alone"),
+    ]
+
+
 def lines(ax, panel):
     """Bandwidth against size; sizes at equal distances."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -199,7 +217,8 @@ def lines(ax, panel):
         for _, group in itertools.groupby(enumerate(shapes), key=lambda item: group_of(item[1])):
             x, y = zip(*((i, mine.get(shape, float("nan"))) for i, shape in group), strict=True)
             ax.plot(x, y, color=color, marker="o", markersize=4.5, **style)
-    ax.axhline(panel[0].copy_bandwidth / 1e9, color="black", linestyle="--", linewidth=1)
+    for speed, style, _ in limits_of(panel):
+        ax.axhline(speed, color="black", linestyle=style, linewidth=1)
     ax.set_yscale("log")
     values = [r.bandwidth for r in panel]
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,)))
@@ -211,18 +230,33 @@ def lines(ax, panel):
 
 
 def bars(ax, panel):
-    """One size: a bar each, the time beside it."""
-    panel = sorted(panel, key=speed, reverse=True)
-    widths, copy = [r.bandwidth / 1e9 for r in panel], panel[0].copy_bandwidth / 1e9
-    ax.barh(range(len(panel)), widths, color=[COLORS[r.provider] for r in panel], height=0.65)
+    """One size: a bar each, ours in color, the time beside it."""
+    panel = sorted(panel, key=seconds, reverse=True)
+    widths, limits = [r.bandwidth / 1e9 for r in panel], limits_of(panel)
+    end = 1.05 * max(*widths, *(speed for speed, *_ in limits))
+    ax.barh(range(len(panel)), widths, color=[COLORS[r.provider] if r.ours else PEER for r in panel], height=0.65)
     for i, r in enumerate(panel):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        ax.text(widths[i] + 0.01 * max(copy, *widths), i, duration(r.seconds), va="center", bbox=box)
-    ax.axvline(copy, color="black", linestyle="--", linewidth=1)
-    ax.set_xlim(0, 1.18 * max(copy, *widths))
+        weight = "bold" if r.ours else "normal"
+        ax.text(widths[i] + 0.01 * end, i, duration(r.seconds), va="center", bbox=box, weight=weight, zorder=3)
+    for speed, style, _ in limits:
+        ax.axvline(speed, color="black", linestyle=style, linewidth=1)
+    ax.set_xlim(0, end)
     ax.set_yticks(range(len(panel)), [r.provider for r in panel])
     ax.set_xlabel(f"{panel[0].shape}: necessary bytes / time, GB/s")
     ax.grid(axis="y", visible=False)
+
+
+def write(path, data):
+    """Without the samples: of these the statistics stay."""
+    stats = ("min", "q1", "median", "q3", "max", "rounds")
+    runs = [
+        {"group": b["group"], "extra_info": b["extra_info"], "stats": {name: b["stats"][name] for name in stats}}
+        for b in data["benchmarks"]
+    ]
+    head = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items() if name != "benchmarks"]
+    lines = ",\n".join(map(json.dumps, runs))
+    path.write_text("{\n" + ",\n".join([*head, f'"benchmarks": [\n{lines}\n]']) + "\n}\n")
 
 
 def main():
@@ -239,7 +273,7 @@ def main():
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "table.md").write_text(text)
-        (options.out / "results.json").write_text(json.dumps(data, separators=(",", ":")))
+        write(options.out / "results.json", data)
         for figure in FIGURES:
             plot(cases, figure, options.out / f"{figure}.png")
 

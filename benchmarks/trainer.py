@@ -9,10 +9,11 @@ with spectrograms of that size (resnet18): the time does not depend on it.
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import logging
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,26 +21,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "python"))
+import measure
+from eager_udi import EagerUDI
+from udi_trainer import Dataset, Modality, Run, Split
+from udi_trainer.command import parse
+from udi_trainer.console import log
+from udi_trainer.data.digits import colored_and_gray
+from udi_trainer.methods.udi import Anchor, Follower
+from udi_trainer.methods.unimodal import Alone
+from udi_trainer.registry import methods
+from udi_trainer.run import choose_device
+from udi_trainer.run_folder import RunFolder
+from udi_trainer.training.loop import Stage
 
-import data  # noqa: E402
-from fit import Stage  # noqa: E402
-from methods import methods  # noqa: E402
-from methods.udi import Q_WARMUP, Anchor, Follower  # noqa: E402
-from methods.unimodal import Alone  # noqa: E402
-from run import Run  # noqa: E402
-
-import train  # noqa: E402
-from eager_udi import EagerUDI  # noqa: E402
-from experiments import describe, hardware  # noqa: E402
-
+PLAIN = "UDI in plain PyTorch"
 RUNS = {
     "joint training": ["--method", "joint"],
     "UDI, named anchor": ["--anchor", "first"],
     "UDI, anchor by race": ["--race", "0.2"],
     "UDI, anchor auto": [],
-    "UDI in plain PyTorch": [],
+    PLAIN: [],
 }
 
 
@@ -56,52 +57,81 @@ def dataset(encoder, samples):
     sizes = samples, samples // 12, samples // 12
     if encoder == "cnn":
         splits = [(pixels, labels) for labels, (pixels,) in (split(size, (28, 28)) for size in sizes)]
-        return data.colored_and_gray(*splits, mean=0.5, std=0.3)
+        return colored_and_gray(*splits, mean=0.5, std=0.3)
     shapes = {"rgb": (3, 224, 224), "spectrogram": (1, 224, 224)}
-    modalities = {m: data.Modality("resnet18", (m,), lambda x: x / 255) for m in shapes}
+    modalities = {m: Modality("resnet18", (m,), lambda x: x / 255) for m in shapes}
     parts = (split(size, *shapes.values()) for size in sizes)
-    return data.Dataset(
-        10, modalities, *(data.Split(labels, dict(zip(shapes, views, strict=True))) for labels, views in parts)
-    )
+    splits = (Split(labels, dict(zip(shapes, views, strict=True))) for labels, views in parts)
+    return Dataset(10, modalities, *splits)
 
 
 def new_run(arguments, options, samples, epochs=None):
     argv = ["--epochs", epochs or arguments.epochs, "--batch-size", arguments.batch_size, *options]
     argv += ["--amp", arguments.amp, "--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
     argv = [next(iter(samples.modalities)) if a == "first" else str(a) for a in argv]
-    options, _ = train.parse([*argv, "--controller", "dynamic", "--baselines", "none"])
-    return Run(Path(tempfile.mkdtemp()), options, samples, train.find_device(arguments.device))
+    options, _ = parse([*argv, "--controller", "dynamic", "--baselines", "none"], "trainer.py")
+    return Run(options, samples, choose_device(arguments.device), RunFolder(Path(tempfile.mkdtemp())))
+
+
+class EagerSteps(logging.Handler):
+    """Collects what the trainer says of steps that run eagerly where CUDA graphs were to be had, or asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def emit(self, record):
+        if "eager steps" in record.getMessage():
+            self.found.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def eager_steps():
+    """Shows nothing of what is done inside; the list has what was said of eager steps."""
+    handler, level = EagerSteps(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield handler.found
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def whole_run(name, run):
-    """Seconds, and seconds per epoch by stage."""
+    """Seconds, seconds per epoch by stage, and which stages ran eagerly against the wish of the run."""
     began = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if name == "UDI in plain PyTorch":
-            engine = EagerUDI(run)
-            engine.fit()
+    with eager_steps() as eager:
+        if name == PLAIN:
+            trained = EagerUDI(run)
+            trained.fit()
         else:
-            engine = run
+            trained = run
             methods.find(run.options.method)(run)
     seconds = time.perf_counter() - began
-    shutil.rmtree(run.folder)
-    stages = {stage: statistics.median(row["seconds"] for row in rows) for stage, rows in engine.rows.items()}
-    return {"seconds": seconds, "epoch_seconds": stages}
+    shutil.rmtree(run.folder.path)
+    stages = {stage: statistics.median(row["seconds"] for row in rows) for stage, rows in trained.history.items()}
+    return {"seconds": seconds, "epoch_seconds": stages, "eager": eager}
 
 
 def steps(run, rounds=30):
     """Median seconds of a follower's step, of one with the controller, and of the encoder's own training step."""
     first, second = run.data.modalities
-    stages = [Stage(task, run) for task in (Alone(run, second), Follower(run, second, Anchor(run, Alone(run, first))))]
-    kinds = {"encoder alone": (stages[0], 1), "follower": (stages[1], Q_WARMUP + 1), "controller": (stages[1], 0)}
-    if run.options.align_every == "epoch":
-        kinds["controller"] = stages[1], -(-Q_WARMUP // run.steps) * run.steps
-    index = torch.arange(run.batch)
+    alone, follower = run.make(Alone, second), run.make(Follower, second, Anchor(run, run.make(Alone, first)))
+    stages = [Stage(task, run) for task in (alone, follower)]
+    for stage in stages:
+        stage.restore()
+    kinds = {"encoder alone": (stages[0], 0)}
+    for kind, align in (("follower", False), ("controller", True)):
+        flags = {"align": align, "fitted": True}
+        kinds[kind] = stages[1], next(n for n in itertools.count() if follower.flags(n) == flags)
+    index = torch.arange(run.batch_size)
     seconds = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, (stage, number) in kinds.items():
             stage.task.model.train()
-            with stage.stream():
+            with stage.on_stream():
                 (batch,) = stage.feed.batches(index, len(index))
                 synchronize(run.device)
                 began = time.perf_counter()
@@ -150,19 +180,17 @@ def report(result):
     """The table, in Markdown."""
     runs, step, batch = result["runs"], result["step"], result["batch_size"]
     joint = runs["joint training"]["seconds"]
-    machine = result["hardware"]
-    on = f"{machine['gpus'][0]}" if result["device"] != "cpu" else f"{machine['cpu']}, {result['threads']} threads"
     lines = [
         f"{result['encoder']}, {result['samples']} samples, batch {batch}, {result['epochs']} epochs of each phase, "
-        f"amp {result['amp']}; {on}; torch {result['torch']}, commit {result['commit']}; medians of "
-        f"{result['rounds']} rounds.",
+        f"amp {result['amp']}; {result['hardware']}; torch {result['torch']}, commit {result['commit']}; medians of "
+        f"{result['rounds']} rounds. {engine(result)}",
         "",
     ]
     lines += ["| run | whole run | against joint training | seconds per epoch |", "|---|---:|---:|---|"]
     for name, figures in runs.items():
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in figures["epoch_seconds"].items())
         lines.append(f"| {name} | {figures['seconds']:.1f} s | {figures['seconds'] / joint:.2f}× | {stages} |")
-    plain, ours = runs["UDI in plain PyTorch"]["seconds"], runs["UDI, anchor auto"]["seconds"]
+    plain, ours = runs[PLAIN]["seconds"], runs["UDI, anchor auto"]["seconds"]
     # The controller's step comes once an epoch.
     extra = step["follower"] - step["encoder alone"] + (step["controller"] - step["follower"]) / step["steps_per_epoch"]
     lines += [
@@ -176,6 +204,14 @@ def report(result):
     if step["gpu_busy"]:
         lines.append(f"A kernel runs in {100 * step['gpu_busy']:.0f}% of a follower's epoch.")
     return "\n".join(lines)
+
+
+def engine(result):
+    """How steps ran, which is not always how they were asked to."""
+    if result["engine"] == "eager":
+        return "Steps ran eagerly."
+    exceptions = dict.fromkeys(said for part in (*result["runs"].values(), result["step"]) for said in part["eager"])
+    return "Steps ran as CUDA graphs" + (f", but: {'; '.join(exceptions)}." if exceptions else ".")
 
 
 def main():
@@ -213,21 +249,25 @@ def main():
         stages = {
             s: statistics.median(r["epoch_seconds"][s] for r in results if s in r["epoch_seconds"]) for s in names
         }
-        return {"seconds": statistics.median(r["seconds"] for r in results), "epoch_seconds": stages}
+        eager = list(dict.fromkeys(said for r in results for said in r["eager"]))
+        seconds = statistics.median(r["seconds"] for r in results)
+        return {"seconds": seconds, "epoch_seconds": stages, "eager": eager}
 
     run = new_run(arguments, [], samples)
     result = {name: value for name, value in vars(arguments).items() if name != "out"}
     result |= {
         "samples": len(samples.train),
         "device": str(run.device),
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
+        "engine": run.engine,
+        "hardware": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else measure.cpu_name(),
         "torch": torch.__version__,
-        "commit": describe(),
+        "commit": measure.commit(),
         "runs": {name: median(name) for name in RUNS},
-        "step": steps(run),
     }
-    shutil.rmtree(run.folder)
+    with eager_steps() as eager:
+        result["step"] = steps(run)
+    result["step"]["eager"] = eager
+    shutil.rmtree(run.folder.path)
     print(report(result))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

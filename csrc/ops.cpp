@@ -3,7 +3,10 @@
 // In C++ because calls of few rows are mostly overhead: forward and backward of js_div at 64 x 101 took 111 us with
 // Python's autograd.Function and checks, and take 88. The price is ATen: its headers take ten seconds, so all ops are
 // one translation unit, and everything else in this folder is on the stable ABI.
+#include "ops/certainty.h"
 #include "ops/club.h"
+#include "ops/duc.h"
+#include "ops/effective_dims.h"
 #include "ops/gradients.h"
 #include "ops/js_div.h"
 
@@ -14,9 +17,12 @@ TORCH_LIBRARY_IMPL(udi_kernels, CompositeImplicitAutograd, m) {
   m.impl("js_div", js_div);
   m.impl("club_mi", club_mi);
   m.impl("club_nll", club_nll);
+  m.impl("duc_loss", duc_loss);
+  m.impl("certainty_fusion", certainty_fusion);
 }
 
 TORCH_LIBRARY_IMPL(udi_kernels, CompositeExplicitAutograd, m) {
+  m.impl("effective_dims", effective_dims);
   m.impl("gramian", gramian);
   m.impl("weighted_sum", weighted_sum);
   m.impl("weighted_sum_out", weighted_sum_out);

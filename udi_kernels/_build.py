@@ -1,4 +1,4 @@
-"""Compiles csrc and loads it: at installation where torch is importable, else at the first call that needs it.
+"""Compiles csrc's host code and loads it: at installation where torch is importable, else at the first call.
 
 One recipe for both moments. A library is named by a hash of sources, flags, torch and machine, so a stale one is never
 loaded, and machines of several kinds can share a home directory. Importing this file compiles nothing and needs
@@ -29,12 +29,6 @@ CPU_FLAGS = {
     "AVX2": "-mavx2 -mfma",
 }
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-CUDA_FLAGS = "-O3 -std=c++20 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden"
-# Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later.
-CUDA_ARCHS = (
-    "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90"
-    " -gencode=arch=compute_100,code=[sm_100,compute_100]"
-)
 
 
 class BuildError(RuntimeError):
@@ -45,8 +39,12 @@ class BuildError(RuntimeError):
 def load(kind):
     """The extension module `_cpu` or `_cuda`, its ops registered; None where it cannot be had, with one warning."""
     try:
-        path = next((d / library(kind) for d in (PREBUILT, cache()) if (d / library(kind)).exists()), None)
-        return _load(kind, path or build(kind, cache()))
+        module = _load(kind, _find(library(kind)) or build(kind, cache()))
+        if kind == "cuda":
+            from . import _nvrtc
+
+            _nvrtc.serve(module)
+        return module
     except BuildError as e:
         warnings.warn(f"udi_kernels: no native {kind} kernels, plain torch is used instead: {e}", stacklevel=3)
         return None
@@ -60,6 +58,32 @@ def cache():
 def library(kind):
     """File name of the module for this machine."""
     return f"_{kind}-{_key(kind)}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _find(name):
+    return next((folder / name for folder in (PREBUILT, cache()) if (folder / name).exists()), None)
+
+
+def once(name, make):
+    """Contents of a file of the cache, made if there is none; waits if another process is at it."""
+    if path := _find(name):
+        return path.read_bytes()
+    target = cache() / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_suffix(".lock")):
+            if not target.exists():
+                temporary = target.with_suffix(f".{os.getpid()}")
+                temporary.write_bytes(make())
+                _publish(temporary, target)
+            return target.read_bytes()
+    except OSError as e:
+        warnings.warn(
+            f"udi_kernels: cannot write to {cache()} ({e.strerror}), so each process compiles anew; "
+            "set UDI_KERNELS_CACHE to a writable folder",
+            stacklevel=2,
+        )
+        return make()
 
 
 def build(kind, folder):
@@ -87,8 +111,15 @@ def _compile(kind, tools, target):
         log.write_text(run.stdout + run.stderr)
         first = next((line for line in run.stdout.splitlines() if "error:" in line), "ninja failed").strip()
         raise BuildError(f"compiling failed: {first} (all of it in {log})")
-    os.replace(work / target.name, target)  # whoever sees the file sees all of it
+    _publish(work / target.name, target)
     shutil.rmtree(work)
+
+
+def _publish(temporary, target):
+    """Whoever sees the target sees all of it, even after a power failure."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
 
 
 def _ninja_file(kind, tools, output):
@@ -97,37 +128,27 @@ def _ninja_file(kind, tools, output):
     include.append(f"-I{tools['pybind11']}")
     define = f"-DUDI_MODULE=_{kind}"
     flags = " ".join([CXX_FLAGS, define, *include])
-    libs = "-ltorch -ltorch_cpu -lc10"
-    if kind == "cpu":
-        flags += " " + CPU_FLAGS.get(_capability(), "")
-    else:
-        cuda = Path(tools["nvcc"]).resolve().parents[1]
-        flags += f" -DUSE_CUDA -I{cuda / 'include'}"
-        libs = f"-ltorch -ltorch_cuda -ltorch_cpu -lc10 -L{cuda / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
+    flags += " " + (CPU_FLAGS.get(_capability(), "") if kind == "cpu" else "-DUSE_CUDA")
     undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
     lines = [
         f"cxx = {tools['cxx']}",
-        f"nvcc = {tools.get('nvcc', '')}",
         "rule cxx",
         f"  command = $cxx -MMD -MF $out.d {flags} -c $in -o $out",
         "  depfile = $out.d",
-        "rule nvcc",
-        f"  command = $nvcc -ccbin $cxx {CUDA_FLAGS} {CUDA_ARCHS} {' '.join(include)} -c $in -o $out",
         "rule link",
-        f"  command = $cxx -shared {undefined} $in -L{torch / 'lib'} {libs} -o $out",
+        f"  command = $cxx -shared {undefined} $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 -o $out",
     ]
     objects = []
     for source in _sources(kind):
         objects.append(f"{source.name}.o")
-        lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
+        lines.append(f"build {objects[-1]}: cxx {source}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
 def _sources(kind):
     ops = [SOURCES / "ops.cpp"] if kind == "cpu" else []  # for all devices; the slowest to compile goes first
-    own = [path for suffix in ("cpp", "cu") for path in sorted((SOURCES / kind).glob(f"*.{suffix}"))]
-    return [*ops, *own, SOURCES / "python.cpp"]
+    return [*ops, *sorted((SOURCES / kind).glob("*.cpp")), SOURCES / "python.cpp"]
 
 
 def _tools(kind):
@@ -145,14 +166,8 @@ def _tools(kind):
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         raise BuildError("no Python headers; install them (`apt install python3-dev` or the like)")
     tools = {"cxx": cxx, "ninja": ninja, "pybind11": Path(pybind11.origin).parent / "include"}
-    if kind == "cuda":
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-        nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-        if not nvcc:
-            raise BuildError("no nvcc; install the CUDA toolkit that torch was built with, or set CUDA_HOME")
-        if not any((_torch() / "lib").glob("libtorch_cuda.*")):
-            raise BuildError("this torch was built without CUDA; install a CUDA build of torch")
-        tools["nvcc"] = nvcc
+    if kind == "cuda" and not any((_torch() / "lib").glob("libtorch_cuda.*")):
+        raise BuildError("this torch was built without CUDA; install a CUDA build of torch")
     return tools
 
 
@@ -179,7 +194,7 @@ def _key(kind):
         if path.is_file() and path.parent.name in (kind, "ops", SOURCES.name):
             digest.update(path.name.encode() + path.read_bytes())
     version = re.search(r"__version__ = '(.+)'", (_torch() / "version.py").read_text())
-    for part in (CXX_FLAGS, CUDA_FLAGS, CUDA_ARCHS, CPU_FLAGS.get(_capability(), ""), platform.machine(), version[1]):
+    for part in (CXX_FLAGS, CPU_FLAGS.get(_capability(), ""), platform.machine(), version[1]):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 

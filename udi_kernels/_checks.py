@@ -3,6 +3,7 @@
 The words are those of csrc/ops; tests compare them.
 """
 
+from numbers import Number
 from typing import NoReturn
 
 import torch
@@ -22,7 +23,12 @@ def not_tensors(op: str, **named: object) -> NoReturn:
 def number(op: str, name: str, value: object) -> None:
     """Not a tensor: reading that would wait for its device, and it would get no gradient."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a number, got a tensor, which would get no gradient; pass {name}.item()")
+        raise TypeError(
+            f"{op}: {name} must be a number, got a tensor, which would get no gradient; pass {name}.item()"
+            + ("; to learn it, divide both logits by it instead" if name == "temperature" else "")
+        )
+    if not isinstance(value, (Number, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def reduction(op: str, value: str) -> int:

@@ -1,5 +1,6 @@
 """What was built, and what serves each op on this machine."""
 
+import argparse
 import os
 import platform
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from . import _build
+from ._nvrtc import fill_cache
 from ._ops import backend
 
 OPS = {"losses": ("js_div", "club_mi", "club_nll"), "gradients": ("gramian", "weighted_sum")}
@@ -48,6 +50,17 @@ def _version(package: str) -> str | None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m udi_kernels", description="Says what was built and what serves each op."
+    )
+    parser.add_argument(
+        "--compile", nargs="+", metavar="sm_XX", help="compile all CUDA kernels for these architectures into the cache"
+    )
+    if archs := parser.parse_args().compile:
+        try:
+            return fill_cache(archs)
+        except _build.BuildError as e:
+            raise SystemExit(f"udi_kernels: {e}") from None
     info = build_info()
     gpu = info["gpu"] or "no GPU seen"
     print(f"udi_kernels on Python {info['python']}, torch {info['torch']}, triton {info['triton'] or 'not installed'}")

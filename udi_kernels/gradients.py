@@ -1,5 +1,6 @@
 """Inner products and weighted sums of whole gradients: lists of tensors, one per parameter, never concatenated."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -27,16 +28,20 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
             parameter.
 
     Returns:
-        (K, K), symmetric, float32 (float64 if a gradient is); the terms are accumulated in float64, in an order that
-        depends on the shapes alone. Not differentiable.
+        (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. The same bits for the same
+        gradients at the same place: on a CPU the order of summation depends on the shapes alone, on a GPU also on the
+        alignment of the addresses and on the model of the GPU. Not differentiable.
+
+    DTensors give the Gram matrix of the whole gradients, on every rank: each multiplies its own shards, and one
+    all-reduce, in float64, adds up. Other tensor subclasses take part through dispatch.
 
     Raises:
         TypeError, ValueError: naming the first gradient that does not fit.
     """
-    tensors, k = _flatten("gramian", grads, stacked)
-    if _served(tensors):
-        return ops.gramian.default(tensors, k, False)
-    return reference.gramian(_check("gramian", tensors, k).lists)
+    tensors, k, plain = _flatten("gramian", grads, stacked)
+    if not plain and (dtensor := _dtensor(tensors)):
+        return dtensor.gramian(_gramian, tensors, k)
+    return _gramian(tensors, k)
 
 
 def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) -> Tensor:
@@ -82,29 +87,27 @@ def weighted_sum(
 
     Returns:
         list of P tensors in the gradients' dtype (``out`` if given); None where all K gradients are None and no
-        ``out`` is given (zeros if it is). Not differentiable.
+        ``out`` is given (zeros if it is). DTensors give DTensors, without communication. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming what does not fit.
     """
-    tensors, k = _flatten("weighted_sum", grads, stacked)
+    tensors, k, plain = _flatten("weighted_sum", grads, stacked)
     if not isinstance(weights, Tensor):
         _checks.not_tensors("weighted_sum", weights=weights)
     written = None if out is None else _output_list("weighted_sum", out)
-    if not _served(tensors):
-        return _ReferencePlan("weighted_sum", tensors, k, written).weighted_sum(weights)
-    if written is None:
-        return _with_none(ops.weighted_sum.default(tensors, k, weights), tensors)
-    ops.weighted_sum_out.default(written, tensors, k, weights)
-    return written
+    if not plain and (dtensor := _dtensor(tensors)):
+        return dtensor.weighted_sum(_weighted_sum, tensors, k, weights, written)
+    return _weighted_sum(tensors, k, weights, written)
 
 
 class GradientPlan:
     """:func:`gramian` and :func:`weighted_sum` of gradients that stay where they are, prepared once.
 
     A call then costs a few microseconds of host time however many tensors there are, where the functions need about
-    one per tensor. It reads what the buffers hold when it runs, on the current stream; calls on the same plan must
-    not overlap on two streams.
+    one per tensor. It reads what the buffers hold when it runs, on the current stream. Each ``gramian`` has scratch
+    memory of its own, so calls may overlap on several streams; two of ``weighted_sum`` may not, as they write the same
+    ``out``. A CUDA graph with a call in it keeps addresses alone: keep the plan, which keeps the buffers, as long.
 
     Args:
         grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: a gradient that
@@ -118,14 +121,19 @@ class GradientPlan:
     """
 
     def __init__(self, grads: Gradients, *, out: Sequence[Tensor] | None = None, stacked: bool = False) -> None:
-        self._tensors, k = _flatten("GradientPlan", grads, stacked)
+        self._tensors, k, _ = _flatten("GradientPlan", grads, stacked)
         self.out: list[Tensor | None] | None = None if out is None else _output_list("GradientPlan", out)
+        for name, t in zip(_names(len(self._tensors), k), self._tensors, strict=True):
+            _refuse_subclass(name, t)
+        for p, t in enumerate(self.out or ()):
+            _refuse_subclass(f"out[{p}]", t)
         plan = torch.classes.udi_kernels.GradientPlan if _served(self._tensors) else _ReferencePlan.for_plan
         self._plan = plan(self._tensors, k, self.out)
+        self._gramian, self._weighted_sum = self._plan.gramian, self._plan.weighted_sum  # 2 us to look up
 
     def gramian(self) -> Tensor:
         """(K, K), a new tensor; see :func:`gramian`."""
-        return self._plan.gramian()
+        return self._gramian()
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """Writes ``out`` and returns it, the same list at each call; see :func:`weighted_sum`."""
@@ -133,32 +141,58 @@ class GradientPlan:
             _checks.not_tensors("GradientPlan", weights=weights)
         if self.out is None:
             self.out = _with_none(self._plan.allocate(), self._tensors)
-        self._plan.weighted_sum(weights)
+        self._weighted_sum(weights)
         return self.out
 
 
-def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | None], int | None]:
-    """What the ops take: K*P tensors or None, list after list, and K; or P stacked ones, and None."""
+def _gramian(tensors: list[Tensor | None], k: int | None, wide: bool = False) -> Tensor:
+    if _served(tensors):
+        return ops.gramian.default(tensors, k, wide)
+    return _gramian_reference(tensors, k, wide)
+
+
+def _weighted_sum(
+    tensors: list[Tensor | None], k: int | None, weights: Tensor, out: list[Any] | None
+) -> list[Tensor | None]:
+    if not _served(tensors):
+        return _ReferencePlan("weighted_sum", tensors, k, out).weighted_sum(weights)
+    if out is None:
+        return _with_none(ops.weighted_sum.default(tensors, k, weights), tensors)
+    ops.weighted_sum_out.default(out, tensors, k, weights)
+    return out
+
+
+def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | None], int | None, bool]:
+    """What the ops take: K*P tensors or None, list after list, and K; or P stacked ones, and None.
+
+    Beside them, whether none is of a subclass of Tensor.
+    """
     if isinstance(grads, Tensor):
         raise TypeError(f"{op}: grads must be a sequence, got a tensor; pass [grads] and stacked=True for K stacked")
+    k: int | None
     tensors: list[Any]
     if stacked:
         tensors, k = list(grads), None
-        names = (f"grads[{p}]" for p in range(len(tensors)))
     else:
         rows: list[Any] = [row if type(row) in (list, tuple) else _row(op, i, row) for i, row in enumerate(grads)]
         for i, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(f"{op}: grads[{i}] must have length {len(rows[0])} as grads[0] has, got {len(row)}")
         tensors, k = list(chain.from_iterable(rows)), len(rows)
-        names = (f"grads[{i}][{p}]" for i, row in enumerate(rows) for p in range(len(row)))
-    if not {*map(type, tensors)} <= {Tensor, torch.nn.Parameter, NoneType}:
-        for name, t in zip(names, tensors, strict=True):
+    plain = {*map(type, tensors)} <= {Tensor, torch.nn.Parameter, NoneType}
+    if not plain:
+        for name, t in zip(_names(len(tensors), k), tensors, strict=True):
             if not (t is None or isinstance(t, Tensor)):
                 raise TypeError(f"{op}: {name} must be a tensor or None, got {type(t).__name__}")
     if all(t is None for t in tensors):
         raise ValueError(f"{op}: grads must hold at least one tensor, got none")
-    return tensors, k
+    return tensors, k, plain
+
+
+def _names(count: int, k: int | None) -> Iterable[str]:
+    if k is None:
+        return (f"grads[{p}]" for p in range(count))
+    return (f"grads[{i}][{p}]" for i in range(k) for p in range(count // k))
 
 
 def _row(op: str, i: int, row: object) -> Sequence[Tensor | None]:
@@ -175,8 +209,29 @@ def _row(op: str, i: int, row: object) -> Sequence[Tensor | None]:
 def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
     for p, t in enumerate(out := list(out)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: out[{p}] must be a tensor, got {type(t).__name__}".replace("NoneType", "None"))
+            raise TypeError(f"{op}: out[{p}] must be a tensor, got {'None' if t is None else type(t).__name__}")
+        if t.is_neg():
+            raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
     return out
+
+
+def _dtensor(tensors: list[Tensor | None]) -> Any:
+    """The module that serves DTensors if there are any; importing it is slow, but whoever has one has done it."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed and any(isinstance(t, distributed.DTensor) for t in tensors):
+        from . import _dtensor
+
+        return _dtensor
+    return None
+
+
+def _refuse_subclass(name: str, t: Tensor | None) -> None:
+    """A plan reads the memory of its tensors, which those whose class takes over dispatch do not have."""
+    if t is not None and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"GradientPlan: {name} must be a plain tensor, whose memory the plan reads, got a {type(t).__name__}; "
+            "call gramian and weighted_sum, or pass what it holds (.to_local() of a DTensor)"
+        )
 
 
 def _served(tensors: list[Tensor | None]) -> bool:
@@ -314,8 +369,6 @@ def _check_out(op: str, out: Sequence[Tensor], g: _Checked) -> None:
         raise ValueError(f"{op}: out must have length {len(g.like)}, one per parameter, got {len(out)}")
     for p, (t, like) in enumerate(zip(out, g.like, strict=True)):
         _admit(op, f"out[{p}]", t, next(t for t in g.like if t is not None))
-        if t.is_neg():
-            raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
         other = f"parameter {p}'s gradient"
         want = t.contiguous() if like is None else like
         _check_like(op, f"out[{p}]", t, want, other)

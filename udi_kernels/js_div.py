@@ -17,6 +17,8 @@ from ._ops import (
     served_by_reference,
 )
 
+INTEGRAL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def js_div(
     input: Tensor,
@@ -37,17 +39,23 @@ def js_div(
     The gradients are ``(1 - beta)/T q (log(q/m) - KL(q || m))`` and its mirror image; the backward pass recomputes
     them from the logits, so nothing of the size of the input is kept.
 
+    The ends are the two KL divergences, as GKD's users know them: ``beta=0`` is ``KL(p || q)``, forward KL with the
+    target as teacher, and ``beta=1`` is ``KL(q || p)``, reverse KL. That is a jump: the formula itself tends to 0
+    there. KL is inf where only one side has a logit of -inf.
+
     Args:
         input: logits of q, shape (..., C), float16, bfloat16, float32 or float64, any strides.
-        target: logits of p, same shape and device; differentiable too.
-        beta: weight of p in the mixture, ``0 < beta < 1``.
-        temperature: T > 0. The result is not multiplied by T².
-        weight: factor of each row, shape (...); 0 masks a row out of value and gradients unless it holds NaN.
-            It gets no gradient.
+        target: logits of p, same shape and device; differentiable too. Logits made under ``torch.inference_mode()``
+            are copied if the backward pass needs them; those made under ``torch.no_grad()`` are not.
+        beta: weight of p in the mixture, in [0, 1]. A number: a tensor would get no gradient.
+        temperature: T > 0, a number. The result is not multiplied by T². A learnt T: divide both logits by it.
+        weight: factor of each row, shape (...), of any floating-point or integer dtype or bool, so ``labels != -100``
+            will do; 0 masks a row out of value and gradients unless it holds NaN or inf. It gets no gradient.
         reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``.
+        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The mean of no rows, or of rows
+        that are all masked, is NaN, as in ``cross_entropy``.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or a number is one.
@@ -75,13 +83,17 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, beta: float, te
     if not input.dim() or input.shape[-1] == 0:
         shape = tuple(input.shape)
         raise ValueError(f"js_div: input needs a last dimension of at least one class, got {shape}")
-    if not 0 < beta < 1:
-        raise ValueError(f"js_div: beta must lie between 0 and 1, both excluded, got {beta}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"js_div: beta must lie in [0, 1], got {beta}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"js_div: temperature must be positive and finite, got {temperature}")
     if weight is None:
         return
-    _checks.tensors("js_div", input=input, weight=weight)
+    if weight.dtype not in (*_checks.FLOATING, *INTEGRAL):
+        types = "float16, bfloat16, float32, float64, bool or an integer"
+        raise TypeError(f"js_div: weight must be {types}, got {weight.dtype}")
+    if weight.device != input.device:
+        raise ValueError(f"js_div: weight must be on {input.device} as input is, got {weight.device}")
     rows = tuple(input.shape[:-1])
     if weight.shape != rows:
         raise ValueError(f"js_div: weight must have shape {rows}, one per row, got {tuple(weight.shape)}")

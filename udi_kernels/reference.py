@@ -28,11 +28,10 @@ def js_div(
 ) -> Tensor:
     dtype = accumulation_dtype(input.dtype)
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
-    # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
-    d = log_p - log_q
-    below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
-    L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
-    rows = (beta * log_p.exp() * (below - L) - (1 - beta) * log_q.exp() * (above + L)).sum(-1)
+    if beta in (0, 1):
+        rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
+    else:
+        rows = _js(log_p, log_q, beta)
     if weight is not None:
         rows = rows * weight.to(dtype)
     if reduction == "none":
@@ -40,6 +39,21 @@ def js_div(
     if reduction == "sum":
         return rows.sum()
     return rows.mean() if weight is None else rows.sum() / weight.to(dtype).sum()
+
+
+def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
+    d = log_p - log_q
+    below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
+    L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
+    return (beta * log_p.exp() * (below - L) - (1 - beta) * log_q.exp() * (above + L)).sum(-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    impossible = (p > 0) & (log_q < torch.finfo(q.dtype).min / 8)  # a logit of -inf
+    rows = (p * (log_p - log_q) + q - p).sum(-1)  # q - p, which adds up to 0, makes the terms of second order
+    return rows + torch.where(impossible.any(-1), torch.inf, 0)
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
@@ -64,6 +78,43 @@ def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
     return ((y - mu).square() * (-logvar).exp() + logvar).sum(-1).mean()
+
+
+def duc_loss(
+    student: Tensor, teacher: Tensor, dims: Tensor, *, temperature: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    dtype = accumulation_dtype(student.dtype, teacher.dtype)
+    student, teacher = (torch.where(dims, x.to(dtype), 0) for x in (student, teacher))
+    z = student @ teacher.T
+    # Less each row's own: small losses and their gradients keep their digits. Padded, since a row may have none.
+    z = (z - z.diagonal()[:, None]) / temperature
+    top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    others = (z.masked_fill(own, -torch.inf) - top[:, None]).exp().sum(1)
+    rows = top + (others + (-top).expm1()).log1p()
+    return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+
+
+def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    features = features.double()
+    sums = features.new_zeros(num_classes + 1, features.shape[1])
+    rows = torch.where((labels < 0) | (labels >= num_classes), num_classes, labels)  # all the others together
+    counts = features.new_zeros(num_classes + 1).index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
+    centroids = sums.index_add_(0, rows, features) / counts[:, None]
+    nearest = torch.full_like(features, -1, dtype=torch.int64)
+    distance = torch.full_like(features, torch.inf)
+    for label, centroid in enumerate(centroids[:num_classes]):  # that of an absent class is NaN, and near to nothing
+        to_this = (features - centroid).abs()
+        nearest = torch.where(to_this < distance, label, nearest)
+        distance = torch.where(to_this < distance, to_this, distance)
+    hits = (nearest == labels[:, None]).sum(0)
+    return hits * len(hits) > hits.sum()
+
+
+def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    z = logits.to(accumulation_dtype(logits.dtype))
+    certainty = z.softmax(-1).amax(-1, keepdim=True)
+    return ((certainty / temperature).softmax(0) * z).sum(0).to(logits.dtype)
 
 
 def gramian(grads: Lists, dtype: torch.dtype | None = None) -> Tensor:

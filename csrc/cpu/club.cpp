@@ -39,24 +39,6 @@ struct Row {
   Row(const Inputs<T>& in, int64_t r) : mu(in.mu[r]), logvar(in.logvar[r]), y(in.y[r]), d(in.d) {}
 };
 
-template <class T>
-inline Vec<T> load_some(const T* from, int n) {
-  return n == kLanes ? load(from) : load(from, n, compute_t<T>(0));
-}
-
-template <class T>
-inline void store_some(T* to, Vec<T> v, int n) {
-  n == kLanes ? store(to, v) : store(to, v, n);
-}
-
-// f(offset, lanes) for every 16 of n elements.
-template <class F>
-inline void for_each_lanes(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, int(n - i));
-}
-
 template <class F>
 void for_each_row(int64_t rows, int64_t columns, F f) {
   torch::stable::parallel_for(0, rows, 1 + kGrain / (columns + 1), [&](int64_t begin, int64_t end) {

@@ -196,7 +196,8 @@ class CPUPlan final : public Plan, Gradients {
       for (int64_t slot = begin; slot < end; ++slot) {
         double* sums = scratch + slot * k * k;
         std::fill_n(sums, k * k, 0.);
-        for_chunks(slot * chunks() / slots_, (slot + 1) * chunks() / slots_, [&](auto& p, auto data, auto from, auto to) {
+        const int64_t first = slot * chunks() / slots_, last = (slot + 1) * chunks() / slots_;
+        for_chunks(first, last, [&](auto& p, auto data, auto from, auto to) {
           dispatch(p.dtype, [&](auto type) { add_chunk<decltype(type)>(data, k, from, to, sums); });
         });
       }

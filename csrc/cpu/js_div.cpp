@@ -21,7 +21,8 @@ namespace {
 constexpr int64_t kPackedClasses = 128;
 constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute type before they join a double
 
-// Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m).
+// Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m); at beta = 0 the last are the sums of
+// q - p, which rounding leaves, and of p log(p/q).
 enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
 
 template <class S>
@@ -52,23 +53,49 @@ inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool pac
   return result;
 }
 
+// The larger of q and p, the ratio of the smaller to it, ratio - 1, and d = log(p/q) with -|d|, that one at least -87.
+template <class V>
+struct Pair {
+  V d, minus, ratio, ratio_m1, high;
+  decltype(V{} < V{}) below;  // d < 0; NaN is not
+};
+
+// log_sums: log(sum_p / sum_q). exponential(d < 0, x, y) is e^zq where d < 0 and e^zp elsewhere, of x = T zq, y = T zp.
+template <class V, class S, class F>
+inline Pair<V> compare(V x, V y, const V* stats, V log_sums, Constants<S> k, F exponential) {
+  Pair<V> c;
+  x -= stats[kMaxQ], y -= stats[kMaxP];
+  // The clamps take infinities out of the differences; NaN stays.
+  c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
+  c.below = c.d < 0;
+  c.minus = max(splat<S>(-87), c.below ? c.d : -c.d);
+  c.high = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);
+  exp_expm1(c.minus, c.ratio, c.ratio_m1);
+  return c;
+}
+
 template <class V>
 struct Terms {
   V q, p, log_qm, log_pm;
 };
 
-// log_sums: log(sum_p / sum_q). exponential(d < 0, x, y) is e^zq where d < 0 and e^zp elsewhere, of x = T zq, y = T zp.
-template <class V, class S, class F>
-inline Terms<V> terms(V x, V y, const V* stats, V log_sums, Constants<S> k, F exponential) {
-  x -= stats[kMaxQ], y -= stats[kMaxP];
-  // The clamps take infinities out of the differences; NaN stays.
-  V d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
-  auto below = d < 0;  // NaN is not
-  V minus = max(splat<S>(-87), below ? d : -d);
-  V ratio, ratio_m1, high = exponential(below, x, y) * (below ? stats[kInvQ] : stats[kInvP]);
-  exp_expm1(minus, ratio, ratio_m1);
-  V low = high * ratio, L = log1p((below ? splat(k.beta) : splat(1 - k.beta)) * ratio_m1), log_low = minus - L;
-  return {below ? high : low, below ? low : high, below ? -L : log_low, below ? log_low : -L};
+template <class V, class S>
+inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
+  V low = c.high * c.ratio, L = log1p((c.below ? splat(k.beta) : splat(1 - k.beta)) * c.ratio_m1);
+  V log_low = c.minus - L;
+  return {c.below ? c.high : low, c.below ? low : c.high, c.below ? -L : log_low, c.below ? log_low : -L};
+}
+
+// A probability that is not contracted with a subtraction that follows: equal ones shall give exactly 0.
+template <class V>
+inline V rounded(V probability) {
+  return max(V{}, probability);
+}
+
+// At beta = 0, log(p/q): +inf where q alone is 0, whose logit was clamped.
+template <class V, class S>
+inline V log_ratio(const Pair<V>& c, V x, const V* stats, Constants<S> k) {
+  return x - stats[kMaxQ] == -INFINITY ? splat<S>(INFINITY) : c.d;
 }
 
 // Fills `stats`, returns the loss: in every lane its own row's (packed), or all the same. `exps`: room for both rows'
@@ -94,10 +121,26 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
   stats[kMaxQ] = max_q, stats[kInvQ] = 1 / sum_q;
   stats[kMaxP] = max_p, stats[kInvP] = 1 / sum_p;
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
+  const auto compared = [&](V a, V b, int64_t i) {
+    auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
+    return compare(a, b, stats, log_sums, k, exponential);
+  };
+  if (k.beta == 0) {  // KL(p||q), of terms p d + q - p, which are never negative
+    auto [total, div, rest] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+      auto c = compared(a, b, i);
+      V q = rounded(load(exps_q + i) * stats[kInvQ]), p = rounded(load(exps_p + i) * stats[kInvP]);
+      V d = log_ratio(c, a, stats, k);
+      V term = c.high * (c.below ? c.ratio * c.minus - c.ratio_m1 : d + c.ratio_m1);
+      sum[0] += c.high == 0 ? V{} : term;
+      sum[1] += p == 0 ? V{} : p * d;
+      sum[2] += q - p;
+    });
+    stats[kDivQ] = rest, stats[kDivP] = div;
+    return total;
+  }
   // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
-    auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
-    auto t = terms(a, b, stats, log_sums, k, exponential);
+    auto t = terms(compared(a, b, i), k);
     V q = t.q * t.log_qm, p = t.p * t.log_pm;
     sum[0] += q;
     sum[1] += p;
@@ -107,7 +150,8 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
   return loss;
 }
 
-// d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; `grad` is dL/d(row) in every lane.
+// d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
+// p/T (log(p/q) - KL(p||q)). `grad` is dL/d(row) in every lane.
 template <class T>
 void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
               T* grad_x, T* grad_y) {
@@ -116,8 +160,17 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   auto exponential = [&](auto below, V a, V b) { return exp_negative((below ? a : b) * k.inverse_temperature); };
   for_each(x, y, 0, size, [&](V a, V b, int64_t i, int n) {
-    auto s = terms(a, b, stats, log_sums, k, exponential);
+    auto c = compare(a, b, stats, log_sums, k, exponential);
     auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
+    if (k.beta == 0) {  // less what the sums of these very terms are off, so that rounding of the sums of e^z cancels
+      V q = rounded(exp_negative((a - stats[kMaxQ]) * k.inverse_temperature) * stats[kInvQ]);
+      V p = rounded(exp_negative((b - stats[kMaxP]) * k.inverse_temperature) * stats[kInvP]);
+      V scale = grad * k.inverse_temperature;
+      if (grad_x) put(grad_x, scale * (q - p - q * stats[kDivQ]));
+      if (grad_y) put(grad_y, p == 0 ? V{} : V(scale * p * (log_ratio(c, a, stats, k) - stats[kDivP])));
+      return;
+    }
+    auto s = terms(c, k);
     if (grad_x) put(grad_x, scale_q * s.q * (s.log_qm - stats[kDivQ]));
     if (grad_y) put(grad_y, scale_p * s.p * (s.log_pm - stats[kDivP]));
   });
@@ -212,6 +265,7 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constant
 
 std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                                       double beta, double temperature, int64_t reduction) {
+  if (beta == 1) return js_div_fwd(target, input, weight, 0, temperature, reduction);  // KL(q||p) is KL(p||q) mirrored
   int64_t rows = input.size(0), classes = input.size(1);
   ScalarType dtype = compute_dtype(input);
   Tensor stats = empty({kStats, rows}, dtype);
@@ -238,6 +292,11 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
 std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
                                       std::optional<Tensor> weight, const Tensor& stats, double beta,
                                       double temperature, int64_t reduction, bool need_input, bool need_target) {
+  if (beta == 1) {
+    auto [grad_target, grad_input] =
+        js_div_bwd(grad, target, input, weight, stats, 0, temperature, reduction, need_target, need_input);
+    return {grad_input, grad_target};
+  }
   int64_t rows = input.size(0), classes = input.size(1);
   Tensor grad_input = empty_grad(input, need_input), grad_target = empty_grad(target, need_target);
   dispatch(input, [&](auto* type) {

@@ -167,6 +167,25 @@ inline void store(T* to, Vec<T> v, int n) {
     if (i < n) bits[i] = lanes[i];
 }
 
+// The first n <= 16 lanes.
+template <class T>
+inline Vec<T> load_some(const T* from, int n, compute_t<T> fill = 0) {
+  return n == kLanes ? load(from) : load(from, n, fill);
+}
+
+template <class T>
+inline void store_some(T* to, Vec<T> v, int n) {
+  n == kLanes ? store(to, v) : store(to, v, n);
+}
+
+// f(offset, lanes) for every 16 of n elements.
+template <class F>
+inline void for_each_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, int(n - i));
+}
+
 // One step of a transposition: exchanges lanes `half` apart between two rows `half` apart.
 template <int half, class V, int... lane>
 inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {

@@ -2,57 +2,22 @@
 //
 // A launch works on parameters of one dtype, as many as its table holds, cut into chunks. A block takes a range of
 // chunks: it finds the parameter of the first by bisection and walks on from there.
-#include "../gradients.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-#include <variant>
-
-#include "stream.h"
+//
+// Device code alone, without any header but its own: NVRTC compiles each kernel when a call first needs it.
+#include "arguments.h"
+#include "types.cuh"
 
 namespace udi {
-namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = ~0u;
-constexpr int kFewRows = 8;      // up to here a thread multiplies all rows, beyond a warp a tile of them
-constexpr int kTileWarps = 10;   // those of 32 rows in one block; leaves 168 registers a thread
-constexpr int kBlocksPerSM = 4;  // of gramian; each block leaves one partial sum of every pair
-
-// Per parameter: number of its first chunk, elements, address of the output, addresses of K gradients. Arguments end
-// at 4 KB before CUDA 12.1, at 32,764 bytes since. All of a table is copied at each launch, so short lists (ResNet-18's
-// 62 tensors at K = 3 take 3 KB) get a short one.
-template <int kWords>
-struct Table {
-  static constexpr int kCapacity = kWords;
-  int64_t word[kWords];
-};
-using ShortTable = Table<500>;
-#if CUDART_VERSION >= 12010
-using LongTable = Table<4080>;
-#else
-using LongTable = Table<499>;
-#endif
-
-__host__ __device__ constexpr int entry_words(int k) { return 3 + k; }
-
-struct Shape {
-  int k, parameters, chunks, chunk_bytes;  // a chunk's bytes in each gradient
-};
 
 // One parameter in a table.
 struct Entry {
   const int64_t* word;
-  __device__ int64_t first() const { return word[0]; }
-  __device__ int64_t size() const { return word[1]; }
-  __device__ int64_t out() const { return word[2]; }
-  __device__ int64_t row(int i) const { return word[3 + i]; }
+  int64_t first() const { return word[0]; }
+  int64_t size() const { return word[1]; }
+  int64_t out() const { return word[2]; }
+  int64_t row(int i) const { return word[3 + i]; }
 };
 
 template <class T>
@@ -72,7 +37,7 @@ struct Vector {
   static constexpr int kSize = 16 / sizeof(T);
   int4 raw;
 
-  __device__ compute_t<T> operator[](int lane) const {
+  compute_t<T> operator[](int lane) const {
     T lanes[kSize];
     memcpy(lanes, &raw, sizeof raw);
     return static_cast<compute_t<T>>(lanes[lane]);
@@ -86,11 +51,13 @@ struct Chunk {
   int head, vectors, singles;
 
   template <class T>
-  __device__ int single(int s) const { return s < head ? s : s + vectors * Vector<T>::kSize; }
+  int single(int s) const {
+    return s < head ? s : s + vectors * Vector<T>::kSize;
+  }
 };
 
 template <class T>
-__device__ Chunk cut(const Entry& entry, const Shape& shape, int number, bool with_out) {
+Chunk cut(const Entry& entry, const Shape& shape, int number, bool with_out) {
   constexpr int64_t kMask = 15;
   const int64_t any = with_out ? entry.out() : 0;
   int64_t address = any, differences = 0;
@@ -110,7 +77,7 @@ __device__ Chunk cut(const Entry& entry, const Shape& shape, int number, bool wi
 
 // f(entry, chunk) for a block's share of the chunks, in order.
 template <class T, class TableT, class F>
-__device__ void for_chunks(const TableT& table, const Shape& shape, int from, int to, bool with_out, F f) {
+void for_chunks(const TableT& table, const Shape& shape, int from, int to, bool with_out, F f) {
   const auto entry = [&](int p) { return Entry{table.word + p * entry_words(shape.k)}; };
   int p = 0;
   for (int end = shape.parameters; end - p > 1;) {
@@ -123,22 +90,44 @@ __device__ void for_chunks(const TableT& table, const Shape& shape, int from, in
   }
 }
 
-// Where the blocks leave their sums: element (i, j), i <= j, of block b of all launches together.
-struct Partials {
-  double* data;
-  int k, first, count;  // first: number of this launch's block 0; count: blocks of all launches
-  __device__ double& at(int i, int j, int block) const {
-    return data[(static_cast<int64_t>(i) * k + j) * count + first + block];
-  }
-};
-
-__device__ void block_share(const Shape& shape, int& from, int& to) {
+inline void block_share(const Shape& shape, int& from, int& to) {
   from = static_cast<int>(static_cast<int64_t>(shape.chunks) * blockIdx.x / gridDim.x);
   to = static_cast<int>(static_cast<int64_t>(shape.chunks) * (blockIdx.x + 1) / gridDim.x);
 }
 
+inline double& partial(const Sums& sums, int k, int i, int j, int block) {
+  return sums.partial[static_cast<int64_t>(i * k + j) * sums.blocks + block];
+}
+
+// The block that is the last of all to come here adds up what all have left, always in the same order:
+// gram[i, j] = gram[j, i], a warp a pair.
+inline void finish(const Sums& sums, int k) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // of the whole block: what the others stored is ordered before by the barrier
+    last = atomicAdd(sums.arrived, 1u) == sums.last;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  int i = 0, j = threadIdx.x / kWarp;
+  for (;; j += warps) {
+    while (i < k && j >= k) j += ++i - k;  // row i of the triangle has k - i pairs
+    if (i == k) return;
+    double sum = 0;
+#pragma unroll 8
+    for (int b = lane; b < sums.blocks; b += kWarp) sum += __ldcg(&partial(sums, k, i, j, b));
+    for (int bit = kWarp / 2; bit; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
+    if (lane > (i < j)) continue;
+    const int at = lane ? j * k + i : i * k + j;
+    sums.wide ? static_cast<double*>(sums.gram)[at] = sum : static_cast<float*>(sums.gram)[at] = static_cast<float>(sum);
+  }
+}
+
 template <int N, class S>
-__device__ void flush(double (&sums)[N], S (&products)[N]) {
+void flush(double (&sums)[N], S (&products)[N]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     sums[n] += products[n];
@@ -146,16 +135,13 @@ __device__ void flush(double (&sums)[N], S (&products)[N]) {
   }
 }
 
-template <int K>
-constexpr int kFewThreads = K <= 4 ? 256 : 128;
-
 // partial[i, j] = sum_e row_i[e] row_j[e] for up to K rows: each thread sums all pairs over its elements, in the
 // compute type within a chunk and in double beyond.
-template <class T, int K, class TableT>
-__global__ void __launch_bounds__(kFewThreads<K>, K <= 3 ? 4 : K == 4 ? 2 : 3)
-    gramian_few(const __grid_constant__ TableT table, const Shape shape, const Partials partials) {
+template <class T, int K, int kWords>
+__global__ void __launch_bounds__(few_threads(K), K <= 3 ? 4 : K == 4 ? 2 : K == 5 ? 5 : K == 6 ? 4 : 3)
+    gramian_few(const Table<kWords> __grid_constant__ table, const Shape shape, const Sums out) {
   using S = compute_t<T>;
-  constexpr int kPairs = K * (K + 1) / 2, kThreads = kFewThreads<K>, kBatch = K <= 4 ? 2 : 1;
+  constexpr int kPairs = K * (K + 1) / 2, kThreads = few_threads(K), kBatch = K <= 4 ? 2 : 1;
   double sums[kPairs] = {};
   S products[kPairs] = {};
   int from, to;
@@ -203,16 +189,18 @@ __global__ void __launch_bounds__(kFewThreads<K>, K <= 3 ? 4 : K == 4 ? 2 : 3)
   }
   __syncthreads();
   const int i = threadIdx.x / K, j = threadIdx.x % K;
-  if (i > j || j >= shape.k) return;
-  double sum = 0;
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += of_warp[warp][i * K - i * (i - 1) / 2 + j - i];
-  partials.at(i, j, blockIdx.x) = sum;
+  if (i <= j && j < shape.k) {
+    double sum = 0;
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += of_warp[warp][i * K - i * (i - 1) / 2 + j - i];
+    partial(out, shape.k, i, j, out.first + blockIdx.x) = sum;
+  }
+  finish(out, shape.k);
 }
 
 // Sums of N values over the lanes of a warp: value n ends in lane n * 32 / N, the first of several in value[0]. Each
 // step halves the values a lane is in charge of: 62 shuffles for 64 values, where one by one takes 320.
 template <int N, int kBit = kWarp / 2, class S>
-__device__ void sum_over_lanes(S* value) {
+void sum_over_lanes(S* value) {
   if constexpr (N > 1) {
     const bool upper = threadIdx.x & kBit;
 #pragma unroll
@@ -226,16 +214,14 @@ __device__ void sum_over_lanes(S* value) {
   if constexpr (kBit > 1) sum_over_lanes<(N + 1) / 2, kBit / 2>(value);
 }
 
-template <class T>
-constexpr int kEdge = sizeof(T) == 8 ? 4 : 8;  // rows of a tile's two sides
-
-// The same for any number of rows: each warp sums a tile of kEdge x kEdge pairs. The warps of a block read the same
-// chunk at the same time, so that all but the first find a row in L1.
-template <class T, class TableT>
-__global__ void __launch_bounds__(kTileWarps * kWarp, 1)
-    gramian_tiles(const __grid_constant__ TableT table, const Shape shape, const Partials partials) {
+// The same for any number of rows: each warp sums a tile of E x E pairs. The warps of a block read the same chunk at
+// the same time, so that all but the first find a row in L1.
+template <class T, int kWords>
+__global__ void __launch_bounds__(kTileWarps* kWarp, 1)
+    gramian_tiles(const Table<kWords> __grid_constant__ table, const Shape shape, const Sums out) {
   using S = compute_t<T>;
-  constexpr int E = kEdge<T>, kOwn = (E * E + kWarp - 1) / kWarp;
+  constexpr int E = tile_edge(sizeof(T));
+  constexpr int kOwn = (E * E + kWarp - 1) / kWarp, kSharers = kWarp * kOwn / (E * E);  // pairs a lane, lanes a pair
   const int lane = threadIdx.x % kWarp, groups = (shape.k + E - 1) / E;
   int top = 0, left = (blockIdx.y * blockDim.x + threadIdx.x) / kWarp;  // the tile's rows and columns, in groups
   while (top < groups && left >= groups - top) left -= groups - top++;
@@ -287,59 +273,50 @@ __global__ void __launch_bounds__(kTileWarps * kWarp, 1)
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) sums[n] += products[n];
   });
-  if (top == groups) return;
+  if (top < groups && lane % kSharers == 0) {
 #pragma unroll
-  for (int n = 0; n < kOwn; ++n) {
-    const int value = lane * E * E / kWarp + n, i = top * E + value / E, j = left * E + value % E;
-    if (i <= j && j < shape.k) partials.at(i, j, blockIdx.x) = sums[n];
+    for (int n = 0; n < kOwn; ++n) {
+      const int value = lane / kSharers * kOwn + n, i = top * E + value / E, j = left * E + value % E;
+      if (i <= j && j < shape.k) partial(out, shape.k, i, j, out.first + blockIdx.x) = sums[n];
+    }
   }
-}
-
-// gram[i, j] = gram[j, i] = sum of all blocks' partials, always in the same order. A block for each pair.
-__global__ void __launch_bounds__(kThreads) gramian_finish(const Partials partials, void* gram, bool wide) {
-  const int i = blockIdx.y, j = blockIdx.x;
-  if (i > j) return;
-  double sum = 0;
-  for (int b = threadIdx.x; b < partials.count; b += kThreads) sum += partials.at(i, j, b);
-  for (int bit = kWarp / 2; bit; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
-  __shared__ double of_warp[kThreads / kWarp];
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x) return;
-  sum = 0;
-  for (double part : of_warp) sum += part;
-  for (int at : {i * partials.k + j, j * partials.k + i})
-    wide ? static_cast<double*>(gram)[at] = sum : static_cast<float*>(gram)[at] = static_cast<float>(sum);
+  finish(out, shape.k);
 }
 
 // out[e] = sum_k weights[k] row_k[e], a chunk a block. Rows are loaded four at a time, to have loads enough in flight.
 // No __ldg: out may be one of the rows.
-template <class T, class TableT>
-__global__ void __launch_bounds__(kThreads)
-    weighted_sum(const __grid_constant__ TableT table, const Shape shape, const void* weights, bool wide) {
+template <class T, int kWords>
+__global__ void __launch_bounds__(kSumThreads)
+    weighted_sum(const Table<kWords> __grid_constant__ table, const Shape shape, const void* weights, bool wide) {
   using S = compute_t<T>;
   constexpr int kBatch = 4;
   for_chunks<T>(table, shape, blockIdx.x, blockIdx.x + 1, true, [&](Entry entry, Chunk chunk) {
-    // add(weight, load(row)) for all rows.
+    const T* row[kBatch];
+    S weight[kBatch];
+    const auto take = [&](int first) {
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        const int i = first + r;
+        row[r] = i < shape.k && entry.row(i) ? reinterpret_cast<const T*>(entry.row(i)) + chunk.begin : nullptr;
+        weight[r] = !row[r] ? S(0)
+                    : wide  ? static_cast<S>(static_cast<const double*>(weights)[i])
+                            : static_cast<S>(static_cast<const float*>(weights)[i]);
+      }
+    };
+    // add(weight, load(row)) for all rows; the first four stay in registers if there are no more.
     const auto for_rows = [&](auto zero, auto load, auto add) {
       for (int first = 0; first < shape.k; first += kBatch) {
+        if (shape.k > kBatch) take(first);
         decltype(zero) x[kBatch];
-        S weight[kBatch];
 #pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
-          const int i = first + r;
-          const auto* row = i < shape.k ? reinterpret_cast<const T*>(entry.row(i)) : nullptr;
-          x[r] = row ? load(row + chunk.begin) : zero;
-          weight[r] = !row   ? S(0)
-                      : wide ? static_cast<S>(static_cast<const double*>(weights)[i])
-                             : static_cast<S>(static_cast<const float*>(weights)[i]);
-        }
+        for (int r = 0; r < kBatch; ++r) x[r] = row[r] ? load(row[r]) : zero;
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) add(weight[r], x[r]);
       }
     };
+    take(0);
     T* const out = reinterpret_cast<T*>(entry.out()) + chunk.begin;
-    for (int v = threadIdx.x; v < chunk.vectors; v += kThreads) {
+    for (int v = threadIdx.x; v < chunk.vectors; v += kSumThreads) {
       S sum[Vector<T>::kSize] = {};
       for_rows(
           Vector<T>{}, [&](const T* at) { return Vector<T>{reinterpret_cast<const int4*>(at + chunk.head)[v]}; },
@@ -350,9 +327,11 @@ __global__ void __launch_bounds__(kThreads)
       T lanes[Vector<T>::kSize];
 #pragma unroll
       for (int l = 0; l < Vector<T>::kSize; ++l) lanes[l] = static_cast<T>(sum[l]);
-      memcpy(&reinterpret_cast<int4*>(out + chunk.head)[v], lanes, sizeof lanes);
+      int4 raw;  // copied whole afterwards: memcpy to an address that may be anything stores byte by byte
+      memcpy(&raw, lanes, sizeof raw);
+      reinterpret_cast<int4*>(out + chunk.head)[v] = raw;
     }
-    for (int s = threadIdx.x; s < chunk.singles; s += kThreads) {
+    for (int s = threadIdx.x; s < chunk.singles; s += kSumThreads) {
       const int e = chunk.single<T>(s);
       S sum = 0;
       for_rows(S(0), [&](const T* at) { return static_cast<S>(at[e]); }, [&](S weight, S x) { sum += weight * x; });
@@ -360,125 +339,5 @@ __global__ void __launch_bounds__(kThreads)
     }
   });
 }
-
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("udi_kernels: launching a kernel failed: ") + cudaGetErrorString(error));
-}
-
-struct Launch {
-  DType dtype;
-  Shape shape;
-  int blocks;  // of gramian
-  std::variant<ShortTable, LongTable> table;
-
-  // f(null pointer of the element type, table)
-  template <class F>
-  void dispatch(F f) const {
-    std::visit([&](const auto& t) {
-      switch (dtype) {
-        case DType::kFloat: return f(static_cast<float*>(nullptr), t);
-        case DType::kDouble: return f(static_cast<double*>(nullptr), t);
-        case DType::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr), t);
-        case DType::kHalf: return f(static_cast<__half*>(nullptr), t);
-      }
-    }, table);
-  }
-};
-
-int multiprocessors(int device) {
-  int count = 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    throw std::runtime_error("udi_kernels: cannot query the CUDA device");
-  return count;
-}
-
-int element_size(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
-
-struct CUDAPlan final : Plan {
-  int k, device, blocks = 0;  // blocks of gramian in all launches
-  std::vector<Launch> launches;
-
-  int64_t scratch() const override;
-  void gramian(double* scratch, void* gram, bool wide) const override;
-  void weighted_sum(const void* weights, bool wide) const override;
-
-  explicit CUDAPlan(const Gradients& g) : k(g.k), device(g.device) {
-    if (entry_words(k) > LongTable::kCapacity)
-      throw std::runtime_error("udi_kernels: K is too large for the kernels' argument table");
-    const int max_blocks = kBlocksPerSM * multiprocessors(device);
-    for (DType dtype : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf}) {
-      std::vector<int> chosen;
-      for (size_t p = 0; p < g.parameters.size(); ++p)
-        if (g.parameters[p].dtype == dtype && g.parameters[p].size) chosen.push_back(p);
-      constexpr int kLong = LongTable::kCapacity, kShort = ShortTable::kCapacity;
-      for (size_t done = 0; done < chosen.size();) {
-        const int count = std::min<int>(chosen.size() - done, kLong / entry_words(k));
-        Launch& launch = launches.emplace_back(Launch{dtype, {k, count, 0, k <= kFewRows ? 16384 : 4096}, 0, {}});
-        if (count * entry_words(k) > kShort) launch.table.emplace<LongTable>();
-        std::visit([&](auto& table) { fill(launch.shape, table.word, g, &chosen[done]); }, launch.table);
-        launch.blocks = std::min(launch.shape.chunks, max_blocks);
-        blocks += launch.blocks;
-        done += count;
-      }
-    }
-  }
-
-  static void fill(Shape& shape, int64_t* word, const Gradients& g, const int* chosen) {
-    for (int n = 0; n < shape.parameters; ++n) {
-      const auto& parameter = g.parameters[chosen[n]];
-      *word++ = shape.chunks;
-      *word++ = parameter.size;
-      *word++ = reinterpret_cast<int64_t>(parameter.out);
-      for (int64_t i = 0; i < g.k; ++i) *word++ = reinterpret_cast<int64_t>(g.data[chosen[n] * g.k + i]);
-      const int64_t elements = shape.chunk_bytes / element_size(parameter.dtype);
-      shape.chunks += static_cast<int>((parameter.size + elements - 1) / elements);
-    }
-  }
-};
-
-int64_t CUDAPlan::scratch() const { return static_cast<int64_t>(blocks) * k * k; }
-
-void CUDAPlan::gramian(double* scratch, void* gram, bool wide) const {
-  const OnDevice on(device);
-  Partials partials{scratch, k, 0, blocks};
-  for (const Launch& launch : launches) {
-    launch.dispatch([&](auto* type, const auto& table) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      using TableT = std::remove_cvref_t<decltype(table)>;
-      const auto few = [&](auto kernel, int threads) {
-        kernel<<<launch.blocks, threads, 0, on.stream>>>(table, launch.shape, partials);
-      };
-      if (k <= 3) return few(gramian_few<T, 3, TableT>, kFewThreads<3>);
-      if (k == 4) return few(gramian_few<T, 4, TableT>, kFewThreads<4>);
-      if (k <= kFewRows) return few(gramian_few<T, kFewRows, TableT>, kFewThreads<kFewRows>);
-      const int groups = (k + kEdge<T> - 1) / kEdge<T>, tiles = groups * (groups + 1) / 2;
-      const int warps = std::min(tiles, kTileWarps);
-      const dim3 grid(launch.blocks, (tiles + warps - 1) / warps);
-      gramian_tiles<T, TableT><<<grid, warps * kWarp, 0, on.stream>>>(table, launch.shape, partials);
-    });
-    check_launch();
-    partials.first += launch.blocks;
-  }
-  partials.first = 0;
-  gramian_finish<<<dim3(k, k), kThreads, 0, on.stream>>>(partials, gram, wide);
-  check_launch();
-}
-
-void CUDAPlan::weighted_sum(const void* weights, bool wide) const {
-  const OnDevice on(device);
-  for (const Launch& launch : launches) {
-    launch.dispatch([&](auto* type, const auto& table) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      udi::weighted_sum<T><<<launch.shape.chunks, kThreads, 0, on.stream>>>(table, launch.shape, weights, wide);
-    });
-    check_launch();
-  }
-}
-
-}  // namespace
-
-std::unique_ptr<const Plan> make_plan(Gradients gradients) { return std::make_unique<CUDAPlan>(gradients); }
 
 }  // namespace udi

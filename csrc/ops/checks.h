@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -48,15 +49,19 @@ bool floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-// Floating point, all on one device.
-void check_tensors(const char* op, std::initializer_list<Named> tensors) {
+// Floating point, all on one device. Returns the dtype that mixed ones (autocast makes them) have in common, as torch
+// finds it for its own operators.
+at::ScalarType check_tensors(const char* op, std::initializer_list<Named> tensors) {
   const auto& [first, like] = *tensors.begin();
+  auto dtype = like.scalar_type();
   for (const auto& [name, t] : tensors) {
     TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name,
                      " must be float16, bfloat16, float32 or float64, got ", python(t.scalar_type()));
     TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " must be on ", like.device(), " as ", first,
                       " is, got ", t.device());
+    if (t.scalar_type() != dtype) dtype = at::promote_types(dtype, t.scalar_type());
   }
+  return dtype;
 }
 
 void check_same_shape(const char* op, const Named& like, const Named& t) {
@@ -64,28 +69,33 @@ void check_same_shape(const char* op, const Named& like, const Named& t) {
                     "'s shape ", python(like.tensor.sym_sizes()), ", got ", python(t.tensor.sym_sizes()));
 }
 
-// The dtype that mixed ones (autocast makes them) have in common, as torch finds it for its own operators.
-at::ScalarType common_dtype(std::initializer_list<Tensor> tensors) {
-  auto dtype = tensors.begin()->scalar_type();
-  for (const auto& t : tensors)
-    if (t.scalar_type() != dtype) dtype = at::promote_types(dtype, t.scalar_type());
-  return dtype;
-}
-
-// Whether kernels serve; where not, the reference does. Triton computes in float32, so float64 on a GPU is left to it,
-// and so are devices that no kernel is registered for.
+// Whether kernels serve; where not, the reference does. C++ nodes know no function transforms (torch.func) and no
+// forward-mode AD; Triton computes in float32, so float64 on a GPU is left to the reference, as are other devices.
 template <class Node>
-bool kernels_serve(const Tensor& like, at::ScalarType dtype) {
+bool kernels_serve(at::ScalarType dtype, std::initializer_list<Named> tensors) {
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return false;
+  for (const auto& [name, t] : tensors)
+    if (t._fw_grad(0).defined()) return false;
+  const Tensor& like = tensors.begin()->tensor;
   if (like.is_cpu()) return true;
   static const bool triton = Node::fwd().hasKernelForDispatchKey(c10::DispatchKey::CUDA);
   return like.is_cuda() && triton && dtype != at::kDouble;
 }
 
+// Whether autograd will record.
+bool records(std::initializer_list<Named> tensors) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(tensors.begin(), tensors.end(), [](auto& named) { return named.tensor.requires_grad(); });
+}
+
+// Tensors made under torch.inference_mode() cannot be kept for the backward pass; copies can.
+Tensor keepable(const Tensor& t, bool recorded) { return recorded && t.is_inference() ? t.clone() : t; }
+
 // A matrix of this dtype whose rows have their elements side by side.
-Tensor matrix(const Tensor& t, at::ScalarType dtype) {
+Tensor matrix(const Tensor& t, at::ScalarType dtype, bool recorded) {
   Tensor m = t.dim() == 2 ? t : t.reshape_symint({-1, t.sym_size(-1)});
   if (m.scalar_type() != dtype) m = m.to(dtype);
-  return m.sym_size(1) == 1 || m.sym_stride(1) == 1 ? m : m.contiguous();
+  return keepable(m.sym_size(1) == 1 || m.sym_stride(1) == 1 ? m : m.contiguous(), recorded);
 }
 
 // For create_graph the backward ops have an autograd of their own, in Python; else there is nothing to record.

@@ -62,33 +62,36 @@ struct ClubNLL : Function<ClubNLL> {
   }
 };
 
-void check_gaussian(const char* op, const Tensor& mu, const Tensor& logvar, const Tensor& y) {
-  check_tensors(op, {{"mu", mu}, {"logvar", logvar}, {"y", y}});
+// Returns the dtype they have in common.
+at::ScalarType check_gaussian(const char* op, const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+  const auto dtype = check_tensors(op, {{"mu", mu}, {"logvar", logvar}, {"y", y}});
   TORCH_CHECK_VALUE(mu.dim() == 2, op, ": mu must have shape (N, D), got ", python(mu.sym_sizes()));
   check_same_shape(op, {"mu", mu}, {"logvar", logvar});
   check_same_shape(op, {"mu", mu}, {"y", y});
+  return dtype;
 }
 
 Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, int64_t reduction) {
-  check_gaussian("club_mi", mu, logvar, y);
-  auto dtype = common_dtype({mu, logvar, y});
-  if (!kernels_serve<ClubMI>(mu, dtype)) {
+  const auto dtype = check_gaussian("club_mi", mu, logvar, y);
+  if (!kernels_serve<ClubMI>(dtype, {{"mu", mu}, {"logvar", logvar}, {"y", y}})) {
     static const auto reference =
         op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("udi_kernels::club_mi_reference");
     return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype), reduction);
   }
-  return ClubMI::apply(matrix(mu, dtype), matrix(logvar, dtype), matrix(y, dtype), reduction);
+  const bool recorded = records({{"mu", mu}, {"logvar", logvar}, {"y", y}});
+  return ClubMI::apply(matrix(mu, dtype, recorded), matrix(logvar, dtype, recorded), matrix(y, dtype, recorded),
+                       reduction);
 }
 
 Tensor club_nll(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
-  check_gaussian("club_nll", mu, logvar, y);
-  auto dtype = common_dtype({mu, logvar, y});
-  if (!kernels_serve<ClubNLL>(mu, dtype)) {
+  const auto dtype = check_gaussian("club_nll", mu, logvar, y);
+  if (!kernels_serve<ClubNLL>(dtype, {{"mu", mu}, {"logvar", logvar}, {"y", y}})) {
     static const auto reference =
         op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("udi_kernels::club_nll_reference");
     return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype));
   }
-  return ClubNLL::apply(matrix(mu, dtype), matrix(logvar, dtype), matrix(y, dtype));
+  const bool recorded = records({{"mu", mu}, {"logvar", logvar}, {"y", y}});
+  return ClubNLL::apply(matrix(mu, dtype, recorded), matrix(logvar, dtype, recorded), matrix(y, dtype, recorded));
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ struct Lists {
   bool stacked;
   int64_t k, params;
   std::vector<Tensor> tensors;
-  Tensor any;                        // the first that is defined
-  at::ScalarType sum_dtype;          // float64 if a gradient is
+  Tensor any;                // the first that is defined
+  at::ScalarType sum_dtype;  // float64 if a gradient is
 
   Tensor& at(int64_t i, int64_t p) { return tensors[stacked ? p : i * params + p]; }
   const Tensor& at(int64_t i, int64_t p) const { return tensors[stacked ? p : i * params + p]; }
@@ -218,7 +218,6 @@ void check_out(const Lists& g, const std::vector<Tensor>& out) {
   for (int64_t p = 0; p < g.params; ++p) {
     const auto name = [&] { return "out[" + std::to_string(p) + "]"; };
     admit(g.op, out[p], g.any, name);
-    TORCH_CHECK_VALUE(!out[p].is_neg(), g.op, ": ", name(), " must not be a negative view; call .resolve_neg()");
     const Tensor like = single(g, p);
     if (like.defined() && like.scalar_type() == out[p].scalar_type() && Layout(out[p], false) == Layout(like, false))
       continue;
@@ -403,8 +402,9 @@ struct GradientPlan : torch::CustomClassHolder {
     for (size_t p = 0; p < out_.size(); ++p)
       if (name.empty() && out_[p].is_same(*t)) name = "out[" + std::to_string(p) + "]";
     TORCH_CHECK(false, "GradientPlan: ", name, " must stay the ", python(b.dtype), " buffer of shape ",
-                python(c10::fromIntArrayRefSlow(b.sizes)), " that the plan was made with, but its memory or layout has ",
-                "changed; write to it in place, or make a new plan");
+                python(c10::fromIntArrayRefSlow(b.sizes)),
+                " that the plan was made with, but its memory or layout has changed; write to it in place, or make a "
+                "new plan");
   }
 };
 

@@ -44,39 +44,49 @@ struct JSDiv : Function<JSDiv> {
   }
 };
 
+void check_weight(const Tensor& weight, const Tensor& input) {
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(floating(type) || c10::isIntegralType(type, true),
+                   "js_div: weight must be float16, bfloat16, float32, float64, bool or an integer, got ",
+                   python(type));
+  TORCH_CHECK_VALUE(weight.device() == input.device(), "js_div: weight must be on ", input.device(),
+                    " as input is, got ", weight.device());
+  const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
+  TORCH_CHECK_VALUE(weight.sym_sizes() == rows, "js_div: weight must have shape ", python(rows),
+                    ", one per row, got ", python(weight.sym_sizes()));
+  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(),
+                    "js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction");
+}
+
 Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, double beta, double temperature,
               int64_t reduction) {
-  check_tensors("js_div", {{"input", input}, {"target", target}});
+  const auto dtype = check_tensors("js_div", {{"input", input}, {"target", target}});
   check_same_shape("js_div", {"input", input}, {"target", target});
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0,
                     "js_div: input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
-  TORCH_CHECK_VALUE(0 < beta && beta < 1, "js_div: beta must lie between 0 and 1, both excluded, got ", beta);
+  TORCH_CHECK_VALUE(0 <= beta && beta <= 1, "js_div: beta must lie in [0, 1], got ", beta);
   TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY,
                     "js_div: temperature must be positive and finite, got ", temperature);
-  auto rows = input.sym_sizes().slice(0, input.dim() - 1);
-  auto dtype = common_dtype({input, target});
-  Weight factor;
-  if (weight) {
-    check_tensors("js_div", {{"input", input}, {"weight", *weight}});
-    TORCH_CHECK_VALUE(weight->sym_sizes() == rows, "js_div: weight must have shape ", python(rows),
-                      ", one per row, got ", python(weight->sym_sizes()));
-    TORCH_CHECK_VALUE(!weight->requires_grad() || !at::GradMode::is_enabled(),
-                      "js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction");
-  }
-  if (!kernels_serve<JSDiv>(input, dtype)) {
+  if (weight) check_weight(*weight, input);
+  if (!kernels_serve<JSDiv>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference =
-        op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>("udi_kernels::js_div_reference");
+        op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(
+            "udi_kernels::js_div_reference");
     return reference.call(input.to(dtype), target.to(dtype), weight, beta, temperature, reduction);
   }
+  const bool recorded = records({{"input", input}, {"target", target}});
+  const bool all_rows = reduction == kNone;
+  Weight factor;
   if (weight) {
-    factor = weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat);
+    factor = keepable(weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat), recorded);
     if (reduction == kMean) {
       factor = factor->div(factor->sum());
       reduction = kSum;
     }
   }
-  Tensor loss = JSDiv::apply(matrix(input, dtype), matrix(target, dtype), factor, beta, temperature, reduction);
-  return reduction == kNone && input.dim() != 2 ? loss.reshape_symint(rows) : loss;
+  Tensor loss = JSDiv::apply(matrix(input, dtype, recorded), matrix(target, dtype, recorded), factor, beta, temperature,
+                             reduction);
+  return all_rows && input.dim() != 2 ? loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1)) : loss;
 }
 
 }  // namespace

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import io
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def train(
     *,
     resume: str | Path | None = None,
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> Result:
     """Trains a method, and baselines beside it; the figures are those of the command with the same options.
 
@@ -120,10 +121,10 @@ class Plan:
         data: Dataset | None = None,
         encoders: dict[str, Encoder] | None = None,
         method: Method | None = None,
-    ):
+    ) -> None:
         self.options = options
         self.method = method if callable(method) else methods.find(options.method)
-        self.baselines = {name: methods.find(name) for name in options.baselines if name != options.method}
+        self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
         data = data or offered(datasets.find(options.dataset), options.data_root, options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
@@ -167,7 +168,7 @@ class Plan:
         return Result(metrics, run.history, predictor, folder)
 
     @contextlib.contextmanager
-    def settings(self):
+    def settings(self) -> Iterator[None]:
         """torch as the options want it, and afterwards as it was."""
         gpus = [self.device] if self.device.type == "cuda" else []
         threads = torch.get_num_threads()
@@ -203,13 +204,13 @@ def with_encoders(modalities: dict[str, Modality], options: Options, given: dict
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool):
+def tf32(allowed: bool) -> Iterator[None]:
     """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
 
     torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, level = [backend.fp32_precision for backend in backends], None
     with contextlib.suppress(RuntimeError):
         level = torch.get_float32_matmul_precision()
@@ -233,7 +234,7 @@ def labelled(data: Dataset) -> Dataset:
     return replace(data, train=data.train.take(known))
 
 
-def picture(metrics: dict, run: Run):
+def picture(metrics: dict, run: Run) -> None:
     """report.png, without which a run is none the worse."""
     image = io.BytesIO()
     draw(metrics, run.history, image)

@@ -9,7 +9,9 @@ import shlex
 import signal
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from .api import Plan, restored
 from .console import console
@@ -63,7 +65,7 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
             groups[facts["group"]] = parser.add_argument_group(facts["group"])
         default = facts["shown"] or field.default
         shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
-        kind = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
+        kind: dict[str, Any] = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
         if isinstance(field.default, bool):
             kind["action"] = "store_true"
         else:
@@ -81,19 +83,19 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     return options, folder
 
 
-def as_text(value) -> str:
+def as_text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def argument(kind):
+def argument(kind: Callable) -> Callable:
     """As argparse takes it, which hides the words of any other error."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         try:
             return kind(text)
         except ValueError as error:

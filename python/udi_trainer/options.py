@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -13,7 +13,9 @@ from .registry import datasets, encoders, fusion_rules, methods
 # --- kinds: from text of a command line, or from a value, to the value; ValueError says what is wanted ---
 
 
-def number(kind: type, least=None, above=None, below=math.inf) -> Callable:
+def number(
+    kind: type[int] | type[float], least: float | None = None, above: float | None = None, below: float = math.inf
+) -> Callable:
     """A finite number of this kind within its bounds."""
 
     def parse(x):
@@ -51,7 +53,7 @@ def some_of(*choices: str) -> Callable:
     return parse
 
 
-def names(x):
+def names(x: str | Sequence[str]) -> tuple[str, ...]:
     """A list of names; in text separated by commas, or none."""
     if isinstance(x, str):
         return () if x == "none" else tuple(x.split(","))
@@ -60,21 +62,21 @@ def names(x):
     return tuple(x)
 
 
-def steps_or_epoch(x):
+def steps_or_epoch(x: Any) -> str | int:
     return x if x == "epoch" else number(int, 1)(x)
 
 
-def text(x):
+def text(x: Any) -> str:
     if not isinstance(x, str):
         raise ValueError(f"{x!r} is not a name")
     return x
 
 
-def path(x):
+def path(x: Any) -> str:
     return str(x)
 
 
-def flag(x):
+def flag(x: Any) -> bool:
     if not isinstance(x, bool):
         raise ValueError(f"{x!r} is neither True nor False")
     return x
@@ -98,14 +100,17 @@ def one_of(*choices: str) -> Callable:
 # --- the options ---
 
 
-def option(group: str, default, kind: Callable, help: str, metavar: str | None = None, shown: str | None = None):
+def option(
+    group: str, default: Any, kind: Callable, help: str, metavar: str | None = None, shown: str | None = None
+) -> Any:
     """``shown``: the default as the help has it, where None stands for something else."""
     return dataclasses.field(
         default=default, metadata={"group": group, "kind": kind, "help": help, "metavar": metavar, "shown": shown}
     )
 
 
-WHAT, FILES, TRAINING, UDI, MACHINE = "what to train", "data of your own", "training", "UDI", "machine"
+WHAT, FILES, TRAINING, UDI = "what to train", "data of your own", "training", "UDI"
+DIMML, MACHINE = "DI-MML", "machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +133,19 @@ class Options:
         "INPUT,LABEL",
     )
     baselines: tuple[str, ...] | None = option(
-        WHAT, None, names, "methods to train beside it, or none", "A,B", "joint for udi"
+        WHAT,
+        None,
+        names,
+        "methods to train beside it, or none",
+        "A,B",
+        "joint for udi; udi, ensemble and joint for dimml",
     )
-    fusion: str = option(WHAT, "auto", text, "fusion rule: {fusion_rules}; auto: best on validation")
+    fusion: str = option(
+        WHAT,
+        "auto",
+        text,
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, else the best on validation of mean, sum, weighted",
+    )
 
     encoder: dict[str, str] | None = option(
         WHAT,
@@ -277,6 +292,24 @@ class Options:
         shown="100, or a quarter of a shorter follower phase",
     )
 
+    shared_weight: float = option(DIMML, 1.0, number(float, 0), "weight of the shared classifier's loss")
+    contrast: str = option(
+        DIMML,
+        "duc",
+        one_of("duc", "full"),
+        "contrastive loss between modalities: duc (one way, on complementary dimensions) or full (both ways, on all)",
+    )
+    contrast_weight: float = option(DIMML, 1.0, number(float, 0), "its weight")
+    contrast_temperature: float = option(DIMML, 10.0, number(float, above=0), "its temperature")
+    contrast_warmup: float = option(
+        DIMML,
+        20 / 150,
+        number(float, 0),
+        "fraction of the epochs before it counts; then the effective dimensions are found",
+        shown="20 of 150",
+    )
+    fusion_epochs: int = option(DIMML, 20, number(int, 1), "epochs of the fusion head")
+
     device: str = option(MACHINE, "auto", text, "auto (a GPU if there is one), cpu, cuda or cuda:i")
     engine: str = option(
         MACHINE,
@@ -298,13 +331,14 @@ class Options:
         MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._set(field.name, checked(field, getattr(self, field.name)))
         choose("fusion rule", self.fusion, ("auto", *fusion_rules))
         if self.baselines is None:
-            self._set("baselines", ("joint",) if self.method == "udi" else ())
-        for name in self.baselines:
+            usual = {"udi": ("joint",), "dimml": ("udi", "ensemble", "joint")}
+            self._set("baselines", usual.get(self.method, ()))
+        for name in self.baselines or ():
             choose("baseline", name, methods)
         for encoder in (self.encoder or {}).values():
             if ":" not in encoder:
@@ -320,11 +354,11 @@ class Options:
         if self.weight_decay is None:
             self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
 
-    def _set(self, name: str, value: Any):
+    def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def make(cls, **given) -> "Options":
+    def make(cls, **given: Any) -> "Options":
         """Of these; an error that names the nearest option for one that does not exist."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import importlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,9 @@ class Predictor:
     A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs.
     """
 
-    def __init__(self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"):
+    def __init__(
+        self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"
+    ) -> None:
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
@@ -42,7 +45,7 @@ class Predictor:
     def logits(self, split: Split | dict[str, torch.Tensor], shares: bool = False) -> dict[str, torch.Tensor]:
         """What is fused: each model's logits (N, C), on the CPU; NaN of samples that lack its modality.
 
-        ``shares``: of a joint model the shares of its modalities.
+        ``shares``: of a joint model that predicts alone the shares of its modalities.
         """
         stored = split.stored if isinstance(split, Split) else split
         for m, modality in self.modalities.items():
@@ -54,14 +57,16 @@ class Predictor:
         (count,) = set(sizes.values())
         logits = {}
         for name, model in self.models.items():
-            split_up = shares and isinstance(model, JointClassifier)
+            split_up = shares and len(self.models) == 1 and isinstance(model, JointClassifier)
             for m in self.modalities if split_up else [name]:
                 logits[m] = self._logits(name, model, stored, count, m if split_up else None)
                 if presence(m) in stored:
                     logits[m] = logits[m].masked_fill(~stored[presence(m)].cpu()[:, None], torch.nan)
         return logits
 
-    def _logits(self, name, model, stored, count, share):
+    def _logits(
+        self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
+    ) -> torch.Tensor:
         device = next(model.parameters()).device
         joint = name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
@@ -80,7 +85,7 @@ class Predictor:
                     parts.append(model(inputs if joint else inputs[name])[1])
         return torch.cat(parts).float().cpu()
 
-    def save(self, folder: RunFolder, data: Dataset):
+    def save(self, folder: RunFolder, data: Dataset) -> None:
         """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
         rules = {rule: name for name, rule in fusion_rules.items()}
         folder.save(
@@ -97,11 +102,15 @@ class Predictor:
                 for m, view in self.modalities.items()
             },
             models={
-                name: {"kind": getattr(model, "kind", None), "state": model.state_dict()}
+                name: {
+                    "kind": getattr(model, "kind", None),
+                    "arguments": getattr(model, "arguments", {}),
+                    "state": model.state_dict(),
+                }
                 for name, model in self.models.items()
             },
             rule=rules.get(type(self.rule)),
-            weights=self.rule.weights,
+            parameters=asdict(self.rule),
             amp=self.amp,
         )
 
@@ -130,7 +139,7 @@ def load(
         )
     remedy = f"delete it, then --resume {folder} makes it again"
     saved = load_tensors(folder / FILE, remedy)
-    if missing := {"classes", "modalities", "models", "rule", "weights", "amp"} - saved.keys():
+    if missing := {"classes", "modalities", "models", "rule", "parameters", "amp"} - saved.keys():
         raise UserError(f"{folder / FILE} lacks {', '.join(sorted(missing))}: {remedy}")
     views = modalities_of(saved["modalities"], folder, dataset, given)
     samples = {m: Split(torch.zeros(len(spec["sample"])), spec["sample"]) for m, spec in saved["modalities"].items()}
@@ -142,14 +151,14 @@ def load(
         made = {m: make_encoder(m, views[m], samples[m]) for m in ([name] if alone else views)}
         networks, widths = ({m: pair[i] for m, pair in made.items()} for i in (0, 1))
         inputs = (networks[name], widths[name]) if alone else (networks, widths)
-        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"])
+        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"], **part["arguments"])
         try:
             models[name].load_state_dict(part["state"])
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the encoders are not those of {folder / FILE}: {reason}") from None
         models[name].to(place)
-    return Predictor(views, models, fusion_rules.find(saved["rule"])(saved["weights"]), saved["amp"])
+    return Predictor(views, models, fusion_rules.find(saved["rule"])(**saved["parameters"]), saved["amp"])
 
 
 def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
@@ -191,12 +200,12 @@ def restored_make(spec):
     return imported(spec, remedy)
 
 
-def address(thing) -> str:
+def address(thing: object) -> str:
     """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
 
 
-def imported(where: str, remedy: str):
+def imported(where: str, remedy: str) -> Any:
     module, _, path = where.partition(":")
     try:
         return attrgetter(path)(importlib.import_module(module))

@@ -3,11 +3,14 @@
 import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 from .errors import UserError, choose
 
+T = TypeVar("T", bound=Callable)
 
-class Registry(dict[str, Callable]):
+
+class Registry(dict[str, Any]):
     """Names to things, filled by a decorator: ``@encoders.register("cnn")``."""
 
     def __init__(self, kind: str):
@@ -18,13 +21,13 @@ class Registry(dict[str, Callable]):
     def register(self, name: str, needs: tuple[str, ...] = (), extra: str | None = None) -> Callable:
         """``needs``: modules without which it is of no use, that this extra of the package installs."""
 
-        def add(thing):
+        def add(thing: T) -> T:
             self[name], self._needs[name] = thing, (needs, extra)
             return thing
 
         return add
 
-    def find(self, name: str) -> Callable:
+    def find(self, name: str) -> Any:
         """The thing of this name, or an error that lists the names, or says what it lacks."""
         thing = self[choose(self.kind, name, self)]
         modules, extra = self._needs[name]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ class Run:
 
     def __init__(
         self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
-    ):
+    ) -> None:
         self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
@@ -31,25 +33,24 @@ class Run:
         self.began = time.perf_counter()
         self.board = event_writer(folder) if options.tensorboard else None
 
-    def seed(self, *key) -> int:
+    def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
 
-    def make(self, task, *args, **named):
+    def make(self, task: Any, *args: Any, **named: Any) -> Any:
         """A task of this class, its initial weights drawn from the seed of its name."""
         modality = args[0] if args else None
         with seeded(self.seed(task.name_of(modality))):
             return task(self, *args, **named)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
 
-    def optimizer(self, parameters) -> torch.optim.Optimizer:
-        options, on_gpu = self.options, self.device.type == "cuda"
+    def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
+        options, decay = self.options, self.options.weight_decay or 0.0
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, weight_decay=options.weight_decay, fused=True, capturable=on_gpu)
-        return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
-        )
+            on_gpu = self.device.type == "cuda"
+            return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=True)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -64,7 +65,7 @@ class Run:
         self.folder.write_log([row for rows in self.history.values() for row in rows])
         return saved
 
-    def check(self, stage: str, saved: dict):
+    def check(self, stage: str, saved: dict) -> None:
         """Whether a checkpoint is of this stage, and of a run with these options."""
         path, mine = self.folder.checkpoint_path(stage), identity(self.options)
         keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
@@ -76,7 +77,7 @@ class Run:
                 values = f"{name} {theirs[name]}, in config.json {value}"
                 raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
 
-    def save(self, stage: str, **state):
+    def save(self, stage: str, **state: Any) -> None:
         """Checkpoints the stage."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
         self.folder.save(stage, **common, **state, rows=self.history[stage])

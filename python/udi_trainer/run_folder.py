@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class RunFolder:
     left as it is.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.ended = path is not None and (path / "metrics.json").exists()
         self.kept: dict[str, memoryview] = {}  # the checkpoints in memory
@@ -40,16 +41,16 @@ class RunFolder:
             return torch.load(io.BytesIO(self.kept[stage]), map_location="cpu") if stage in self.kept else None
         return load_tensors(path, REPEAT) if path.exists() else None
 
-    def save(self, name: str, /, **state):
+    def save(self, name: str, /, **state: Any) -> None:
         if self.path:
             self.write(f"checkpoints/{name}.pt", packed(state))
         else:
             self.kept[name] = packed(state)
 
-    def write_log(self, rows: list[dict]):
+    def write_log(self, rows: list[dict]) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def append_log(self, row: dict):
+    def append_log(self, row: dict) -> None:
         if not self.path:
             return
         log = self.path / "metrics.jsonl"
@@ -59,7 +60,7 @@ class RunFolder:
         except OSError as error:
             raise unwritable(log, error) from None
 
-    def write(self, name: str, data):
+    def write(self, name: str, data: bytes | memoryview) -> None:
         if not self.path:
             return
         try:
@@ -137,11 +138,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def as_json(value) -> bytes:
+def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value: Any) -> None:
     write(path, as_json(value))
 
 
@@ -171,7 +172,7 @@ def packed(state: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def write(path: Path, data):
+def write(path: Path, data: bytes | memoryview) -> None:
     """All or nothing: a reader, or a process killed here, sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -12,17 +12,17 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """A wish to end the run. A training hears it between two steps and keeps what it has; elsewhere it is at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
         self._deferred = False
 
-    def ask(self, number: int, frame=None):
+    def ask(self, number: int, frame: object = None) -> None:
         """The handler of a signal; the second one does not wait."""
         again, self.number = self.number is not None, number
         if again or not self._deferred:
             raise KeyboardInterrupt
 
-    def check(self):
+    def check(self) -> None:
         if self.number is not None:
             raise Stopped
 

@@ -90,6 +90,57 @@ def test_definition(beta, device):
     torch.testing.assert_close(js_div(x, y, beta=beta), beta * kl(p) + (1 - beta) * kl(q))
 
 
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("classes", [1, 6, 101, 1271])
+def test_ends_are_the_two_kl_divergences(beta, classes, device):
+    def kl(x, y, reduction="none"):
+        log_q, log_p = (x.log_softmax(-1), y.log_softmax(-1))[:: -1 if beta else 1]
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+    x, y = logits(7, classes, torch.float64, device)
+    for ours, theirs in zip(
+        run(rows := partial(js_div, beta=beta, reduction="none"), (x, y)), run(kl, (x, y)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for dtype in DTYPES:
+        for scale in (3.0, 1e-3):
+            assert_as_good_as_torch(
+                rows,
+                partial(reference.js_div, beta=beta, reduction="none"),
+                lambda dtype=dtype, scale=scale: [t + y.to(dtype) for t in logits(7, classes, dtype, device, scale)],
+            )
+    same, gx, gy = run(rows, (x.float(), x.float()))
+    assert (same == 0).all() and (gx == 0).all() and (gy == 0).all()
+    assert torch.autograd.gradcheck(rows, [t[:3, :7].clone().requires_grad_() for t in (x, y)])
+    assert torch.autograd.gradgradcheck(rows, [t[:3, :7].clone().requires_grad_() for t in (x, y)])
+
+
+@pytest.mark.parametrize("classes", [6, 200])
+def test_kl_where_logits_are_infinite(classes, device):
+    x, y = logits(4, classes, device=device)
+    x[0, 0] = y[0, 0] = -INF  # neither has the class: it counts for nothing
+    y[1, 1] = -INF  # the teacher has not
+    x[2, 2] = -INF  # the student cannot follow
+    forward, reverse = (js_div(x, y, beta=beta, reduction="none").tolist() for beta in (0, 1))
+    assert forward[2] == INF and reverse[1] == INF
+    for values, inf in ((forward, 2), (reverse, 1)):
+        assert all(math.isfinite(v) and v > 0 for i, v in enumerate(values) if i != inf)
+    without = js_div(x[:1, 1:], y[:1, 1:], beta=0).item()
+    assert forward[0] == pytest.approx(without, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.bfloat16, torch.float64])
+def test_weight_of_any_dtype(dtype, device):
+    x, y = logits(6, 9, device=device)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1], device=device)
+    for reduction in ("mean", "sum", "none"):
+        got = run(partial(js_div, weight=mask.to(dtype), reduction=reduction), (x, y))
+        assert all(map(torch.equal, got, run(partial(js_div, weight=mask.float(), reduction=reduction), (x, y))))
+    labels = torch.where(mask == 1, 3, -100)
+    assert torch.equal(js_div(x, y, weight=labels != -100), js_div(x, y, weight=mask.float()))
+    assert js_div(x, y, weight=torch.zeros_like(mask, dtype=dtype)).isnan()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_parity_with_liger(beta):
@@ -282,8 +333,9 @@ BAD = {
     "at least one class": lambda x: js_div(x[:, :0], x[:, :0]),
     r"got \(\)": lambda x: js_div(x[0, 0], x[0, 0]),
     "target must be on cpu .* got meta": lambda x: js_div(x, x.to("meta")),
-    "beta .* got 1": lambda x: js_div(x, x, beta=1),
-    "beta .* got 0": lambda x: js_div(x, x, beta=0.0),
+    "beta .* got 1.5": lambda x: js_div(x, x, beta=1.5),
+    "beta .* got -0.1": lambda x: js_div(x, x, beta=-0.1),
+    "beta must be a number, got str": lambda x: js_div(x, x, beta="0.5"),
     "beta .* got nan": lambda x: js_div(x, x, beta=math.nan),
     "beta must be a number, got a tensor": lambda x: js_div(x, x, beta=torch.tensor(0.5, requires_grad=True)),
     "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
@@ -291,6 +343,8 @@ BAD = {
     "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
     "reduction .* got 'batchmean'": lambda x: js_div(x, x, reduction="batchmean"),
     r"weight .* \(3,\), one per row, got \(4,\)": lambda x: js_div(x, x, weight=torch.ones(4)),
+    "weight must be .* bool or an integer, got torch.complex64": lambda x: js_div(x, x, weight=x[:, 0] * 1j),
+    "weight must be on cpu as input is, got meta": lambda x: js_div(x, x, weight=x[:, 0].to("meta")),
     "weight gets no gradient": lambda x: js_div(x, x, weight=torch.ones(3, requires_grad=True)),
 }
 

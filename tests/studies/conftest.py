@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
@@ -59,3 +60,12 @@ def stub(tmp_path, monkeypatch):
 
     yield Stub
     del studies["stub"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As a run of a study has: on a busy machine more of them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from udi_trainer import UserError, train
 from udi_trainer.api import tf32
 from udi_trainer.console import console, log
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def precision():

@@ -25,34 +25,42 @@ import torch
 import triton
 import triton.language as tl
 
-from . import FUSED, total, vector, warps
+from . import Launch, at, cdiv, exp2, fma, next_power_of_2, plan, tile_grid, tile_row, total, vector, warps
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2_HIGH = tl.constexpr(0.693145751953125)  # 14 bits: its product with an exponent is exact
-LN2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
+LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
+LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
+LN2 = tl.constexpr(math.log(2))
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
 PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 or H100
 
 
 @triton.jit
-def _exp(x):
-    """exp(x) = 2^n exp(x - n ln2): the hardware's exp2 of x log2(e) would lose a digit already at x = 10."""
-    n = tl.floor(x * LOG2E)
-    n = tl.minimum(tl.maximum(n, -150.0), 150.0)
-    return tl.exp2(n) * tl.exp2(((x - n * LN2_HIGH) - n * LN2_LOW) * LOG2E)
+def _weight(logvar):
+    """exp(-logvar), from the hardware's exp2 of the product with log2(e) and from what that product lost: a digit
+    already at 10.  An infinite logvar loses NaN, which becomes 1 and does not matter beside 0 or inf.
+    """
+    exponent = -LOG2E * logvar
+    lost = fma(logvar, -LOG2E_LOW, fma(logvar, -LOG2E, -exponent))
+    return exp2(exponent) * fma(tl.minimum(lost, 1.0), LN2, 1.0)
 
 
 @triton.jit
-def _load(X, row, col, stride, mask, other=0.0):
-    return tl.load(X + row[:, None] * stride + col[None, :], mask, other=other).to(tl.float32)
+def _load(X, row, stride, V: tl.constexpr, col, mask, other=None):
+    """A tile as float32, undefined outside of the mask without `other`; the stride counts V elements."""
+    return tl.load(at(X, row, stride, V)[:, None] + col[None, :], mask, other=other).to(tl.float32)
 
 
 @triton.jit
-def _tile(tiles, D, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows, columns and mask of this program's tile, `tiles` tiles to the row."""
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+def _store(X, row, stride, V: tl.constexpr, col, value, mask):
+    tl.store(at(X, row, stride, V)[:, None] + col[None, :], value.to(X.dtype.element_ty), mask)
+
+
+@triton.jit
+def _tile(D, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows, columns and mask of this program's tile."""
+    row = tile_row(N) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return row, col, (row < N)[:, None] & (col < D)[None, :]
 
 
@@ -65,42 +73,43 @@ def _column_sum(tile):
 
 
 @triton.jit
-def _shift(Y, col, mask, stride, N):
+def _shift(Y, col, mask, stride, V: tl.constexpr, N):
     """The mean of rows spread over y, near the middle of the data whatever its order; exactly y where N is 1."""
     row = tl.arange(0, SAMPLES).to(tl.int64) * N // SAMPLES
     first = tl.load(Y + col, mask, other=0.0).to(tl.float32)
-    return first + tl.sum(_load(Y, row, col, stride, mask[None, :]) - first[None, :], 0) / SAMPLES
+    return first + tl.sum(_load(Y, row, stride, V, col, mask[None, :], 0.0) - first[None, :], 0) / SAMPLES
 
 
-@triton.jit(do_not_specialize=["N", "g_stride", "tiles", "rows"])
+@triton.jit(do_not_specialize=["N", "g_stride", "rows"])
 def _columns(
-    G, MU, LOGVAR, Y, PARTS, STATS, DONE, N, D, mu_stride, lv_stride, y_stride, g_stride, tiles, rows,
+    G, MU, LOGVAR, Y, PARTS, STATS, DONE,
+    N, D, mu_stride, lv_stride, y_stride, g_stride, rows,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """First stage, `rows` rows by BLOCK columns.  PARTS: (parts, 5, D).  D and strides in units of V elements.
 
     MOMENTS: sums of y and y^2.  WEIGHTS: of g w and g w mu.  Both: also of w y (2 mu - y).
     """
-    part = (tl.program_id(0) // tiles).to(tl.int64)
-    col = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
-    shift = _shift(Y, col, col < D * V, y_stride * V, N)
+    part = tl.program_id(1).to(N.dtype)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    shift = _shift(Y, col, col < D * V, y_stride, V, N)
     y0 = shift[None, :]
     sum_y = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_yy = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_wmu = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_wy = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(part * rows, tl.minimum(part * rows + rows, N), ROWS):
+    for start in tl.range(part * rows, tl.minimum(part * rows + rows, N), ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)
         real = row < N
         mask = real[:, None] & (col < D * V)[None, :]
         if MOMENTS:
-            y = tl.where(mask, _load(Y, row, col, y_stride * V, mask) - y0, 0.0)
+            y = tl.where(mask, _load(Y, row, y_stride, V, col, mask) - y0, 0.0)
             sum_y += y
             sum_yy += y * y
         if WEIGHTS:
-            mu = _load(MU, row, col, mu_stride * V, mask) - y0
-            w = _exp(-_load(LOGVAR, row, col, lv_stride * V, mask, float("inf")))
+            mu = _load(MU, row, mu_stride, V, col, mask, 0.0) - y0
+            w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
             if G is not None:
                 w *= tl.load(G + row * g_stride, real, other=0.0).to(tl.float32)[:, None]
             sum_w += w
@@ -108,7 +117,7 @@ def _columns(
             if MOMENTS:
                 sum_wy += w * (y * (2 * mu - y))
     D *= V
-    PARTS += part * (5 * D) + col
+    PARTS += part.to(tl.int64) * (5 * D) + col
     if MOMENTS:
         tl.store(PARTS, _column_sum(sum_y), col < D)
         tl.store(PARTS + D, _column_sum(sum_yy), col < D)
@@ -119,23 +128,14 @@ def _columns(
         tl.store(PARTS + 4 * D, _column_sum(sum_wy), col < D)
     if part == 0:
         tl.store(STATS + col, shift, col < D)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(DONE, 0)
-
-
-@triton.jit
-def _sum_parts(PARTS, k, parts, D, col, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    acc = tl.zeros([STEP, BLOCK], tl.float64)
-    for start in range(0, parts, STEP):
-        part = (start + tl.arange(0, STEP)).to(tl.int64)
-        mask = (part < parts)[:, None] & (col < D)[None, :]
-        acc += tl.load(PARTS + part[:, None] * (5 * D) + (k * D + col)[None, :], mask, other=0.0)
-    return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=["N", "D", "parts"])
 def _columns_join(
-    PARTS, STATS, VALUES, DONE, OUT, N, D, parts, factor,
+    PARTS, STATS, VALUES, DONE, OUT,
+    N, D, parts, factor,
     STEP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Second stage, BLOCK columns: the stats, and of the value the sum over all columns by the program that ends last.
@@ -145,18 +145,33 @@ def _columns_join(
     tile = tl.program_id(0)
     col = tile * BLOCK + tl.arange(0, BLOCK)
     real = col < D
+    sum_y = tl.zeros([STEP, BLOCK], tl.float64)
+    sum_yy = tl.zeros([STEP, BLOCK], tl.float64)
+    sum_w = tl.zeros([STEP, BLOCK], tl.float64)
+    sum_wmu = tl.zeros([STEP, BLOCK], tl.float64)
+    sum_wy = tl.zeros([STEP, BLOCK], tl.float64)
+    for start in range(0, parts, STEP):
+        part = (start + tl.arange(0, STEP)).to(tl.int64)
+        mask = (part < parts)[:, None] & real[None, :]
+        P = PARTS + part[:, None] * (5 * D) + col[None, :]
+        if MOMENTS:
+            sum_y += tl.load(P, mask, other=0.0)
+            sum_yy += tl.load(P + D, mask, other=0.0)
+        if WEIGHTS:
+            sum_w += tl.load(P + 2 * D, mask, other=0.0)
+            sum_wmu += tl.load(P + 3 * D, mask, other=0.0)
+        if MOMENTS and WEIGHTS:
+            sum_wy += tl.load(P + 4 * D, mask, other=0.0)
     if MOMENTS:
-        mean = _sum_parts(PARTS, 0, parts, D, col, STEP, BLOCK) / N
-        square = _sum_parts(PARTS, 1, parts, D, col, STEP, BLOCK) / N
+        mean, square = tl.sum(sum_y, 0) / N, tl.sum(sum_yy, 0) / N
         tl.store(STATS + D + col, mean.to(tl.float32), real)
         tl.store(STATS + 2 * D + col, (square - mean * mean).to(tl.float32), real)
     if WEIGHTS:
-        sum_w = _sum_parts(PARTS, 2, parts, D, col, STEP, BLOCK)
-        sum_wmu = _sum_parts(PARTS, 3, parts, D, col, STEP, BLOCK)
-        tl.store(STATS + 3 * D + col, (sum_w / N).to(tl.float32), real)
-        tl.store(STATS + 4 * D + col, (sum_wmu / N).to(tl.float32), real)
+        w, wmu = tl.sum(sum_w, 0), tl.sum(sum_wmu, 0)
+        tl.store(STATS + 3 * D + col, (w / N).to(tl.float32), real)
+        tl.store(STATS + 4 * D + col, (wmu / N).to(tl.float32), real)
     if MOMENTS and WEIGHTS:
-        value = 0.5 * (_sum_parts(PARTS, 4, parts, D, col, STEP, BLOCK) - 2 * mean * sum_wmu + square * sum_w)
+        value = 0.5 * (tl.sum(sum_wy, 0) - 2 * mean * wmu + square * w)
         tl.store(VALUES + tile, tl.sum(tl.where(real, value, 0.0), 0))
         tl.debug_barrier()
         if tl.atomic_add(DONE, 1) == tl.num_programs(0) - 1:
@@ -167,11 +182,12 @@ def _columns_join(
 
 @triton.jit(do_not_specialize=["N"])
 def _values(
-    MU, LOGVAR, Y, STATS, OUT, N, D, mu_stride, lv_stride, y_stride,
+    MU, LOGVAR, Y, STATS, OUT,
+    N, D, mu_stride, lv_stride, y_stride,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The bound of each of ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(N.dtype) * ROWS + tl.arange(0, ROWS)
     D *= V
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
@@ -180,217 +196,284 @@ def _values(
         y0 = tl.load(STATS + col, col < D, other=0.0)[None, :]
         mean = tl.load(STATS + D + col, col < D, other=0.0)[None, :]
         var = tl.load(STATS + 2 * D + col, col < D, other=0.0)[None, :]
-        y = (_load(Y, row, col, y_stride * V, mask) - y0) - mean
-        mu = (_load(MU, row, col, mu_stride * V, mask) - y0) - mean
-        acc += _exp(-_load(LOGVAR, row, col, lv_stride * V, mask, float("inf"))) * (var + y * (2 * mu - y))
+        y = (_load(Y, row, y_stride, V, col, mask, 0.0) - y0) - mean
+        mu = (_load(MU, row, mu_stride, V, col, mask, 0.0) - y0) - mean
+        acc += _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf"))) * (var + y * (2 * mu - y))
     tl.store(OUT + row, 0.5 * tl.sum(acc, 1), row < N)
 
 
 class _Shape:
-    """Sizes and strides of (mu, logvar, y) in units of V elements, and the tiles of the kernels over them."""
+    """What the plans of these three inputs share."""
 
-    def __init__(self, *tensors):
-        self.N, self.D = tensors[0].shape
-        dtype, strides = tensors[0].dtype, [t.stride(0) for t in tensors]
-        self.V = vector(dtype, self.D, *strides)
-        self.sizes = [n // self.V for n in (self.D, *strides)]
+    def __init__(self, dtype, N, D, mu_stride, lv_stride, y_stride):
+        self.N, self.D = N, D
+        V = vector(dtype, D, mu_stride, lv_stride, y_stride)
         # A tile is one 16-byte load for each thread of 4 warps, 256 bytes to the row.
-        self.block = min(triton.next_power_of_2(self.D), 256 // dtype.itemsize)
+        self.block = min(next_power_of_2(D), 256 // dtype.itemsize)
         self.rows = 2048 // dtype.itemsize // self.block
-        self.tiles = triton.cdiv(self.D, self.block)
-        self.config = dict(V=self.V, ROWS=self.rows, BLOCK=self.block, num_warps=4, **FUSED)
+        self.tiles = cdiv(D, self.block)
+        self.values = dict(
+            N=N,
+            D=D // V,
+            mu_stride=mu_stride // V,
+            lv_stride=lv_stride // V,
+            y_stride=y_stride // V,
+            V=V,
+            ROWS=self.rows,
+            BLOCK=self.block,
+        )
 
     def parts(self):
         """Parts of the first stage and rows of a part: two tiles at least, so that few parts go through memory."""
-        wanted = min(triton.cdiv(PROGRAMS, self.tiles), triton.cdiv(self.N, 2 * self.rows))
-        rows = triton.cdiv(triton.cdiv(self.N, wanted), self.rows) * self.rows
-        return triton.cdiv(self.N, rows), rows
+        wanted = min(cdiv(PROGRAMS, self.tiles), cdiv(self.N, 2 * self.rows))
+        rows = cdiv(cdiv(self.N, wanted), self.rows) * self.rows
+        return cdiv(self.N, rows), rows
 
 
-def _column_stats(shape, g, mu, logvar, y, out, factor, moments, weights):
-    """Runs the two stages; returns stats (5, D), and writes factor times the sum of all rows into `out`."""
+def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
+    """The two stages as a function: returns stats (5, D), and writes factor times the sum of all rows into `out`."""
+    D = shape.D
     parts, rows = shape.parts()
-    new = dict(device=y.device)
-    buffer = torch.empty((parts, 5, shape.D), dtype=torch.float64, **new)
-    stats = torch.empty((5, shape.D), dtype=torch.float32, **new)
-    done = torch.empty((), dtype=torch.int32, **new)
-    g_stride = g.stride(0) if g is not None and g.dim() else 0
-    flags = dict(MOMENTS=moments, WEIGHTS=weights)
-    D_v, *strides = shape.sizes
-    _columns[(shape.tiles * parts,)](
-        g, mu, logvar, y, buffer, stats, done, shape.N, D_v, *strides, g_stride, shape.tiles, rows,
-        **flags, **shape.config,
-    )  # fmt: skip
+    values = shape.values | dict(g_stride=g_stride, rows=rows, MOMENTS=moments, WEIGHTS=weights)
+    first = Launch(_columns, (shape.tiles, parts), values, num_warps=4)
     # Tiles of 1024: few columns each, so that there are many programs.
-    block = min(16, triton.next_power_of_2(shape.D))
-    step = min(1024 // block, triton.next_power_of_2(parts))
-    tiles = triton.cdiv(shape.D, block)
-    values = torch.empty((tiles,), dtype=torch.float64, **new)
-    _columns_join[(tiles,)](
-        buffer, stats, values, done, out, shape.N, shape.D, parts, factor,
-        STEP=step, BLOCK=block, TILES=triton.next_power_of_2(tiles), num_warps=warps(step * block, 8), **flags, **FUSED,
-    )  # fmt: skip
-    return stats
+    block = min(16, next_power_of_2(D))
+    step = min(1024 // block, next_power_of_2(parts))
+    tiles = cdiv(D, block)
+    values |= dict(D=D, parts=parts, factor=factor, STEP=step, BLOCK=block, TILES=next_power_of_2(tiles))
+    second = Launch(_columns_join, (tiles,), values, num_warps=warps(step * block, 4))
+
+    def run(g, mu, logvar, y, out):
+        buffer = torch.empty((parts, 5, D), dtype=torch.float64, device=y.device)
+        sums = torch.empty((tiles,), dtype=torch.float64, device=y.device)
+        stats = torch.empty((5, D), dtype=torch.float32, device=y.device)
+        done = torch.empty((), dtype=torch.int32, device=y.device)
+        first(g, mu, logvar, y, buffer, stats, done)
+        second(buffer, stats, sums, done, out)
+        return stats
+
+    return run
 
 
-def _empty_loss(mu, reduction):
-    """The loss over no elements: 0, but NaN as the mean of no rows; None if there are elements."""
-    N, D = mu.shape
-    if N and D:
-        return None
-    shape = (N,) if reduction == 0 else ()
-    fill = math.nan if reduction == 2 and N == 0 else 0.0
-    return torch.full(shape, fill, dtype=torch.float32, device=mu.device)
+def _key(mu, logvar, y):
+    """Everything of the inputs that a plan depends on."""
+    dtypes, strides = (mu.dtype, logvar.dtype, y.dtype), (mu.stride(0), logvar.stride(0), y.stride(0))
+    return mu.get_device(), dtypes, mu.shape, strides
 
 
-def _grads_like(tensors, needs):
-    return tuple(
-        torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device)
-        for t, need in zip(tensors, needs, strict=True)
-    )
+def _empty_loss(N, reduction):
+    """The loss over no elements: 0, but NaN as the mean of no rows."""
+    shape, fill = (N,) if reduction == 0 else (), math.nan if reduction == 2 and N == 0 else 0.0
+    return lambda like: torch.full(shape, fill, dtype=torch.float32, device=like.device)
 
 
 def club_mi_fwd(mu, logvar, y, reduction):
-    N, D = mu.shape
-    loss = _empty_loss(mu, reduction)
-    if loss is not None:
-        return loss, torch.zeros((5, D), dtype=torch.float32, device=mu.device)
-    shape = _Shape(mu, logvar, y)
-    factor = 1.0 / N if reduction == 2 else 1.0
-    loss = torch.empty((N,) if reduction == 0 else (), dtype=torch.float32, device=mu.device)
     with torch.cuda.device_of(mu):
-        stats = _column_stats(shape, None, mu, logvar, y, loss, factor, moments=True, weights=reduction != 0)
-        if reduction == 0:
-            stats[3:].zero_()
-            rows = max(1, 1024 // triton.next_power_of_2(D))
-            _values[(triton.cdiv(N, rows),)](
-                mu, logvar, y, stats, loss, N, *shape.sizes,
-                V=shape.V, ROWS=rows, BLOCK=min(1024, triton.next_power_of_2(D)), num_warps=4, **FUSED,
-            )  # fmt: skip
-    return loss, stats
+        return _mi_fwd_plan(*_key(mu, logvar, y), reduction)(mu, logvar, y)
+
+
+@plan
+def _mi_fwd_plan(device, dtypes, size, strides, reduction):
+    N, D = size
+    if N == 0 or D == 0:
+        empty = _empty_loss(N, reduction)
+        return lambda mu, logvar, y: (empty(mu), mu.new_zeros((5, D), dtype=torch.float32))
+    shape = _Shape(dtypes[0], N, D, *strides)
+    return _values_of_rows(shape) if reduction == 0 else _sum_of_rows(shape, 1.0 / N if reduction == 2 else 1.0)
+
+
+def _sum_of_rows(shape, factor):
+    column_stats = _column_stats(shape, moments=True, weights=True, factor=factor)
+
+    def run(mu, logvar, y):
+        loss = torch.empty((), dtype=torch.float32, device=mu.device)
+        return loss, column_stats(None, mu, logvar, y, loss)
+
+    return run
+
+
+def _values_of_rows(shape):
+    column_stats = _column_stats(shape, moments=True, weights=False)
+    width = next_power_of_2(shape.D)
+    rows = max(1, 1024 // width)
+    values = shape.values | dict(ROWS=rows, BLOCK=min(1024, width))
+    launch = Launch(_values, (cdiv(shape.N, rows),), values, num_warps=4)
+
+    def run(mu, logvar, y):
+        loss = torch.empty((shape.N,), dtype=torch.float32, device=mu.device)
+        stats = column_stats(None, mu, logvar, y, None)
+        stats[3:].zero_()
+        launch(mu, logvar, y, stats, loss)
+        return loss, stats
+
+    return run
 
 
 # --- elementwise backward ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["N", "g_stride", "tiles"])
+@triton.jit(do_not_specialize=["N", "g_stride"])
 def _mi_bwd(
-    G, MU, LOGVAR, Y, STATS, WEIGHTED, DMU, DLOGVAR, DY, N, D, mu_stride, lv_stride, y_stride, g_stride, tiles, factor,
+    G, MU, LOGVAR, Y, STATS, WEIGHTED, DMU, DLOGVAR, DY,
+    N, D, mu_stride, lv_stride, y_stride, g_stride, factor,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """WEIGHTED: stats whose last rows hold mean(g w) and mean(g w (mu - shift)); without PER_ROW, those of g = 1."""
-    row, col, mask = _tile(tiles, D * V, N, ROWS, BLOCK)
+    row, col, mask = _tile(D * V, N, ROWS, BLOCK)
     real = col < D * V
-    D *= V
-    g = tl.load(G + row * g_stride, row < N, other=0.0).to(tl.float32)[:, None] * factor
-    y0 = tl.load(STATS + col, real, other=0.0)[None, :]
-    y = _load(Y, row, col, y_stride * V, mask)
-    w = _exp(-_load(LOGVAR, row, col, lv_stride * V, mask))
-    at = row[:, None] * D + col[None, :]
+    size = D * V
+    g = tl.load(G + row * g_stride, row < N).to(tl.float32)[:, None] * factor
+    y0 = tl.load(STATS + col, real)[None, :]
+    y = _load(Y, row, y_stride, V, col, mask)
+    w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask))
     if DMU is not None or DLOGVAR is not None:
-        mean = tl.load(STATS + D + col, real, other=0.0)[None, :]
+        mean = tl.load(STATS + size + col, real)[None, :]
         centred = (y - y0) - mean
     if DMU is not None:
-        tl.store(DMU + at, (g * w * centred).to(DMU.dtype.element_ty), mask)
+        _store(DMU, row, D, V, col, g * w * centred, mask)
     if DLOGVAR is not None or DY is not None:
-        mu = _load(MU, row, col, mu_stride * V, mask)
+        mu = _load(MU, row, mu_stride, V, col, mask)
     if DLOGVAR is not None:
-        var = tl.load(STATS + 2 * D + col, real, other=0.0)[None, :]
+        var = tl.load(STATS + 2 * size + col, real)[None, :]
         value = w * (var + centred * (2 * ((mu - y0) - mean) - centred))
-        tl.store(DLOGVAR + at, (-0.5 * g * value).to(DLOGVAR.dtype.element_ty), mask)
+        _store(DLOGVAR, row, D, V, col, -0.5 * g * value, mask)
     if DY is not None:
-        mean_w = tl.load(WEIGHTED + 3 * D + col, real, other=0.0)[None, :]
-        mean_wmu = tl.load(WEIGHTED + 4 * D + col, real, other=0.0)[None, :]
+        mean_w = tl.load(WEIGHTED + 3 * size + col, real)[None, :]
+        mean_wmu = tl.load(WEIGHTED + 4 * size + col, real)[None, :]
         others = (y - y0) * mean_w - mean_wmu
         dy = g * w * (mu - y) + others if PER_ROW else g * (w * (mu - y) + others)
-        tl.store(DY + at, dy.to(DY.dtype.element_ty), mask)
+        _store(DY, row, D, V, col, dy, mask)
 
 
 def club_mi_bwd(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, need_y):
-    grads = _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
-    if mu.numel() == 0 or not (need_mu or need_logvar or need_y):
-        return grads
-    if len(mu) == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
-        return tuple(g.zero_() for g in grads)
-    shape = _Shape(mu, logvar, y)
-    per_row = reduction == 0
-    factor = 1.0 / shape.N if reduction == 2 else 1.0
+    per_row, needs = reduction == 0, (need_mu, need_logvar, need_y)
+    run = _mi_bwd_plan(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
     with torch.cuda.device_of(mu):
-        weighted = stats
-        if per_row and need_y:
-            weighted = _column_stats(shape, grad, mu, logvar, y, None, 1.0, moments=False, weights=True)
-        _elementwise(_mi_bwd, shape, grad, mu, logvar, y, (stats, weighted), grads, factor, PER_ROW=per_row)
-    return grads
+        return run(grad, mu, logvar, y, stats)
 
 
-def _elementwise(kernel, shape, grad, mu, logvar, y, more, grads, factor, **constants):
-    config = shape.config | dict(ROWS=2 * shape.rows)
-    kernel[(shape.tiles * triton.cdiv(shape.N, config["ROWS"]),)](
-        grad, mu, logvar, y, *more, *(g if g.dim() == 2 else None for g in grads),
-        shape.N, *shape.sizes, grad.stride(0) if grad.dim() else 0, shape.tiles, factor, **constants, **config,
-    )  # fmt: skip
+@plan
+def _mi_bwd_plan(device, dtypes, size, strides, grad_dtype, g_stride, reduction, needs):
+    N, D = size
+    gradients = _gradients(dtypes, size, needs)
+    if N * D == 0 or not any(needs):
+        return lambda grad, mu, logvar, y, stats: gradients(mu)
+    if N == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
+        return lambda grad, mu, logvar, y, stats: tuple(g.zero_() for g in gradients(mu))
+    shape = _Shape(dtypes[0], N, D, *strides)
+    per_row, factor = reduction == 0, 1.0 / N if reduction == 2 else 1.0
+    launch = _elementwise(_mi_bwd, shape, g_stride=g_stride, factor=factor, PER_ROW=per_row)
+    column_stats = (
+        _column_stats(shape, moments=False, weights=True, g_stride=g_stride) if per_row and needs[2] else None
+    )
+
+    def run(grad, mu, logvar, y, stats):
+        grads = gradients(mu)
+        weighted = column_stats(grad, mu, logvar, y, None) if per_row and needs[2] else stats
+        launch(grad, mu, logvar, y, stats, weighted, *_wanted(grads, needs))
+        return grads
+
+    return run
+
+
+def _elementwise(kernel, shape, **values):
+    rows = 2 * shape.rows  # two 16-byte loads of each input a thread
+    grid = tile_grid(cdiv(shape.N, rows), shape.tiles)
+    return Launch(kernel, grid, shape.values | values | dict(ROWS=rows), num_warps=4)
+
+
+def _gradients(dtypes, size, needs):
+    """A function that allocates the gradients, those not needed empty."""
+    like = [(size if need else (0,), dtype) for dtype, need in zip(dtypes, needs, strict=True)]
+    return lambda x: tuple([torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in like])
+
+
+def _wanted(grads, needs):
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------
 # loss = mean_i sum_d (y - mu)^2 w + logvar;  d y = -d mu = 2 g/N (y - mu) w,  d logvar = g/N (1 - (y - mu)^2 w)
 
 
-@triton.jit(do_not_specialize=["N", "tiles", "rows"])
+@triton.jit(do_not_specialize=["N", "rows"])
 def _nll_fwd(
-    MU, LOGVAR, Y, OUT, N, D, mu_stride, lv_stride, y_stride, tiles, rows, factor,
+    MU, LOGVAR, Y, OUT,
+    N, D, mu_stride, lv_stride, y_stride, rows, factor,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The share of `rows` rows by BLOCK columns."""
-    part = (tl.program_id(0) // tiles).to(tl.int64)
-    col = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1).to(N.dtype)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(part * rows, tl.minimum(part * rows + rows, N), ROWS):
+    for start in tl.range(part * rows, tl.minimum(part * rows + rows, N), ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)
         mask = (row < N)[:, None] & (col < D * V)[None, :]
-        r = _load(Y, row, col, y_stride * V, mask) - _load(MU, row, col, mu_stride * V, mask)
-        logvar = _load(LOGVAR, row, col, lv_stride * V, mask)
-        acc += r * r * _exp(-logvar) + logvar
-    tl.store(OUT + tl.program_id(0), tl.sum(tl.sum(acc, 1), 0) * factor)
+        r = _load(Y, row, y_stride, V, col, mask, 0.0) - _load(MU, row, mu_stride, V, col, mask, 0.0)
+        logvar = _load(LOGVAR, row, lv_stride, V, col, mask, 0.0)
+        acc += r * r * _weight(logvar) + logvar
+    tl.store(OUT + part * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(acc, 1), 0) * factor)
 
 
 def club_nll_fwd(mu, logvar, y):
-    loss = _empty_loss(mu, 2)
-    if loss is not None:
-        return loss
-    shape = _Shape(mu, logvar, y)
-    parts, rows = shape.parts()
-    D_v, *strides = shape.sizes
     with torch.cuda.device_of(mu):
-        out = torch.empty((shape.tiles * parts,), dtype=torch.float32, device=mu.device)
-        _nll_fwd[(out.numel(),)](
-            mu, logvar, y, out, shape.N, D_v, *strides, shape.tiles, rows, 1.0 / shape.N, **shape.config
-        )
-        return total(out) if out.numel() > 1 else out.view(())
+        return _nll_fwd_plan(*_key(mu, logvar, y))(mu, logvar, y)
 
 
-@triton.jit(do_not_specialize=["N", "g_stride", "tiles"])
+@plan
+def _nll_fwd_plan(device, dtypes, size, strides):
+    N, D = size
+    if N == 0 or D == 0:
+        empty = _empty_loss(N, reduction=2)
+        return lambda mu, logvar, y: empty(mu)
+    shape = _Shape(dtypes[0], N, D, *strides)
+    parts, rows = shape.parts()
+    programs = shape.tiles * parts
+    launch = Launch(_nll_fwd, (shape.tiles, parts), shape.values | dict(rows=rows, factor=1.0 / N), num_warps=4)
+
+    def run(mu, logvar, y):
+        shares = torch.empty((programs,), dtype=torch.float32, device=mu.device)
+        launch(mu, logvar, y, shares)
+        return shares.view(()) if programs == 1 else total(shares)
+
+    return run
+
+
+@triton.jit(do_not_specialize=["N"])
 def _nll_bwd(
-    G, MU, LOGVAR, Y, DMU, DLOGVAR, DY, N, D, mu_stride, lv_stride, y_stride, g_stride, tiles, factor,
+    G, MU, LOGVAR, Y, DMU, DLOGVAR, DY,
+    N, D, mu_stride, lv_stride, y_stride, factor,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, mask = _tile(tiles, D * V, N, ROWS, BLOCK)
+    row, col, mask = _tile(D * V, N, ROWS, BLOCK)
     g = tl.load(G).to(tl.float32) * factor
-    r = _load(Y, row, col, y_stride * V, mask) - _load(MU, row, col, mu_stride * V, mask)
-    rw = r * _exp(-_load(LOGVAR, row, col, lv_stride * V, mask))
-    at = row[:, None] * (D * V) + col[None, :]
+    r = _load(Y, row, y_stride, V, col, mask) - _load(MU, row, mu_stride, V, col, mask)
+    rw = r * _weight(_load(LOGVAR, row, lv_stride, V, col, mask))
     if DMU is not None:
-        tl.store(DMU + at, (-2 * g * rw).to(DMU.dtype.element_ty), mask)
+        _store(DMU, row, D, V, col, -2 * g * rw, mask)
     if DLOGVAR is not None:
-        tl.store(DLOGVAR + at, (g * (1 - r * rw)).to(DLOGVAR.dtype.element_ty), mask)
+        _store(DLOGVAR, row, D, V, col, g * (1 - r * rw), mask)
     if DY is not None:
-        tl.store(DY + at, (2 * g * rw).to(DY.dtype.element_ty), mask)
+        _store(DY, row, D, V, col, 2 * g * rw, mask)
 
 
 def club_nll_bwd(grad, mu, logvar, y, need_mu, need_logvar, need_y):
-    grads = _grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
-    if mu.numel() == 0 or not (need_mu or need_logvar or need_y):
-        return grads
-    shape = _Shape(mu, logvar, y)
+    run = _nll_bwd_plan(*_key(mu, logvar, y), grad.dtype, (need_mu, need_logvar, need_y))
     with torch.cuda.device_of(mu):
-        _elementwise(_nll_bwd, shape, grad, mu, logvar, y, (), grads, 1.0 / shape.N)
-    return grads
+        return run(grad, mu, logvar, y)
+
+
+@plan
+def _nll_bwd_plan(device, dtypes, size, strides, grad_dtype, needs):
+    gradients = _gradients(dtypes, size, needs)
+    if 0 in size or not any(needs):
+        return lambda grad, mu, logvar, y: gradients(mu)
+    shape = _Shape(dtypes[0], *size, *strides)
+    launch = _elementwise(_nll_bwd, shape, factor=1.0 / shape.N)
+
+    def run(grad, mu, logvar, y):
+        grads = gradients(mu)
+        launch(grad, mu, logvar, y, *_wanted(grads, needs))
+        return grads
+
+    return run

@@ -7,15 +7,19 @@ With q = softmax(input/T), p = softmax(target/T) and m = beta p + (1 - beta) q:
 
 In base 2: lq = log2 q = (input - max) log2(e)/T - lse2, lp likewise; log(q/m) and log(p/m) are functions of
 d = lp - lq alone (`_log2_over_mixture`).  d comes from the logits, not from log(p) and log(q): logits of 1e4 lose
-nothing, and equal rows give exactly 0.  lq and lp are held above FLOOR, where exp2 is exactly 0, so that a class of
-probability 0 adds 0 * finite = 0.
+nothing, and equal rows give exactly 0.
+
+The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 is KL(q || p).
+
+    KL(p || q): d input = (q - p)/T,    d target = p/T (log(p/q) - KL(p || q))    and its mirror image
 
 Rows up to TILE_CLASSES are read once and stay in registers, several rows to a program where they are short.  Longer
 rows are read twice by one program, the second time backwards: what was read last is still in cache.  A few very long
 rows are split over programs.
 
-stats: (6, R) float32: max input, lse2 of the input, max target, lse2 of the target, KL(q || m), KL(p || m);
-lse2 in bits, the divergences in nats.  They are private to this file: the same backend runs forward and backward.
+stats: (6, R) float32: max input, lse2 of the input, max target, lse2 of the target, KL(q || m), KL(p || m); at the
+ends the one divergence there is, and 0.  All but the maxima are in bits.  They are private to this file: the same
+backend runs forward and backward.
 """
 
 import math
@@ -23,27 +27,30 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda.libdevice import fast_log2f
 
-from . import FUSED, total, vector, warps
+from . import Launch, at, cdiv, exp2, log2, next_power_of_2, plan, tile_grid, tile_row, total, vector, warps
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-FLOOR = tl.constexpr(-1e6)
+FURTHEST = tl.constexpr(1e6)  # bound of |d|: exp2 is exactly 0 there
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(math.log(2))
-ALL = tl.constexpr(tl.PropagateNan.ALL)
+
+# What is compiled in of beta: its ends, its default, which has shorter formulas, and all others
+HALF, BETWEEN, KL_PQ, KL_QP = (tl.constexpr(i) for i in range(4))
 
 TILE_CLASSES = 4096  # longest row held in registers: 16 classes a thread at 8 warps
 FEW_ROWS = 64  # fewer leave half of an A100 or H100 idle, so that very long rows are split
 PROGRAMS = 256  # wanted before programs get larger
+WARPS = 64  # that a multiprocessor holds; long rows need all of them to have enough loads in flight ...
+MAX_REGISTERS = 32  # ... so this many for a thread, or Triton's version decides between 32 and 64 warps
+L2_BYTES = 50 * 2**20 // 132  # of an H100, for each multiprocessor
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _log2_unit(x, v):
-    """log2 of x = 1 + v in (0, 1], relative error 5e-8: x = 2^e (1 + f), |f| <= 1/3, and a minimax polynomial f P(f).
+def _log2(x, v):
+    """log2 of x = 1 + v > 0, relative error 5e-8: x = 2^e (1 + f), |f| <= 1/3, and a minimax polynomial f P(f).
 
     v itself is f where e = 0: it knows more digits than x.
     """
@@ -63,35 +70,79 @@ def _log2_unit(x, v):
 
 
 @triton.jit
-def _fast_log2(x):
-    return tl.log2(x) if INTERPRETED else fast_log2f(x)  # the interpreter has no libdevice
+def _half_log2_larger(n, FAST: tl.constexpr):
+    """log2 of the larger of p and q over m = (p + q)/2, relative error 3e-8, where n = -|log2(p/q)|.
+
+    It is 1 - log2(1 + 2^n), and -n/2 - log2(cosh(n ln2/2)): with an even series near 0, where the first form loses its
+    relative accuracy and the divergence is of second order.  Both are minimax polynomials.
+    FAST: the hardware's logarithm, absolute error 2^-22, one instruction instead of six, and one term less.
+    """
+    s = n * n
+    if FAST:
+        P = 5.3889853006694466e-05
+        P = P * s - 0.0017341547645628452
+        P = P * s + 0.08664339035749435
+    else:
+        P = -1.8765568938761135e-06
+        P = P * s + 5.546498505282216e-05
+        P = P * s - 0.001734485267661512
+        P = P * s + 0.08664339780807495
+    near = -n * (0.5 + n * P)
+
+    t = exp2(n)
+    if FAST:
+        return tl.where(n > -0.75, near, 1 - log2(1 + t))
+    else:
+        P = 0.045720115303993225
+        P = P * t - 0.14709943532943726
+        P = P * t + 0.25512680411338806
+        P = P * t - 0.35357341170310974
+        P = P * t + 0.4800563156604767
+        P = P * t - 0.7212988138198853
+        P = P * t + 1.442694067955017
+        return tl.where(n > -1.0, near, 1 - t * P)
 
 
 @triton.jit
-def _log2_over_mixture(d, beta, gamma, taylor, FAST: tl.constexpr):
-    """log2(q/m) and log2(p/m), where d = log2(p/q).
+def _log2_over_mixture(d, beta, gamma, taylor, MIX: tl.constexpr, FAST: tl.constexpr):
+    """log2(q/m) and log2(p/m), where d = log2(p/q); finite also where p or q or both are 0, and d is infinite or NaN.
 
-    L = log2(m / max(p, q)) = log2(t + c (1 - t)) with t = min(p, q) / max(p, q) = 2^-|d|, which cannot overflow, and
-    c = beta or gamma = 1 - beta, the share of the larger.  Near d = 0 that loses all relative accuracy, and the
-    divergence is of second order in d: there the Taylor polynomial, truncation error below 4e-7 of the divergence.
-    FAST (16-bit inputs): the hardware's logarithm, absolute error 2^-22.  It is one instruction instead of 20, and
-    with two bytes a logit the forward pass would be limited by instructions.
+    For any beta, L = log2(m / max(p, q)) = log2(1 - c (1 - 2^n)), where c is the share in m of the smaller one.  Near
+    d = 0 that loses all relative accuracy: there the Taylor polynomial, truncation error below 4e-7 of the divergence.
+    FAST (16-bit inputs): the hardware's logarithm, one instruction instead of 20: with two bytes a logit the forward
+    pass is limited by instructions.
     """
-    t = tl.exp2(-tl.abs(d))
-    mix = t + tl.where(d > 0, beta, gamma) * (1 - t)
-    L = _fast_log2(mix) if FAST else _log2_unit(mix, tl.where(d > 0, gamma, beta) * (t - 1))
+    n = tl.maximum(-tl.abs(d), -FURTHEST)  # NaN becomes -FURTHEST
+    if MIX == HALF:
+        larger = _half_log2_larger(n, FAST)
+        smaller = larger + n
+        return tl.where(d > 0, smaller, larger), tl.where(d > 0, larger, smaller)
+    v = tl.where(d > 0, gamma, beta) * (exp2(n) - 1)
+    L = log2(1 + v) if FAST else _log2(1 + v, v)
     k2, k3, k4, k5, k6, k7 = taylor
     r = d * (k2 + d * (k3 + d * (k4 + d * (k5 + d * (k6 + d * k7)))))
-    near = tl.abs(d) < 0.5
-    over_q = tl.where(near, -d * (beta + r), -tl.maximum(d, 0.0, propagate_nan=ALL) - L)
-    over_p = tl.where(near, d * (gamma - r), tl.minimum(d, 0.0, propagate_nan=ALL) - L)
+    over_q = tl.where(n > -0.5, -d * (beta + r), tl.where(d > 0, n, 0.0) - L)
+    over_p = tl.where(n > -0.5, d * (gamma - r), tl.where(d > 0, 0.0, n) - L)
     return over_q, over_p
 
 
 @triton.jit
+def _summands(d, q, p, beta, gamma, taylor, MIX: tl.constexpr, FAST: tl.constexpr):
+    """What a class adds to KL(q || m) and KL(p || m), in bits; at the ends inf where the other one alone is 0."""
+    zero = tl.zeros_like(d)
+    if MIX == KL_PQ:
+        return zero, tl.where(p == 0, 0.0, p * d)
+    elif MIX == KL_QP:
+        return tl.where(q == 0, 0.0, -q * d), zero
+    else:
+        over_q, over_p = _log2_over_mixture(d, beta, gamma, taylor, MIX, FAST)
+        return q * over_q, p * over_p
+
+
+@triton.jit
 def _shifted(x, peak, lse, scale):
-    """log2 of a softmax, not below FLOOR; NaN stays, also that of a row of nothing but -inf, as in torch."""
-    return tl.maximum((x - peak) * scale - lse, FLOOR, propagate_nan=ALL)
+    """log2 of a softmax; NaN in a row of nothing but -inf, as in torch."""
+    return (x - peak) * scale - lse
 
 
 # --- forward ----------------------------------------------------------------------------------------------------
@@ -104,71 +155,84 @@ def _load(X, mask):
 
 @triton.jit
 def _store_stats(STATS, row, R, mask, peak_q, lse_q, peak_p, lse_p):
-    tl.store(STATS + row, peak_q, mask)
-    tl.store(STATS + R + row, lse_q, mask)
-    tl.store(STATS + 2 * R + row, peak_p, mask)
-    tl.store(STATS + 3 * R + row, lse_p, mask)
+    S = STATS + row
+    tl.store(S, peak_q, mask)
+    tl.store(S + R, lse_q, mask)
+    tl.store(S + R + R, peak_p, mask)
+    tl.store(S + R + R + R, lse_p, mask)
 
 
 @triton.jit
-def _finish(W, STATS, OUT, row, R, mask, kl_q, kl_p, w_stride, beta, gamma, factor, out, REDUCE: tl.constexpr):
-    """Stores the divergences of some rows, and their losses: each, or their sum as OUT[out]."""
-    tl.store(STATS + 4 * R + row, kl_q, mask)
-    tl.store(STATS + 5 * R + row, kl_p, mask)
-    loss = (beta * kl_p + gamma * kl_q) * factor
+def _losses(W, STATS, row, R, mask, kl_q, kl_p, w_stride, beta, gamma, factor, MIX: tl.constexpr):
+    """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask."""
+    if MIX == HALF or MIX == BETWEEN:  # a NaN in either row is one in both gradients, as in torch
+        kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
+        loss = (beta * kl_p + gamma * kl_q) * (factor * LN2)
+    else:
+        loss = (kl_q + kl_p) * (factor * LN2)
+    S = STATS + R + R + R + R + row
+    tl.store(S, kl_q, mask)
+    tl.store(S + R, kl_p, mask)
     if W is not None:
         loss *= tl.load(W + row * w_stride, mask, other=0.0)
-    if REDUCE:
-        tl.store(OUT + out, tl.sum(tl.where(mask, loss, 0.0), 0))
-    else:
-        tl.store(OUT + row, loss, mask)
+    return tl.where(mask, loss, 0.0)
+
+
+@triton.jit
+def _log2_sum(sum, FAST: tl.constexpr):
+    """The sum is 0 where not a single class is above -inf: NaN, as in torch."""
+    return tl.where(sum > 0, log2(sum) if FAST else _log2(sum, sum - 1), float("nan"))
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_tile(
-    X, Y, W, STATS, OUT, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REDUCE: tl.constexpr, FAST: tl.constexpr,
+    X, Y, W, STATS, OUT,
+    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
+    V: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows, read once.  C and the row strides come in units of V elements."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """STEPS times ROWS whole rows, read once.  C and the row strides come in units of V elements."""
     col = tl.arange(0, BLOCK)
-    real = row < R
-    mask = real[:, None] & (col < C * V)[None, :]
-    x = _load(X + row[:, None] * (x_stride * V) + col[None, :], mask)
-    y = _load(Y + row[:, None] * (y_stride * V) + col[None, :], mask)
-    peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
-    lq = _shifted(x, peak_q[:, None], 0.0, scale)
-    lp = _shifted(y, peak_p[:, None], 0.0, scale)
-    q, p = tl.exp2(lq), tl.exp2(lp)
-    sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
-    lse_q, lse_p = tl.log2(sum_q), tl.log2(sum_p)
-    _store_stats(STATS, row, R, real, peak_q, lse_q, peak_p, lse_p)
+    sum = tl.zeros([ROWS], tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(0).to(R.dtype) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        real = row < R
+        mask = real[:, None] & (col < C * V)[None, :]
+        x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
+        y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
+        peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
+        lq = (x - peak_q[:, None]) * scale
+        lp = (y - peak_p[:, None]) * scale
+        q, p = exp2(lq), exp2(lp)
+        sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
+        lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
+        _store_stats(STATS, row, R, real, peak_q, lse_q, peak_p, lse_p)
 
-    d = (lp - lq) - (lse_p - lse_q)[:, None]
-    over_q, over_p = _log2_over_mixture(d, beta, gamma, taylor, FAST)
-    kl_q = tl.sum(q * over_q, 1) / sum_q * LN2
-    kl_p = tl.sum(p * over_p, 1) / sum_p * LN2
-    _finish(W, STATS, OUT, row, R, real, kl_q, kl_p, w_stride, beta, gamma, factor, tl.program_id(0), REDUCE)
+        d = (lp - lq) - (lse_p - lse_q)[:, None]
+        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
+        kl_q = tl.sum(add_q, 1) / sum_q
+        kl_p = tl.sum(add_p, 1) / sum_p
+        loss = _losses(W, STATS, row, R, real, kl_q, kl_p, w_stride, beta, gamma, factor, MIX)
+        if REDUCE:
+            sum += loss
+        else:
+            tl.store(OUT + row, loss, real)
+    if REDUCE:
+        tl.store(OUT + tl.program_id(0), tl.sum(sum, 0))
 
 
 @triton.jit
 def _online(x, peak, sum, scale):
     """Adds a tile (LANES, WIDTH) to the running maximum and sum of exponentials of each lane."""
     new = tl.maximum(peak, tl.max(x, 1))
-    return new, sum * tl.exp2((peak - new) * scale) + tl.sum(tl.exp2((x - new[:, None]) * scale), 1)
+    return new, sum * exp2((peak - new) * scale) + tl.sum(exp2((x - new[:, None]) * scale), 1)
 
 
 @triton.jit
 def _joined(peak, sum, scale):
     """One maximum and sum of exponentials from many."""
     top = tl.max(peak, 0)
-    return top, tl.sum(sum * tl.exp2((peak - top) * scale), 0)
-
-
-@triton.jit
-def _log2_sum(sum):
-    """The sum is 0 where not a single class is above -inf: NaN, as in torch."""
-    return tl.log2(tl.where(sum > 0, sum, float("nan")))
+    return top, tl.sum(sum * exp2((peak - top) * scale), 0)
 
 
 @triton.jit
@@ -192,7 +256,7 @@ def _peaks_and_sums(X, Y, begin, end, scale, LANES: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def _divergences(
     X, Y, begin, end, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The part of KL(q || m) and KL(p || m) that columns [begin, end) add, last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
@@ -203,28 +267,29 @@ def _divergences(
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
         lq = _shifted(_load(X + col, col < end), peak_q, lse_q, scale)
         lp = _shifted(_load(Y + col, col < end), peak_p, lse_p, scale)
-        over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, FAST)
-        sum_q += tl.sum(tl.exp2(lq) * over_q, 1)
-        sum_p += tl.sum(tl.exp2(lp) * over_p, 1)
-    return tl.sum(sum_q, 0) * LN2, tl.sum(sum_p, 0) * LN2
+        add_q, add_p = _summands(lp - lq, exp2(lq), exp2(lp), beta, gamma, taylor, MIX, FAST)
+        sum_q += tl.sum(add_q, 1)
+        sum_p += tl.sum(add_p, 1)
+    return tl.sum(sum_q, 0), tl.sum(sum_p, 0)
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_row(
-    X, Y, W, STATS, OUT, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
-    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr,
+    X, Y, W, STATS, OUT,
+    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
+    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One long row, read twice."""
     row = tl.program_id(0).to(tl.int64)
-    X += row * (x_stride * V)
-    Y += row * (y_stride * V)
+    X = at(X, row, x_stride, V)
+    Y = at(Y, row, y_stride, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
-    lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
+    lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
     _store_stats(STATS, row, R, True, peak_q, lse_q, peak_p, lse_p)
     kl_q, kl_p = _divergences(
-        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, FAST
+        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX, FAST
     )
-    _finish(W, STATS, OUT, row, R, row < R, kl_q, kl_p, w_stride, beta, gamma, factor, 0, False)
+    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, w_stride, beta, gamma, factor, MIX))
 
 
 @triton.jit(do_not_specialize=["R", "S", "span"])
@@ -236,7 +301,7 @@ def _fwd_split_lse(
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(
-        X + row * (x_stride * V), Y + row * (y_stride * V), begin, end, scale, LANES, WIDTH
+        at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end, scale, LANES, WIDTH
     )
     PARTS += tl.program_id(0)
     tl.store(PARTS, peak_q)
@@ -247,8 +312,10 @@ def _fwd_split_lse(
 
 @triton.jit(do_not_specialize=["R", "S", "span"])
 def _fwd_split_div(
-    X, Y, PARTS, STATS, R, C, S, x_stride, y_stride, span, scale, beta, gamma, taylor,
-    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MAX_S: tl.constexpr, FAST: tl.constexpr,
+    X, Y, PARTS, STATS,
+    R, C, S, x_stride, y_stride, span, scale, beta, gamma, taylor,
+    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MAX_S: tl.constexpr,
+    MIX: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The second reading of that part, with the log-sum-exp of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
@@ -258,11 +325,11 @@ def _fwd_split_div(
     P, n = PARTS + row * S + i, R * S
     peak_q, sum_q = _joined(tl.load(P, i < S, other=LOWEST), tl.load(P + n, i < S, other=0.0), scale)
     peak_p, sum_p = _joined(tl.load(P + 2 * n, i < S, other=LOWEST), tl.load(P + 3 * n, i < S, other=0.0), scale)
-    lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
+    lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
     _store_stats(STATS, row, R, part == 0, peak_q, lse_q, peak_p, lse_p)
     kl_q, kl_p = _divergences(
-        X + row * (x_stride * V), Y + row * (y_stride * V), begin, end,
-        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, FAST,
+        at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
+        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX, FAST,
     )  # fmt: skip
     tl.store(PARTS + 4 * n + tl.program_id(0), kl_q)
     tl.store(PARTS + 5 * n + tl.program_id(0), kl_p)
@@ -270,151 +337,241 @@ def _fwd_split_div(
 
 @triton.jit(do_not_specialize=["R", "S", "w_stride"])
 def _fwd_split_join(
-    PARTS, W, STATS, OUT, R, S, w_stride, beta, gamma, factor,
-    ROWS: tl.constexpr, MAX_S: tl.constexpr, REDUCE: tl.constexpr,
+    PARTS, W, STATS, OUT,
+    R, S, w_stride, beta, gamma, factor,
+    ROWS: tl.constexpr, MAX_S: tl.constexpr, REDUCE: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     row, i = tl.arange(0, ROWS), tl.arange(0, MAX_S)
     mask = (row < R)[:, None] & (i < S)[None, :]
     P = PARTS + 4 * R * S + row[:, None] * S + i[None, :]
     kl_q, kl_p = tl.sum(tl.load(P, mask, other=0.0), 1), tl.sum(tl.load(P + R * S, mask, other=0.0), 1)
-    _finish(W, STATS, OUT, row, R, row < R, kl_q, kl_p, w_stride, beta, gamma, factor, 0, REDUCE)
+    loss = _losses(W, STATS, row, R, row < R, kl_q, kl_p, w_stride, beta, gamma, factor, MIX)
+    if REDUCE:
+        tl.store(OUT, tl.sum(loss, 0))
+    else:
+        tl.store(OUT + row, loss, row < R)
 
 
-def _numbers(beta, temperature):
-    """log2(e)/T, beta, gamma, and the Taylor coefficients 2 to 7 of log2(m/q) in d: a coin's cumulants."""
+def js_div_fwd(input, target, weight, beta, temperature, reduction):
+    run = _fwd_plan(
+        input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
+        weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
+    )  # fmt: skip
+    with torch.cuda.device_of(input):
+        return run(input, target, weight)
+
+
+@plan
+def _fwd_plan(device, dtype, target_dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
+    if R == 0:
+        return _fwd_empty(reduction)
+    values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
+    values |= dict(factor=1.0 / R if reduction == 2 else 1.0, REDUCE=reduction != 0)
+    if C <= TILE_CLASSES:
+        return _fwd_by_tiles(R, C, reduction, values)
+    # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
+    row_bytes = 2 * C * dtype.itemsize
+    num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
+    values |= dict(LANES=32 * num_warps, WIDTH=16 // dtype.itemsize)
+    parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
+    if parts == 1:
+        return _fwd_by_rows(R, reduction, values, num_warps)
+    return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), num_warps)
+
+
+def _taylor(beta):
+    """Coefficients 2 to 7 of log2(m/q) in d: a coin's cumulants."""
     v, u, ln2 = beta * (1 - beta), 1 - 2 * beta, math.log(2)
     even = v, v * (1 - 6 * v), v * (1 - 30 * v + 120 * v * v)
     odd = v * u, v * u * (1 - 12 * v), v * u * (1 - 60 * v + 360 * v * v)
     cumulants = (c for pair in zip(even, odd, strict=True) for c in pair)
-    taylor = tuple(c * ln2 ** (n - 1) / math.factorial(n) for n, c in enumerate(cumulants, 2))
-    return math.log2(math.e) / temperature, beta, 1 - beta, taylor
+    return tuple(c * ln2 ** (n - 1) / math.factorial(n) for n, c in enumerate(cumulants, 2))
 
 
-def _fwd_rows_per_program(R, block):
-    """Rows of `block` classes: all of a small batch, so that one launch does; else 256 to 2048 elements."""
-    rows = triton.next_power_of_2(R)
-    if rows * block <= 2048:
-        return rows
-    return max(1, 256 // block, min(2048 // block, rows // PROGRAMS))
+def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
+    """The arguments that forward and backward kernels share, by name."""
+    V = vector(dtype, C, x_stride, y_stride)
+    return dict(
+        R=R,
+        C=C // V,
+        x_stride=x_stride // V,
+        y_stride=y_stride // V,
+        w_stride=weight[1] if weight else 0,
+        scale=math.log2(math.e) / temperature,
+        beta=float(beta),
+        gamma=1.0 - beta,
+        taylor=_taylor(beta),
+        V=V,
+        MIX={0: KL_PQ, 0.5: HALF, 1: KL_QP}.get(beta, BETWEEN).value,
+        FAST=dtype.itemsize == 2,
+    )
+
+
+def _fwd_empty(reduction):
+    def run(input, target, weight):
+        loss = input.new_full((0,) if reduction == 0 else (), math.nan if reduction == 2 else 0.0, dtype=torch.float32)
+        return loss, loss.new_empty((6, 0))
+
+    return run
+
+
+def _fwd_by_tiles(R, C, reduction, values):
+    block = next_power_of_2(C)
+    rows, steps = _rows_and_steps(R, block)
+    programs = cdiv(R, rows * steps)
+    num_warps = min(16, warps(rows * block, 4)) if programs == 1 else min(8, warps(rows * block, 8))
+    values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
+    launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
+
+    def each(input, target, weight):
+        stats, losses = _float32(input, 6, R), _float32(input, R)
+        launch(input, target, weight, stats, losses)
+        return losses, stats
+
+    def at_once(input, target, weight):
+        stats, loss = _float32(input, 6, R), _float32(input)
+        launch(input, target, weight, stats, loss)
+        return loss, stats
+
+    def in_two_stages(input, target, weight):
+        stats, parts = _float32(input, 6, R), _float32(input, programs)
+        launch(input, target, weight, stats, parts)
+        return total(parts), stats
+
+    return each if reduction == 0 else at_once if programs == 1 else in_two_stages
+
+
+def _rows_and_steps(R, block):
+    """Rows of `block` classes that a program takes at a time, and how often.
+
+    All of a small batch, so that one launch does, up to 4096 elements at a time: more do not fit into the registers.
+    Else 256 to 2048 elements.
+    """
+    rows = next_power_of_2(R)
+    if rows * block <= 8192:
+        steps = cdiv(rows * block, 4096)
+        return rows // steps, steps
+    return max(1, 256 // block, min(2048 // block, rows // PROGRAMS)), 1
+
+
+def _fwd_by_rows(R, reduction, values, num_warps):
+    launch = Launch(_fwd_row, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+
+    def run(input, target, weight):
+        stats, losses = _float32(input, 6, R), _float32(input, R)
+        launch(input, target, weight, stats, losses)
+        return losses if reduction == 0 else total(losses), stats
+
+    return run
 
 
 def _split(R, C, tile):
     """Parts of a row, and tiles of a part: at least 16K classes a part."""
-    tiles = triton.cdiv(C, tile)
+    tiles = cdiv(C, tile)
     parts = min(PROGRAMS // R, C // 16384) if R < FEW_ROWS else 1
-    span = triton.cdiv(tiles, max(1, parts))
-    return triton.cdiv(tiles, span), span
+    span = cdiv(tiles, max(1, parts))
+    return cdiv(tiles, span), span
 
 
-def js_div_fwd(input, target, weight, beta, temperature, reduction):
-    R, C = input.shape
-    stats = torch.empty((6, R), dtype=torch.float32, device=input.device)
-    factor = 1.0 / max(R, 1) if reduction == 2 else 1.0
-    if R == 0:
-        return stats.new_full((0,) if reduction == 0 else (), math.nan if reduction == 2 else 0.0), stats
+def _fwd_by_parts(R, S, reduction, values, num_warps):
+    values |= dict(MAX_S=next_power_of_2(S), ROWS=next_power_of_2(R))
+    lse = Launch(_fwd_split_lse, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+    div = Launch(_fwd_split_div, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+    join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
-    strides = input.stride(0), target.stride(0)
-    V = vector(input.dtype, C, *strides)
-    C_v, *strides = (n // V for n in (C, *strides))
-    w_stride = 0 if weight is None else weight.stride(0)
-    numbers, reduce, fast = _numbers(beta, temperature), reduction != 0, input.dtype.itemsize == 2
-    with torch.cuda.device_of(input):
-        if C <= TILE_CLASSES:
-            block = triton.next_power_of_2(C)
-            rows = _fwd_rows_per_program(R, block)
-            programs = triton.cdiv(R, rows)
-            out = stats.new_empty((programs if reduce else R,))
-            num_warps = warps(rows * block, 4) if programs == 1 else min(8, warps(rows * block, 8))
-            _fwd_tile[(programs,)](
-                input, target, weight, stats, out, R, C_v, *strides, w_stride, *numbers, factor,
-                V=V, ROWS=rows, BLOCK=block, REDUCE=reduce, FAST=fast, num_warps=num_warps, **FUSED,
-            )  # fmt: skip
-            if reduce:
-                return out.view(()) if programs == 1 else total(out), stats
-            return out, stats
+    def run(input, target, weight):
+        stats, parts = _float32(input, 6, R), _float32(input, 6, R, S)
+        loss = _float32(input, *(() if reduction else (R,)))
+        lse(input, target, parts)
+        div(input, target, parts, stats)
+        join(parts, weight, stats, loss)
+        return loss, stats
 
-        # Larger programs for longer rows: the rows that all multiprocessors work on should fit into 50 MB of L2.
-        num_warps = 8 if 2 * C * input.dtype.itemsize <= 2**15 else 16 if 2 * C * input.dtype.itemsize <= 2**17 else 32
-        width = 16 // input.dtype.itemsize
-        config = dict(V=V, LANES=32 * num_warps, WIDTH=width, num_warps=num_warps, **FUSED)
-        S, span = _split(R, C, config["LANES"] * width)
-        if S == 1:
-            out = stats.new_empty((R,))
-            _fwd_row[(R,)](
-                input, target, weight, stats, out, R, C_v, *strides, w_stride, *numbers, factor, FAST=fast, **config
-            )
-            return total(out) if reduce else out, stats
+    return run
 
-        parts = stats.new_empty((6, R, S))
-        max_s = triton.next_power_of_2(S)
-        out = stats.new_empty(() if reduce else (R,))
-        _fwd_split_lse[(R * S,)](input, target, parts, R, C_v, S, *strides, span, numbers[0], **config)
-        _fwd_split_div[(R * S,)](
-            input, target, parts, stats, R, C_v, S, *strides, span, *numbers, MAX_S=max_s, FAST=fast, **config
-        )
-        _fwd_split_join[(1,)](
-            parts, weight, stats, out, R, S, w_stride, beta, 1 - beta, factor,
-            ROWS=triton.next_power_of_2(R), MAX_S=max_s, REDUCE=reduce, num_warps=1, **FUSED,
-        )  # fmt: skip
-        return out, stats
+
+def _float32(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["R", "w_stride", "g_stride", "tiles"])
+@triton.jit(do_not_specialize=["R", "w_stride", "g_stride"])
 def _bwd(
-    G, X, Y, W, STATS, DX, DY, R, C, x_stride, y_stride, w_stride, g_stride, tiles, scale, beta, gamma, taylor, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+    G, X, Y, W, STATS, DX, DY,
+    R, C, x_stride, y_stride, w_stride, g_stride, scale, beta, gamma, taylor, factor,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by BLOCK columns, `tiles` such to the row; DX or DY None is not wanted."""
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    """ROWS rows by BLOCK columns; DX or DY None is not wanted."""
+    row = tile_row(R) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = row < R
     mask = real[:, None] & (col < C * V)[None, :]
-    x = _load(X + row[:, None] * (x_stride * V) + col[None, :], mask)
-    y = _load(Y + row[:, None] * (y_stride * V) + col[None, :], mask)
-    g = tl.load(G + row * g_stride, real, other=0.0).to(tl.float32) * factor
+    x = tl.load(at(X, row, x_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
+    y = tl.load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
+    g = tl.load(G + row * g_stride, real).to(tl.float32) * factor
     if W is not None:
-        g *= tl.load(W + row * w_stride, real, other=0.0)
+        g *= tl.load(W + row * w_stride, real)
     S = STATS + row
     lq = _shifted(x, tl.load(S, real)[:, None], tl.load(S + R, real)[:, None], scale)
     lp = _shifted(y, tl.load(S + 2 * R, real)[:, None], tl.load(S + 3 * R, real)[:, None], scale)
-    over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, FAST)
-    at = row[:, None] * (C * V) + col[None, :]
+    q, p = exp2(lq), exp2(lp)
+    if MIX == KL_PQ:
+        dx = g[:, None] * (q - p)
+        dy = _gradient(p, tl.where(p == 0, 0.0, lp - lq), g, tl.load(S + 5 * R, real))
+    elif MIX == KL_QP:
+        dx = _gradient(q, tl.where(q == 0, 0.0, lq - lp), g, tl.load(S + 4 * R, real))
+        dy = g[:, None] * (p - q)
+    else:
+        over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, MIX, FAST)
+        dx = _gradient(q, over_q, gamma * g, tl.load(S + 4 * R, real))
+        dy = _gradient(p, over_p, beta * g, tl.load(S + 5 * R, real))
     if DX is not None:
-        kl_q = tl.load(S + 4 * R, real)
-        dx = (gamma * g)[:, None] * tl.exp2(lq) * (over_q * LN2 - kl_q[:, None])
-        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask)
+        tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
     if DY is not None:
-        kl_p = tl.load(S + 5 * R, real)
-        dy = (beta * g)[:, None] * tl.exp2(lp) * (over_p * LN2 - kl_p[:, None])
-        tl.store(DY + at, dy.to(DY.dtype.element_ty), mask)
+        tl.store(at(DY, row, C, V)[:, None] + col[None, :], dy.to(DY.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gradient(q, over, g, kl):
+    """g q (log(q/m) - KL(q || m)), given both in bits: their difference is exact where it is small."""
+    return q * (g * LN2)[:, None] * (over - kl[:, None])
 
 
 def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target):
-    R, C = input.shape
-    grads = tuple(
-        torch.empty((R, C) if need else (0,), dtype=t.dtype, device=t.device)
-        for t, need in ((input, need_input), (target, need_target))
-    )
-    if R == 0 or not (need_input or need_target):
-        return grads
-
-    strides = input.stride(0), target.stride(0)
-    V = vector(input.dtype, C, *strides)
-    C_v, *strides = (n // V for n in (C, *strides))
-    # Tiles of 1024: 8 elements a thread, and at most 511 idle columns at the end of a row.
-    block = min(triton.next_power_of_2(C), 512)
-    rows = min(1024 // block, triton.next_power_of_2(R))
-    tiles = triton.cdiv(C, block)
-    factor = 1.0 / (temperature * (R if reduction == 2 else 1))
+    run = _bwd_plan(
+        input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
+        weight is not None and (weight.dtype, weight.stride(0)),
+        grad.dtype, grad.stride(0) if grad.dim() else 0,
+        beta, temperature, reduction, need_input, need_target,
+    )  # fmt: skip
     with torch.cuda.device_of(input):
-        _bwd[(triton.cdiv(R, rows) * tiles,)](
-            grad, input, target, weight, stats, *(g if g.dim() == 2 else None for g in grads), R, C_v, *strides,
-            0 if weight is None else weight.stride(0), grad.stride(0) if grad.dim() else 0, tiles,
-            *_numbers(beta, temperature), factor,
-            V=V, ROWS=rows, BLOCK=block, FAST=input.dtype.itemsize == 2,
-            num_warps=min(4, warps(rows * block, 4)), **FUSED,
-        )  # fmt: skip
-    return grads
+        return run(grad, input, target, weight, stats)
+
+
+@plan
+def _bwd_plan(
+    device, dtype, target_dtype, R, C, x_stride, y_stride, weight, grad_dtype, g_stride,
+    beta, temperature, reduction, need_input, need_target,
+):  # fmt: skip
+    if R == 0:
+        return lambda grad, input, target, weight, stats: (torch.empty_like(input), torch.empty_like(target))
+    # Tiles of 1024: 8 elements a thread; narrower where more than an eighth of the columns would be idle.
+    block = min(next_power_of_2(C), 1024 if -C % 1024 <= C // 8 else 512)
+    rows = min(1024 // block, next_power_of_2(R))
+    values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
+    values |= dict(g_stride=g_stride, ROWS=rows, BLOCK=block)
+    values |= dict(factor=1.0 / (temperature * (R if reduction == 2 else 1)))
+    grid = tile_grid(cdiv(R, rows), cdiv(C, block))
+    launch = Launch(_bwd, grid, values, num_warps=min(4, warps(rows * block, 32 // dtype.itemsize)))
+    shape_x, shape_y = ((R, C) if need else (0,) for need in (need_input, need_target))
+
+    def run(grad, input, target, weight, stats):
+        dx = torch.empty(shape_x, dtype=dtype, device=input.device)
+        dy = torch.empty(shape_y, dtype=target_dtype, device=input.device)
+        if R and (need_input or need_target):
+            launch(grad, input, target, weight, stats, dx if need_input else None, dy if need_target else None)
+        return dx, dy
+
+    return run

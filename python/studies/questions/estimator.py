@@ -73,7 +73,7 @@ class Estimator(Study):
         left.set_ylim(-8, 8)
         left.set_xticks(range(len(DIMS)), [f"D = {dim}" for dim in DIMS])
         left.set_ylabel("error of the fitted CLUB, %")
-        left.set_title("Defaults, fresh samples: a dot a seed", loc="left", fontsize=11)
+        left.set_title(f"Defaults, fresh samples: a dot a seed, the band {100 * NEAR:.0f}%", loc="left", fontsize=11)
         left.legend(frameon=False, fontsize=9, loc="upper right")
         names = list(cells)
         for rho2, color in ((RHO2[0], MODALITY_COLORS[0]), (RHO2[-1], MODALITY_COLORS[2])):

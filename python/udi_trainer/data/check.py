@@ -8,7 +8,7 @@ from ..registry import methods
 from .dataset import Dataset, Split
 
 
-def check(data: Dataset):
+def check(data: Dataset) -> None:
     """Raises a UserError that names split, tensor and what is wrong with it."""
     if not isinstance(data.classes, int) or data.classes < 2:
         raise UserError(f"{data.name} has {data.classes!r} classes: it takes two or more")
@@ -33,7 +33,7 @@ def check(data: Dataset):
             raise UserError(f"inputs of {m} differ in shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
 
 
-def check_split(name: str, split: Split, data: Dataset):
+def check_split(name: str, split: Split, data: Dataset) -> None:
     labels = split.labels
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 Encoder = str | Callable[[torch.Size], nn.Module]
+FEATURES = 64  # width of the trainer's own encoders, unless an option says otherwise
+Batch = dict[str, torch.Tensor]  # what is stored of some samples, their labels, and what samples they are
 
 
 def presence(modality: str) -> str:
@@ -30,7 +32,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def batch(self, index: torch.Tensor, names: Sequence[str]) -> Batch:
         """These samples' labels and stored tensors of these names, and what samples they are."""
         tensors = {"labels": self.labels} | {name: self.stored[name] for name in names}
         return {"index": index} | {name: t.index_select(0, index) for name, t in tensors.items()}
@@ -74,7 +76,7 @@ class Modality:
     make: Callable[..., torch.Tensor] = torch.Tensor.float
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None
     vary: Callable[..., torch.Tensor] | None = None
-    width: int = 64
+    width: int = FEATURES
     weights: str | None = None
 
     @property
@@ -82,7 +84,7 @@ class Modality:
         """Whether its input differs from epoch to epoch."""
         return self.augment is not None or self.vary is not None
 
-    def input(self, batch: dict[str, torch.Tensor], training: bool = False) -> torch.Tensor:
+    def input(self, batch: Batch, training: bool = False) -> torch.Tensor:
         tensors = [batch[name] for name in self.reads]
         x = self.vary(*tensors, batch["chance"]) if training and self.vary else self.make(*tensors)
         if training and self.augment:
@@ -114,7 +116,7 @@ class Dataset:
         return {"train": self.train, "val": self.val, "test": self.test}
 
     def to(self, device: torch.device) -> "Dataset":
-        return replace(self, **{name: split.to(device) for name, split in self.splits().items()})
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
     def nbytes(self) -> int:
         return sum(split.nbytes() for split in self.splits().values())

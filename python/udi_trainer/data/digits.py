@@ -8,6 +8,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ from ..errors import UserError
 from ..registry import datasets
 from .dataset import Dataset, Modality, Split
 from .noise import noisy
+
+Part = tuple[torch.Tensor, torch.Tensor]  # pixels uint8 (N, H, W), labels (N,)
 
 # Mean color of each digit, RGB.
 COLORS = torch.tensor(
@@ -28,8 +31,8 @@ LARGEST = 2**30  # bytes of an idx file's data; MNIST's largest has 47 million
 HALVES = {"left": 0.1, "right": 0.3}  # of splitdigits, and the noise of each: standard deviation, of pixels' range
 
 
-def colored_and_gray(train, val, test, mean, std):
-    """Each split (pixels uint8 (N, H, W), labels) as two modalities: the gray digit, and the digit in a color.
+def colored_and_gray(train: Part, val: Part, test: Part, mean: float, std: float) -> Dataset:
+    """Each split as two modalities: the gray digit, and the digit in a color.
 
     In training the color tells the digit: a shortcut. In validation and test it is drawn independently of the digit:
     a validation split with training colors would take the shortcut for skill, and make color the anchor.
@@ -48,7 +51,7 @@ def colored_and_gray(train, val, test, mean, std):
     return Dataset(10, modalities, split(*train, True), split(*val, False), split(*test, False))
 
 
-def split_in_halves(train, val, test, mean, std):
+def split_in_halves(train: Part, val: Part, test: Part, mean: float, std: float) -> Dataset:
     """The left and the right half of each digit, with independent noise, in all splits alike: each has what the other
     lacks.
     """
@@ -63,13 +66,13 @@ def split_in_halves(train, val, test, mean, std):
 
 
 @datasets.register("cgdigits")
-def cgdigits(data_root):
+def cgdigits(data_root: str | Path | None) -> Dataset:
     """Colored-and-gray digits, 8x8, from scikit-learn."""
     return colored_and_gray(**digits())
 
 
 @datasets.register("cgmnist")
-def cgmnist(data_root):
+def cgmnist(data_root: str | Path | None) -> Dataset:
     """Colored-and-gray MNIST, 28x28."""
     if data_root is None:
         raise UserError("dataset cgmnist needs --data-root DIR, the folder of MNIST's four idx.gz files")
@@ -77,12 +80,12 @@ def cgmnist(data_root):
 
 
 @datasets.register("splitdigits")
-def splitdigits(data_root):
+def splitdigits(data_root: str | Path | None) -> Dataset:
     """The halves of scikit-learn's digits, 8x4, or with a data root of MNIST's, 28x14."""
     return split_in_halves(**(mnist(data_root) if data_root else digits()))
 
 
-def digits():
+def digits() -> dict[str, Any]:
     """scikit-learn's digits, 8x8: 1077 for training, 360 each for validation and test."""
     try:
         from sklearn.datasets import load_digits
@@ -98,7 +101,7 @@ def digits():
     return {"train": train, "val": val, "test": test, "mean": 0.3053, "std": 0.3760}
 
 
-def mnist(data_root):
+def mnist(data_root: str | Path) -> dict[str, Any]:
     """MNIST, 28x28: 55,000 for training, the last twelfth of the training file for validation."""
     root, files = Path(data_root), {}
     for part in ("train", "t10k"):
@@ -122,13 +125,13 @@ def mnist(data_root):
     return {"train": train, "val": val, "test": parts["t10k"], "mean": 0.1307, "std": 0.3081}
 
 
-def read_idx(path, dims):
+def read_idx(path: Path, dims: int) -> torch.Tensor:
     """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data.
 
     Takes no more memory than the header announces, however much the file would unpack to.
     """
 
-    def wrong(what):
+    def wrong(what: str) -> UserError:
         return UserError(f"{path} {what}: download it again")
 
     try:

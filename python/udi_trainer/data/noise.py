@@ -27,7 +27,7 @@ def corrupt(data: Dataset, inputs: float, labels: float) -> Dataset:
     among a higher one's.
     """
 
-    def noised(name, x):
+    def noised(name: str, x: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed("noise", name))
         if x.dtype == torch.uint8:
             return noisy(x, inputs, generator)

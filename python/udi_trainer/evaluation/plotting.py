@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED = "#222222", "#8f8f8f"
 MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
@@ -13,9 +14,9 @@ METHOD_COLORS = ("#6b7a8f", "#c4476a", "#17a2a2", "#a89a1f", "#7b5fc7", "#5b5b5b
 
 def new_figure(width: float, height: float) -> Figure:
     """In inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     return figure
 
 
@@ -37,7 +38,7 @@ def curves(axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float]
             merged.append([name, epochs, values, style])
     for _, epochs, values, style in merged:
         axes.plot(epochs, values, marker="o" if len(epochs) == 1 else None, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
     axes.margins(x=0.02)
     label_ends(axes, [(name, epochs[-1], values[-1], style["color"]) for name, epochs, values, style in merged])
 

@@ -1,6 +1,7 @@
 """What a run shows of itself: the table on the terminal, and report.png."""
 
 from pathlib import Path
+from typing import IO
 
 from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, finish, new_figure
 
@@ -21,9 +22,11 @@ def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
         entries.append(("ensemble", None, metrics["ensemble"]))
     entries += [(name, None, scores) for name, scores in metrics["baselines"].items()]
     if modalities != unimodal:
-        part = "follower" if metrics["anchor"] else "share"
+        part = "follower" if metrics["anchor"] else metrics.get("part", "share")
         for m, scores in modalities.items():
             entries.append((f"{method}: {m} ({'anchor' if m == metrics['anchor'] else part})", m, scores))
+    if "fusion_head" in metrics:
+        entries.append((f"{method}: fusion head", None, metrics["fusion_head"]))
     return [*entries, (method, None, metrics["fused"])]
 
 
@@ -34,6 +37,9 @@ def table(metrics: dict) -> str:
         numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
         lines.append(f"{name:<28}{numbers}   {rule(scores)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
+    for m, found in metrics.get("effective_dims", {}).items():
+        lacking = ", ".join(f"{n} not in {other}" for other, n in found["lacking_in"].items())
+        lines.append(f"effective dimensions: {m} {len(found['dims'])} of {found['of']}; of these {lacking}")
     return "\n".join(lines)
 
 
@@ -42,23 +48,28 @@ def rule(scores: dict) -> str:
     return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
-def draw(metrics: dict, history: History, path: Path):
+def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
+    if "controller" not in metrics:  # they are a baseline's
+        followers = {}
+    found = metrics.get("effective_dims")
     whole = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
     colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
+    colors[metrics["method"]] = INK
     bars = picked(metrics)
-    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * bool(followers)
-    last = 4.2 * ("test_confusion" in metrics["fused"])
-    heights = [height for height in (top, bottom, last) if height]
+    two, last = bool(followers or found), "test_confusion" in metrics["fused"]
+    heights = [max(4.0, 1 + 0.42 * len(bars)), *[2.9] * two, *[4.2] * last]
     figure = new_figure(12, sum(heights) + 0.4)
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
     accuracies(left, history, metrics["anchor"], colors)
     compare(right, bars, metrics["method"], colors)
     if followers:
-        drives(rows[1, 0], followers, metrics["controller"], colors)
+        drives(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
+    if found:
+        dimensions(rows[1, 0], found, history, colors)
     if last:
         classes(rows[-1, 0], metrics)
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
@@ -88,12 +99,12 @@ def accuracies(axes, history: History, anchor: str | None, colors: dict):
     finish(axes, "Validation accuracy, %")
 
 
-def drives(figure, followers: History, controller: str, colors: dict):
+def drives(figure, followers: History, dynamic: bool, colors: dict):
     """The followers' losses, and the weights of two of them: a panel each where a controller moves them."""
-    shown = LOSSES | (ALPHAS if controller == "dynamic" else {})
+    shown = LOSSES | (ALPHAS if dynamic else {})
     last = next(iter(followers.values()))[-1]
     fixed = ", ".join(f"{label} = {last[name]:g}" for name, label in ALPHAS.items())
-    weights = ", and their weights (dynamic controller)" if controller == "dynamic" else f"; weights {fixed}"
+    weights = ", and their weights (dynamic controller)" if dynamic else f"; weights in the last epoch {fixed}"
     title = f"Follower{'s' * (len(followers) > 1)}: losses before weighting, nats{weights}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
@@ -128,6 +139,23 @@ def classes(figure, metrics: dict):
     finish(right, "Accuracy by class, %", "class")
 
 
+def dimensions(figure, found: dict, history: History, colors: dict):
+    """The loss between modalities, and the dimensions in which each is effective."""
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    rows = next(rows for rows in history.values() if rows[0]["phase"] == "detached")
+    curves(left, [("", *series(rows, "contrast"), {"color": INK})])
+    finish(left, "Loss between modalities, nats")
+    for y, (m, facts) in enumerate(found.items()):
+        right.bar(facts["dims"], 0.8, width=0.9, bottom=y - 0.4, color=colors[m])
+    names = [f"{m}\n{len(facts['dims'])} of {facts['of']}" for m, facts in found.items()]
+    right.set_yticks(range(len(found)), names, fontsize=9)
+    right.invert_yaxis()
+    right.set_xlim(-0.5, max(facts["of"] for facts in found.values()) - 0.5)
+    right.set_xlabel("dimension")
+    right.set_title("Effective dimensions", loc="left", fontsize=11)
+    right.spines[["top", "right"]].set_visible(False)
+
+
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Epochs, and this value at their ends; nan where it was not finite."""
     return [row["epoch"] for row in rows], [float("nan") if row[name] is None else row[name] for row in rows]
@@ -137,14 +165,14 @@ def picked(metrics: dict) -> list[tuple[str, str | None, dict]]:
     """The comparison without the anchor's second entry: it stays as it was trained alone."""
     anchor, part = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
     entries = [entry for entry in comparison(metrics) if entry[0] != part]
-    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, *rest) for name, *rest in entries]
+    return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, m, s) for name, m, s in entries]
 
 
 def compare(axes, bars: list, method: str, colors: dict):
     """Test accuracy of everything; a dot marks what the plain mean of probabilities reaches in a fusion's place."""
     title = "Test accuracy, %"
     for y, (name, modality, scores) in enumerate(bars):
-        color = colors.get(modality, INK if name == method else colors.get(name, MUTED))
+        color = colors.get(modality or name, MUTED)
         value = 100 * scores["test_acc"]
         axes.barh(y, value, color=color, height=0.68, alpha=0.5 if " alone" in name else 1)
         if scores.get("rule") != "mean" and "by_rule" in scores:

@@ -5,7 +5,7 @@ import torch
 RIDGE = 1e-2  # of the features' mean variance
 
 
-def linear_cka(x, y):
+def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     """Linear centered kernel alignment |x'y|^2 / (|x'x| |y'y|), in Frobenius norms of centered features, 0 to 1.
 
     Kornblith et al. 2019, arXiv 1905.00414. Rotations and scale of either side change nothing; features that do not
@@ -16,7 +16,7 @@ def linear_cka(x, y):
     return ((x.T @ y).square().sum() / scale).item() if scale > 0 else 0.0
 
 
-def cross_prediction(x, y):
+def cross_prediction(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> float:
     """R2 of y's test features predicted from x's by ridge regression, which is fitted on validation.
 
     1: y is a linear image of x; 0 and below: x tells nothing linear of y, or one does not vary. Dimensions count by
@@ -34,6 +34,6 @@ def cross_prediction(x, y):
     return (1 - error / total).item()
 
 
-def centered(x):
+def centered(x: torch.Tensor) -> torch.Tensor:
     x = x.double()
     return x - x.mean(0)

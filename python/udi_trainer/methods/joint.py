@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..data.dataset import presence
+from ..data.dataset import Batch, presence
 from ..evaluation.scores import scores
-from ..models.classifiers import ConcatClassifier
+from ..models.classifiers import ConcatClassifier, JointClassifier
 from ..models.encoders import make_encoder, may_draw
 from ..registry import methods
 from ..run import Run
@@ -20,20 +20,22 @@ class Joint(Task):
     """The ancestor of all methods that train one model of all modalities."""
 
     key = "joint"
-    classifier = ConcatClassifier
+    classifier: type = ConcatClassifier
+    model: JointClassifier
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run) -> None:
         super().__init__(run)
         views = run.data.modalities
         made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
-        encoders, widths = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+        encoders = {name: encoder for name, (encoder, _) in made.items()}
+        widths = {name: width for name, (_, width) in made.items()}
         self.random = any(view.random for view in views.values()) or any(map(may_draw, encoders.values()))
         self.model = self.place(self.classifier(encoders, widths, run.data.classes))
         self.parameters = trainable(self.model)
         self.optimizer = run.optimizer(self.parameters)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
-    def forward(self, batch, training=False):
+    def forward(self, batch: Batch, training: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Features by modality, and logits."""
         views = self.run.data.modalities
         present = {name: batch[presence(name)] for name in views if presence(name) in batch}
@@ -45,11 +47,11 @@ class Joint(Task):
         update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
         return {"loss": loss}
 
-    def logits(self, batch):
+    def logits(self, batch: Batch) -> torch.Tensor:
         with self.run.autocast():
             return self.forward(batch)[1]
 
-    def share(self, modality, batch):
+    def share(self, modality: str, batch: Batch) -> torch.Tensor:
         """This modality's share of the logits: a prediction of its own."""
         with self.run.autocast():
             return self.model.shares(self.forward(batch)[0])[modality]

@@ -39,7 +39,7 @@ class OGMGE(Joint):
         self.owner = {w: name for name, encoder in encoders for w in encoder.parameters() if w.dim() > 1}
         self.end = MODULATED * run.options.epochs * run.steps
 
-    def flags(self, number):
+    def flags(self, number: int) -> dict:
         return {"modulate": number < self.end}
 
     def step(self, batch, modulate):
@@ -57,14 +57,14 @@ class OGMGE(Joint):
         return {"loss": loss} | {f"k_{name}": x for name, x in k.items()}
 
 
-def coefficients(shares, labels):
+def coefficients(shares: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """k of each modality, by its share of the logits (N, C)."""
     score = torch.stack([z.float().softmax(-1).gather(1, labels[:, None]).sum() for z in shares.values()])
     ratio = score / ((score.sum() - score) / (len(score) - 1))
     return dict(zip(shares, torch.where(ratio > 1, 1 - torch.tanh(ALPHA * ratio), 1), strict=True))
 
 
-def enhanced(grad, k):
+def enhanced(grad: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return k * grad + grad.std() * torch.randn_like(grad)
 
 

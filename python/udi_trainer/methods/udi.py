@@ -6,6 +6,7 @@ from its labels and from the anchor, which gets nothing back.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,49 +21,20 @@ from ..evaluation.similarity import cross_prediction, linear_cka
 from ..models.classifiers import ConditionalGaussian
 from ..registry import methods
 from ..run import Run
-from ..training.feed import Feed
-from ..training.loop import best_epoch, fit, outputs, usable
+from ..training.loop import best_epoch, fit, outputs
 from ..training.task import update
+from .frozen import Frozen
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
 
 NEAR_TIE = 0.005  # validation accuracies this near each other leave the anchor's choice to predictive entropy
 Q_WARMUP = 100  # steps in which q is only fitted: the bound of an unfitted q is noise that can wreck a follower
-CACHE_LIMIT = 2**30  # bytes of the anchor's outputs above which they are kept in bfloat16
-
-
-class Anchor:
-    """The frozen anchor's features and logits of the training samples: computed once, unless its input is augmented."""
-
-    def __init__(self, run: Run, task: Unimodal):
-        self.run, self.view, self.reads, self.width = run, task.view, task.reads, task.width
-        self.model = task.model.requires_grad_(False).eval()
-        has = usable(run.data.train, task.modality)
-        self.has = None if has is None else has.to(run.device)
-        self.cache = None if self.view.random else self.compute_all()
-
-    def outputs(self, batch):
-        if self.cache is None:
-            return self.compute(batch)
-        return tuple(t[batch["index"]] for t in self.cache)
-
-    @torch.no_grad()
-    def compute(self, batch):
-        with self.run.autocast():
-            return self.model(self.view.input(batch, training=True))
-
-    def compute_all(self):
-        train = self.run.data.train
-        feed = Feed(self.run, train, self.reads)
-        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
-        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-        return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
 
 
 class Follower(Unimodal):
     key = "follower"
 
-    def __init__(self, run: Run, modality: str, anchor: Anchor, alone: Alone | None = None):
+    def __init__(self, run: Run, modality: str, anchor: Frozen, alone: Alone | None = None):
         """Starts from scratch, or from the parameters of ``alone``."""
         super().__init__(run, modality)
         self.anchor = anchor
@@ -80,7 +52,7 @@ class Follower(Unimodal):
         self.controller = Controller(run).to(run.device)
         self.parts = {"model": self.model, "q": self.q, "optimizer": self.optimizer, "controller": self.controller}
 
-    def flags(self, number):
+    def flags(self, number: int) -> dict:
         return {"align": self.controller.due(number), "fitted": number >= self.warmup}
 
     def step(self, batch, align, fitted):
@@ -127,14 +99,15 @@ class Follower(Unimodal):
         scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
         return scalars | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
 
-    def fit_q(self, x, y):
+    def fit_q(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Another step of q alone: the optimizer skips weights that have no gradient."""
         with self.run.autocast():
-            nll = club_nll(*self.q(x), y)
+            mu, logvar = self.q(x)
+            nll = club_nll(mu, logvar, y)
         grad = [*[None] * len(self.parameters), *torch.autograd.grad(nll, self.q_parameters)]
         update(self.optimizer, self.parameters + self.q_parameters, grad)
 
-    def normalise(self, features):
+    def normalise(self, features: torch.Tensor) -> torch.Tensor:
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
         return layer_norm(features, features.shape[1:]) if self.run.options.club_norm == "layer" else features
 
@@ -156,10 +129,10 @@ class Controller(nn.Module):
         super().__init__()
         options = run.options
         static = options.controller == "static"
-        self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha if static else (0, 0))]))
-        self.every = None if static else run.steps if options.align_every == "epoch" else options.align_every
+        self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha or (0, 0))]))
+        self.every = None if static else run.steps if options.align_every == "epoch" else int(options.align_every)
 
-    def due(self, number):
+    def due(self, number: int) -> bool:
         return self.every is not None and number % self.every == 0
 
 
@@ -204,7 +177,7 @@ def choose_anchor(option: str, histories: dict[str, list[dict]]) -> tuple[str, d
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
-def predictions(tasks: dict[str, Unimodal], run: Run) -> tuple[dict, dict]:
+def predictions(tasks: Mapping[str, Unimodal], run: Run) -> tuple[dict, dict]:
     """Features and logits of each modality, on validation and test, from one pass."""
     both = {m: outputs(task, run, task.features_and_logits) for m, task in tasks.items()}
     features = {m: {split: z[:, : tasks[m].width] for split, z in seen.items()} for m, seen in both.items()}
@@ -222,11 +195,12 @@ def similarity(anchor: dict, follower: dict) -> dict[str, float]:
 def collapsed(history: list[dict], alone: float | None, classes: int) -> str | None:
     """Why a follower counts as collapsed, or None: it ended with less than half of the skill it had, or has alone."""
     chance, end = 1 / classes, history[-1]["val_acc"]
-    where, skill = (
-        ("alone it reaches", alone) if alone is not None else ("it had reached", best_epoch(history)["val_acc"])
-    )
+    reached = best_epoch(history)["val_acc"]
+    where, skill = ("it had reached", reached) if alone is None else ("alone it reaches", alone)
     if end < skill and end - chance < 0.5 * (skill - chance):
         return f"its validation accuracy ended at {end:.3f}, {where} {skill:.3f}"
+    if alone is None and end <= chance:
+        return f"its validation accuracy ended at {end:.3f}, no better than chance"
     return None
 
 
@@ -241,7 +215,7 @@ def udi(run: Run) -> Outcome:
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
-    anchor, warm = Anchor(run, tasks[name]), run.options.follower_init == "anchor-phase"
+    anchor, warm = Frozen(run, name, tasks[name].model, tasks[name].width), run.options.follower_init == "anchor-phase"
     warmup, steps = q_warmup(run), run.options.epochs * run.steps
     if warmup >= steps:
         log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..data.dataset import Batch
 from ..models.classifiers import Classifier
 from ..models.encoders import make_encoder, may_draw
 from ..run import Run
@@ -15,7 +16,9 @@ from ..training.task import Task, trainable, update
 class Unimodal(Task):
     """The ancestor of all tasks that train one modality's classifier."""
 
-    def __init__(self, run: Run, modality: str):
+    model: Classifier
+
+    def __init__(self, run: Run, modality: str) -> None:
         super().__init__(run, modality)
         self.view = run.data.modalities[modality]
         encoder, self.width = make_encoder(modality, self.view, run.data.train)
@@ -23,15 +26,15 @@ class Unimodal(Task):
         self.model = self.place(Classifier(encoder, self.width, run.data.classes))
         self.parameters = trainable(self.model)
 
-    def forward(self, batch, training=False):
+    def forward(self, batch: Batch, training: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, logits)."""
         return self.model(self.view.input(batch, training))
 
-    def logits(self, batch):
+    def logits(self, batch: Batch) -> torch.Tensor:
         with self.run.autocast():
             return self.forward(batch)[1]
 
-    def features_and_logits(self, batch):
+    def features_and_logits(self, batch: Batch) -> torch.Tensor:
         """Side by side: (N, width + C)."""
         with self.run.autocast():
             return torch.cat(self.forward(batch), dim=1)
@@ -40,7 +43,7 @@ class Unimodal(Task):
 class Alone(Unimodal):
     key = "anchor"
 
-    def __init__(self, run: Run, modality: str):
+    def __init__(self, run: Run, modality: str) -> None:
         super().__init__(run, modality)
         self.optimizer = run.optimizer(self.parameters)
         self.parts = {"model": self.model, "optimizer": self.optimizer}

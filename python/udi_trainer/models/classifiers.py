@@ -1,5 +1,7 @@
 """Classifiers: encoders under linear heads. All return (features, logits)."""
 
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -12,13 +14,34 @@ class Classifier(nn.Module):
 
     kind = "unimodal"
 
-    def __init__(self, encoder: nn.Module, width: int, classes: int):
+    def __init__(self, encoder: nn.Module, width: int, classes: int, features: int | None = None):
+        """``features``: their width, if another than the encoder's: a linear layer brings them there."""
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, classes)
+        self.arguments = {"features": features}
+        self.encoder = projected(encoder, width, features)
+        self.head = nn.Linear(features or width, classes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.encoder(x)
         return features, self.head(features)
+
+
+def projected(encoder: nn.Module, width: int, features: int | None) -> nn.Module:
+    return encoder if features in (None, width) else nn.Sequential(encoder, nn.Linear(width, features))
+
+
+class DetachedClassifiers(nn.Module):
+    """Each modality's classifier, and a linear head that all share; features are as wide as the narrowest encoder's."""
+
+    def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
+        super().__init__()
+        self.width = min(widths.values())
+        self.alone = nn.ModuleDict({m: Classifier(encoders[m], widths[m], classes, self.width) for m in encoders})
+        self.shared = nn.Linear(self.width, classes)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(features, logits of its own head) by modality."""
+        return {name: classifier(inputs[name]) for name, classifier in self.alone.items()}
 
 
 class JointClassifier(nn.Module):
@@ -30,6 +53,13 @@ class JointClassifier(nn.Module):
     def __init__(self, encoders: dict[str, nn.Module]):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
+
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The logits that come of each modality."""
+        raise NotImplementedError
 
     def forward(
         self, inputs: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
@@ -47,15 +77,19 @@ class ConcatClassifier(JointClassifier):
 
     kind = "concat"
 
-    def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
-        super().__init__(encoders)
-        self.widths = list(widths.values())
+    def __init__(
+        self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int, features: int | None = None
+    ):
+        """``features``: as for :class:`Classifier`, of every modality."""
+        super().__init__({name: projected(encoder, widths[name], features) for name, encoder in encoders.items()})
+        self.arguments = {"features": features}
+        self.widths = [features or width for width in widths.values()]
         self.head = nn.Linear(sum(self.widths), classes)
 
-    def fuse(self, features):
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.head(torch.cat(tuple(features.values()), dim=1))
 
-    def shares(self, features):
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weights, bias = self.head.weight.split(self.widths, dim=1), self.head.bias / len(features)
         pairs = zip(features.items(), weights, strict=True)
         return {name: nn.functional.linear(x, weight, bias) for (name, x), weight in pairs}
@@ -71,10 +105,10 @@ class SumClassifier(JointClassifier):
         super().__init__(encoders)
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 
-    def fuse(self, features):
-        return sum(self.shares(features).values())
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reduce(torch.add, self.shares(features).values())
 
-    def shares(self, features):
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.heads[name](x) for name, x in features.items()}
 
 

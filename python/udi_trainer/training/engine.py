@@ -4,10 +4,12 @@ Both see the same batches, seeds and kinds of steps, so that they train the same
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from ..console import log
+from ..data.dataset import Batch
 from ..errors import UserError
 from .feed import Feed
 from .task import Task
@@ -18,29 +20,29 @@ class Eager:
 
     kept = ("names", "totals", "finite", "steps")  # of an epoch that is interrupted
 
-    def __init__(self, task: Task, feed: Feed, seed: int):
+    def __init__(self, task: Task, feed: Feed, seed: int) -> None:
         self.task, self.feed, self.seed = task, feed, seed
         # torch.manual_seed would take 130 us, to look for other devices too.
         index = feed.device.index or 0
         self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
         self.names: list[str] = []
-        self.totals = self.finite = None  # of each scalar: its sum, and in how many steps that was finite
+        self.totals = self.finite = torch.empty(0)  # of each scalar: its sum, and in how many steps that was finite
         self.steps = 0
 
-    def step(self, batch: dict[str, torch.Tensor], number: int):
+    def step(self, batch: Batch, number: int) -> None:
         self.reseed(number)
         self.run(batch, number, self.task.flags(number))
         self.steps += 1
 
-    def reseed(self, number: int):
+    def reseed(self, number: int) -> None:
         """A step's random numbers depend on its number alone, whatever ran before it."""
         if self.task.random:
             self.generator.manual_seed(self.seed + number)
 
-    def run(self, batch, number, flags):
+    def run(self, batch: Batch, number: int, flags: dict) -> None:
         scalars = self.task.step(self.feed.training_batch(batch), **flags)
         values = torch.stack([x.detach().float() for x in scalars.values()])
-        if self.totals is None:
+        if not self.names:
             self.names, self.totals = list(scalars), torch.zeros_like(values)
             self.finite = torch.zeros_like(values, dtype=torch.int64)
         self.totals += values
@@ -57,7 +59,7 @@ class Eager:
         faulty = [name for name, count in finite.items() if count == first < self.steps]
         return (faulty[1] if faulty[0] == "loss" and len(faulty) > 1 else faulty[0], first) if faulty else None
 
-    def clear(self):
+    def clear(self) -> None:
         self.steps = 0
         for t in (self.totals, self.finite):
             t.zero_()
@@ -65,7 +67,7 @@ class Eager:
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in self.kept}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         for name in self.kept:
             value = state[name]
             setattr(self, name, value.to(self.feed.device) if isinstance(value, torch.Tensor) else value)
@@ -83,7 +85,7 @@ class Graphs(Eager):
         super().__init__(*args)
         self.graphs, self.seen, self.pool = {}, [], torch.cuda.graph_pool_handle()
 
-    def run(self, batch, number, flags):
+    def run(self, batch: Batch, number: int, flags: dict) -> None:
         if self.pool is None:
             return super().run(batch, number, flags)
         if flags not in self.seen:
@@ -106,7 +108,7 @@ class Graphs(Eager):
             static[name].copy_(t)
         graph.replay()
 
-    def capture(self, batch, number, flags):
+    def capture(self, batch: Batch, number: int, flags: dict) -> tuple[torch.cuda.CUDAGraph, Batch]:
         graph, static = torch.cuda.CUDAGraph(), {name: t.clone() for name, t in batch.items()}
         # Thread-local: a thread may be allocating the next batch meanwhile.
         stream = torch.cuda.current_stream()
@@ -124,7 +126,7 @@ class Graphs(Eager):
 
 
 @contextlib.contextmanager
-def no_waiting():
+def no_waiting() -> Iterator[None]:
     """Whatever waits for the GPU raises an error."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..data.dataset import Split, presence
+from ..data.dataset import Batch, Split, presence
 from ..run import Run
 
 AHEAD = 2  # batches prefetched
@@ -15,7 +15,7 @@ AHEAD = 2  # batches prefetched
 class Feed:
     """The batches of a split, with the stored tensors that these modalities read."""
 
-    def __init__(self, run: Run, split: Split, modalities: Sequence[str]):
+    def __init__(self, run: Run, split: Split, modalities: Sequence[str]) -> None:
         self.split, self.device, self.resident = split, run.device, run.resident
         views = {m: run.data.modalities[m] for m in modalities}
         lacked = {presence(m) for m in views} & set(split.stored)
@@ -25,23 +25,23 @@ class Feed:
         copying = not self.resident and self.device.type == "cuda"
         self.copies = torch.cuda.Stream(self.device, priority=-1) if copying else None
 
-    def batches(self, order: torch.Tensor, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
         """``order`` (samples, on the CPU) in batches: of resident data the indices alone, see :meth:`complete`."""
         if self.resident:
             return ({"index": index} for index in order.to(self.device).split(size))
         return self._stream(order.split(size))
 
-    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def complete(self, batch: Batch) -> Batch:
         """The whole batch. Of resident data it is gathered here, on the device: a graph can contain that."""
         return self.split.batch(batch["index"], self.names) if self.resident else batch
 
-    def training_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def training_batch(self, batch: Batch) -> Batch:
         """The whole batch, with what its modalities vary by."""
         batch = self.complete(batch)
         chance = {"chance": torch.rand(len(batch["index"]), 4, device=self.device)} if self.varies else {}
         return batch | chance
 
-    def _stream(self, indices):
+    def _stream(self, indices: Sequence[torch.Tensor]) -> Iterator[Batch]:
         def load(index):
             batch = self.split.batch(index, self.names)
             if self.copies is None:
@@ -59,7 +59,7 @@ class Feed:
             return batch
 
         with ThreadPoolExecutor(1) as pool:
-            ahead = deque()
+            ahead: deque = deque()
             for index in indices:
                 ahead.append(pool.submit(load, index))
                 if len(ahead) > AHEAD:

@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.nn.functional import nll_loss
 
 from ..console import Progress, log
 from ..data.dataset import Split
 from ..errors import UserError
-from ..evaluation.scores import accuracy
-from ..options import Options
 from ..run import Run
 from ..run_folder import REPEAT
 from ..stop import Stopped
@@ -25,20 +22,19 @@ from .feed import Feed
 from .task import Task
 
 
-def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
+def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
 
     Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
     threads that share its cores.
     """
-    epochs = epochs or run.options.epochs
     stages = [Stage(task, run) for task in tasks]
     for stage in stages:
         stage.restore()
     share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
-    total = sum(max(0, (epochs - s.epoch) * run.steps - s.done) for s in stages)
+    total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
@@ -57,14 +53,14 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None):
         stage.finish()
 
 
-def share_stream(stages: Sequence["Stage"]):
+def share_stream(stages: Sequence["Stage"]) -> None:
     """Stages that draw random numbers share a stream: graphs read their seeds from one place, one after the other."""
     drawing = [stage for stage in stages if stage.task.random and stage.stream]
     for stage in drawing:
         stage.stream = drawing[0].stream
 
 
-def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress):
+def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress) -> None:
     """An epoch of each stage, step by step in turn; or at the same time, each with so many threads of the CPU.
 
     Stages that draw random numbers take turns there too, for the generator is one for all.
@@ -89,7 +85,7 @@ def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progre
             raise
 
 
-def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None):
+def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None) -> None:
     """Step by step, each to its end: one that was interrupted in the midst of an epoch has fewer."""
     for done in itertools.zip_longest(*steps, fillvalue=0):
         progress.update(sum(done))
@@ -100,7 +96,7 @@ def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: thre
 class Stage:
     """A task on its way: trained epoch by epoch, checkpointed after each."""
 
-    def __init__(self, task: Task, run: Run):
+    def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
@@ -112,7 +108,7 @@ class Stage:
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
         self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
 
-    def restore(self):
+    def restore(self) -> None:
         """Goes on from its last checkpoint, if there is one."""
         saved = self.run.restore(self.task.name)
         self.history = self.run.history[self.task.name]
@@ -128,7 +124,7 @@ class Stage:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
 
-    def take_up(self, saved: dict):
+    def take_up(self, saved: dict) -> None:
         try:
             self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
             for name, part in self.task.parts.items():
@@ -140,7 +136,7 @@ class Stage:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
 
-    def save(self):
+    def save(self) -> None:
         parts = {name: part.state_dict() for name, part in self.task.parts.items()}
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
@@ -150,15 +146,15 @@ class Stage:
     def epoch(self) -> int:
         return len(self.history)
 
-    def ended(self, epochs: int) -> bool:
+    def ended(self, epochs: int | None) -> bool:
         patience = self.run.options.patience
         waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
-        return self.epoch >= epochs or bool(waited)
+        return self.epoch >= (epochs or self.task.epochs) or bool(waited)
 
-    def on_stream(self):
+    def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
-    def epoch_steps(self):
+    def epoch_steps(self) -> Iterator[int]:
         """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
@@ -167,10 +163,12 @@ class Stage:
             order = order[self.usable[order]]
             order = order.repeat(-(-steps * self.run.batch_size // len(order)))
         order = order[: steps * self.run.batch_size]
-        self.task.model.train()
         with self.on_stream():
+            if not self.done:
+                self.task.begin_epoch(self.epoch)
+            self.task.model.train()
             for group in self.groups:
-                group["lr"].fill_(learning_rate(self.run.options, self.epoch, group.get("lr_scale", 1)))
+                group["lr"].fill_(learning_rate(self.task, self.epoch, group.get("lr_scale", 1)))
             batches = iter(self.feed.batches(order[self.done * self.run.batch_size :], self.run.batch_size))
         while self.done < steps:
             with self.on_stream():
@@ -179,24 +177,19 @@ class Stage:
             yield 1
             self.run.stop.check()
 
-    def suspend(self, began: float, shared: int):
+    def suspend(self, began: float, shared: int) -> None:
         """Keeps an epoch that is under way, to go on with it when the run is resumed."""
         if self.done:
             self.seconds += (time.perf_counter() - began) / shared
             self.save()
 
-    def end(self, began: float, shared: int):
+    def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
         means, fault = self.engine.means(), self.engine.fault()
         logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
         if (kept := usable(self.run.data.val, self.task.modality)) is not None:
             logits, labels = logits[kept], labels[kept]
-        log_p = logits.log_softmax(-1)
-        val = {
-            "val_acc": accuracy(logits, labels),
-            "val_loss": nll_loss(log_p, labels).item(),
-            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        }
+        val = self.task.validate(logits, labels)
         if fault or not math.isfinite(val["val_loss"]):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
@@ -216,22 +209,24 @@ class Stage:
         where = f"in step {number}, of epoch {self.epoch + 1}"
         return UserError(f"{self.label}: {name} is not finite {where}: lower --lr (it is {lr}){good}")
 
-    def finish(self):
+    def finish(self) -> None:
         if self.stream:
             torch.cuda.current_stream(self.run.device).wait_stream(self.stream)
+        assert self.best is not None
         self.task.model.load_state_dict(self.best)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
-        kept, planned = best_epoch(self.history), self.run.options.epochs
+        kept, planned = best_epoch(self.history), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
         log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
 
 
-def learning_rate(options: Options, epoch: int, scale: float = 1.0) -> float:
+def learning_rate(task: Task, epoch: int, scale: float = 1.0) -> float:
+    options = task.run.options
     lr = options.lr * scale
     if options.schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+        return lr * (1 + math.cos(math.pi * epoch / task.epochs)) / 2
     if options.schedule == "step":
         every, factor = options.lr_step
         return lr * factor ** (epoch // every)

@@ -1,9 +1,17 @@
 """What a stage of a method is made of: a model, and how a step trains it."""
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import torch
 from torch import nn
+from torch.nn.functional import nll_loss
 
+from ..data.dataset import Batch
+from ..evaluation.scores import accuracy
 from ..run import Run
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Task:
@@ -22,7 +30,7 @@ class Task:
     parameters: list[nn.Parameter]
     parts: dict
 
-    def __init__(self, run: Run, modality: str | None = None):
+    def __init__(self, run: Run, modality: str | None = None) -> None:
         self.run, self.modality = run, modality
         self.phase = self.key  # as the log calls it
         self.name = self.name_of(modality)
@@ -32,24 +40,41 @@ class Task:
     def name_of(cls, modality: str | None) -> str:
         return "-".join(filter(None, (cls.key, modality)))
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: Model) -> Model:
         """The model on the run's device, compiled if the run wants that."""
         model.to(self.run.device)
         if self.run.options.compile:
             model.compile()
         return model
 
+    @property
+    def epochs(self) -> int:
+        """Its length, which the learning rate's schedule follows."""
+        return self.run.options.epochs
+
+    def begin_epoch(self, epoch: int) -> None:
+        """What comes before an epoch's steps, outside of any graph; epochs count from 0."""
+
     def flags(self, number: int) -> dict:
         """What kind of step this is: keyword arguments of `step`, of few values, the same names in every step."""
         return {}
 
-    def step(self, batch: dict[str, torch.Tensor], **flags) -> dict[str, torch.Tensor]:
+    def step(self, batch: Batch, **flags: Any) -> dict[str, torch.Tensor]:
         """Trains on the batch; returns named scalars, left on the device."""
         raise NotImplementedError
 
-    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""
         raise NotImplementedError
+
+    def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Accuracy, loss and predictive entropy on validation."""
+        log_p = logits.log_softmax(-1)
+        return {
+            "val_acc": accuracy(logits, labels),
+            "val_loss": nll_loss(log_p, labels).item(),
+            "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
+        }
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -57,7 +82,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def update(optimizer: torch.optim.Optimizer, parameters, grads):
+def update(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Sequence[torch.Tensor | None]
+) -> None:
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()

@@ -121,6 +121,6 @@ def test_plain_pytorch_trains_the_same(align):
     plain.fit()
     ours = [row["loss"] for row in read_log("run")]
     assert len(ours) == 9
-    assert ours == pytest.approx([row["loss"] for rows in plain.rows.values() for row in rows], rel=1e-3)
+    assert ours == pytest.approx([row["loss"] for rows in plain.history.values() for row in rows], rel=1e-3)
     assert any(row.get("alpha_con", 0) > 0 for row in read_log("run"))
     assert align == "epoch" or any(row.get("alpha_com", 0) > 0 for row in read_log("run"))

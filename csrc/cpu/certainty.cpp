@@ -1,0 +1,135 @@
+// Certainty-weighted fusion of M heads' logits: with s_m the largest probability of head m in a row,
+//   w = softmax(s/T) over the heads, out = sum_m w_m z_m.
+//
+// Backward, with g the row's gradient and a_m = <g, z_m>:
+//   d z_m = w_m g + w_m (a_m - sum_k w_k a_k)/T s_m ([z_m is the largest] - p_m),  shared out among equally large ones.
+#include <functional>
+#include <limits>
+
+#include "launch.h"
+
+namespace udi {
+namespace {
+
+constexpr int64_t kGrain = 4096;  // below this many elements a second thread does not pay
+
+// (M, N, C), elements of a row adjacent.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t m, n, c, head_stride, row_stride;
+
+  explicit Heads(const Tensor& t)
+      : data(static_cast<T*>(t.data_ptr())), m(t.size(0)), n(t.size(1)), c(t.size(2)), head_stride(t.stride(0)),
+        row_stride(t.stride(1)) {
+    STD_TORCH_CHECK(c <= 1 || t.stride(2) == 1, "udi_kernels: the elements of a row must be adjacent");
+  }
+  T* row(int64_t head, int64_t r) const { return data + head * head_stride + r * row_stride; }
+};
+
+// Largest logit, and its probability, in one row of one head.
+template <class S>
+struct Certainty {
+  S top, probability;
+};
+
+template <class T>
+Certainty<compute_t<T>> certainty(const T* z, int64_t classes) {
+  using S = compute_t<T>;
+  constexpr S none = -std::numeric_limits<S>::infinity();
+  Vec<S> top = splat(none), sum{};
+  for_each_lanes(classes, [&](int64_t c, int n) { top = max(load_some(z + c, n, none), top); });
+  top = across(top, max<Vec<S>>);
+  for_each_lanes(classes, [&](int64_t c, int n) { sum += exp_negative(Vec<S>(load_some(z + c, n, none) - top)); });
+  return {top[0], 1 / udi::sum(sum)};
+}
+
+// The heads' certainties and weights in a row.
+template <class T>
+void weights(Heads<const T> z, int64_t r, compute_t<T> inverse_temperature, Certainty<compute_t<T>>* certainties,
+             compute_t<T>* weight) {
+  using S = compute_t<T>;
+  S top = 0, sum = 0;
+  for (int64_t m = 0; m < z.m; ++m) {
+    certainties[m] = certainty(z.row(m, r), z.c);
+    top = std::max(top, certainties[m].probability);
+  }
+  for (int64_t m = 0; m < z.m; ++m)
+    sum += weight[m] = std::exp((certainties[m].probability - top) * inverse_temperature);
+  for (int64_t m = 0; m < z.m; ++m) weight[m] /= sum;
+}
+
+template <class S, class F>
+void for_each_row(int64_t rows, int64_t heads, int64_t classes, F f) {
+  torch::stable::parallel_for(0, rows, 1 + kGrain / (heads * classes), [&](int64_t begin, int64_t end) {
+    std::vector<Certainty<S>> certainties(heads);
+    std::vector<S> weight(heads), pull(heads);
+    for (int64_t r = begin; r < end; ++r) f(r, certainties.data(), weight.data(), pull.data());
+  });
+}
+
+Tensor certainty_fusion_fwd(const Tensor& logits, double temperature) {
+  Tensor out = empty({logits.size(1), logits.size(2)}, logits.scalar_type());
+  if (logits.size(1) == 0) return out;
+  dispatch(logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Heads<const T> z(logits);
+    Rows<T> to(out);
+    for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S*) {
+      weights(z, r, S(1 / temperature), certainties, weight);
+      for_each_lanes(z.c, [&](int64_t c, int n) {
+        Vec<S> sum{};
+        for (int64_t m = 0; m < z.m; ++m) sum += weight[m] * load_some(z.row(m, r) + c, n, S(0));
+        store_some(to[r] + c, sum, n);
+      });
+    });
+  });
+  return out;
+}
+
+Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double temperature, bool need_logits) {
+  if (!need_logits) return empty({0}, logits.scalar_type());
+  Tensor out = empty({logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  if (logits.size(1) == 0) return out;
+  dispatch(logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    constexpr S none = -std::numeric_limits<S>::infinity();
+    Heads<const T> z(logits);
+    Heads<T> to(out);
+    Rows<const T> g(grad);
+    for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S* pull) {
+      weights(z, r, S(1 / temperature), certainties, weight);
+      S mean = 0;
+      for (int64_t m = 0; m < z.m; ++m) {
+        Vec<S> sum{};
+        for_each_lanes(z.c, [&](int64_t c, int n) {
+          sum += load_some(g[r] + c, n, S(0)) * load_some(z.row(m, r) + c, n, S(0));
+        });
+        mean += weight[m] * (pull[m] = udi::sum(sum));
+      }
+      for (int64_t m = 0; m < z.m; ++m) {
+        const T* from = z.row(m, r);
+        const auto [top, probability] = certainties[m];
+        Vec<S> largest{};
+        for_each_lanes(z.c, [&](int64_t c, int n) { largest += load_some(from + c, n, none) == top ? splat(S(1)) : Vec<S>{}; });
+        const S factor = weight[m] * (pull[m] - mean) * S(1 / temperature) * probability, share = 1 / udi::sum(largest);
+        for_each_lanes(z.c, [&](int64_t c, int n) {
+          Vec<S> x = load_some(from + c, n, none), p = exp_negative(Vec<S>(x - top)) * probability;
+          p = (x == top ? splat(share) : Vec<S>{}) - p;
+          store_some(to.row(m, r) + c, Vec<S>(weight[m] * load_some(g[r] + c, n, S(0)) + factor * p), n);
+        });
+      }
+    });
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
+  m.impl("certainty_fusion_fwd", TORCH_BOX(&certainty_fusion_fwd));
+  m.impl("certainty_fusion_bwd", TORCH_BOX(&certainty_fusion_bwd));
+}
+
+}  // namespace
+}  // namespace udi

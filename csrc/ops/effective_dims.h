@@ -1,0 +1,44 @@
+// effective_dims: checks; it has no gradient.
+#pragma once
+
+#include "checks.h"
+
+namespace udi {
+namespace {
+
+struct EffectiveDims {
+  using Signature = Tensor(const Tensor&, const Tensor&, int64_t);
+
+  static const auto& fwd() {
+    static const auto fwd = op<Signature>("udi_kernels::effective_dims_fwd");
+    return fwd;
+  }
+};
+
+Tensor effective_dims(const Tensor& features, const Tensor& labels, int64_t num_classes) {
+  check_tensors("effective_dims", {{"features", features}});
+  TORCH_CHECK_VALUE(features.dim() == 2, "effective_dims: features must have shape (N, D), got ",
+                    python(features.sym_sizes()));
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt,
+                   "effective_dims: labels must be int64 or int32, got ", python(labels.scalar_type()));
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.sym_size(0) == features.sym_size(0),
+                    "effective_dims: labels must have shape ", python(features.sym_sizes().slice(0, 1)),
+                    ", one per row, got ", python(labels.sym_sizes()));
+  TORCH_CHECK_VALUE(labels.device() == features.device(), "effective_dims: labels must be on ", features.device(),
+                    " as features is, got ", labels.device());
+  TORCH_CHECK_VALUE(num_classes > 0, "effective_dims: num_classes must be positive, got ", num_classes);
+  if (labels.is_cpu() && labels.numel() != 0) {
+    const auto largest = labels.max().item<int64_t>();
+    TORCH_CHECK_VALUE(largest < num_classes, "effective_dims: labels must be below num_classes (", num_classes,
+                      "), got ", largest);
+  }
+  Tensor rows = matrix(features, features.scalar_type()), integers = labels.to(at::kLong);
+  if (!kernels_serve<EffectiveDims>(features, at::kFloat)) {  // kernels compute in float64, whatever the dtype
+    static const auto reference = op<EffectiveDims::Signature>("udi_kernels::effective_dims_reference");
+    return reference.call(rows, integers, num_classes);
+  }
+  return EffectiveDims::fwd().call(rows, integers, num_classes);
+}
+
+}  // namespace
+}  // namespace udi

@@ -1,0 +1,223 @@
+"""Detached and Interactive Multimodal Learning (DI-MML; Fan et al., arXiv 2407.19514).
+
+Detached phase: every modality m has an encoder and a head of its own, and all share a linear classifier; they are
+trained side by side, but no loss is of several modalities' outputs:
+    L = sum_m [CE(own head) + lambda CE(shared classifier)] + sum_(a, b) DUC(student b, teacher a)
+After a warm-up the effective dimensions of each modality are found on the training samples, and on those of a that b
+lacks, b learns from a, which gets nothing back. Fusion phase: with all that frozen, a linear head learns from the
+concatenated features. Prediction weights the logits of all heads by their certainty.
+
+As in the authors' code (github.com/fanyunfeng-bit/DI-MML), lambda, DUC's weight and its schedule are constant, the
+dimensions are found once, with the encoders in evaluation mode, and both phases begin with the first learning rate. It
+keeps the epoch that is best on test for one of the modalities, or the latest tenth; here the best mean validation
+accuracy decides, and the fusion head's own. Its optimizer and length are options here:
+    --optimizer sgd --lr 1e-3 --schedule step --batch-size 16 --epochs 150
+It is for two modalities of equally wide features; here all ordered pairs count, and a linear layer brings features to
+the narrowest width.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from udi_kernels import duc_loss, effective_dims
+
+from ..console import log
+from ..data.dataset import Batch
+from ..errors import UserError
+from ..evaluation.fusion import fuse
+from ..evaluation.scores import scores
+from ..models.classifiers import ConcatClassifier, DetachedClassifiers
+from ..models.encoders import make_encoder, may_draw
+from ..registry import methods
+from ..run import Run
+from ..training.feed import Feed
+from ..training.loop import fit, outputs
+from ..training.task import Task, update
+from .frozen import Frozen
+from .outcome import Outcome
+
+FUSION_HEAD = "fusion head"  # the name of its model, which no modality has
+
+
+class Dimensions(nn.Module):
+    """The dimensions in which each modality's features are effective (M, D)."""
+
+    effective: torch.Tensor
+
+    def __init__(self, modalities: int, width: int):
+        super().__init__()
+        self.register_buffer("effective", torch.ones(modalities, width, dtype=torch.bool))
+
+    def complementary(self, teacher: int, student: int) -> torch.Tensor:
+        return self.effective[teacher] & ~self.effective[student]
+
+
+class Detached(Task):
+    key = "dimml"
+    model: DetachedClassifiers
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.phase, self.views = "detached", run.data.modalities
+        made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
+        encoders = {name: encoder for name, (encoder, _) in made.items()}
+        widths = {name: width for name, (_, width) in made.items()}
+        self.random = any(view.random for view in self.views.values()) or any(map(may_draw, encoders.values()))
+        self.model = self.place(DetachedClassifiers(encoders, widths, run.data.classes))
+        self.projected = {name: width for name, width in widths.items() if width != self.model.width}
+        self.parameters = list(self.model.parameters())
+        self.optimizer = run.optimizer(self.parameters)
+        self.dimensions = Dimensions(len(widths), self.model.width).to(run.device)
+        self.warmup = round(run.options.contrast_warmup * run.options.epochs)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "dimensions": self.dimensions}
+
+    def forward(self, batch: Batch, training: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(features, logits) by modality."""
+        return self.model({name: view.input(batch, training) for name, view in self.views.items()})
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch == self.warmup and self.run.options.contrast == "duc":
+            self.dimensions.effective.copy_(self.find_dimensions())
+
+    @torch.no_grad()
+    def find_dimensions(self) -> torch.Tensor:
+        train = self.run.data.train
+        feed, features = Feed(self.run, train, self.reads), []
+        self.model.eval()
+        for batch in feed.batches(torch.arange(len(train)), 1000):
+            with self.run.autocast():
+                features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
+        labels = train.labels.to(self.run.device)
+        columns = (torch.cat(parts) for parts in zip(*features, strict=True))
+        return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
+
+    def flags(self, number: int) -> dict:
+        return {"interact": number >= self.warmup * self.run.steps and self.run.options.contrast_weight > 0}
+
+    def step(self, batch, interact):
+        """``interact``: modalities learn from each other."""
+        options = self.run.options
+        with self.run.autocast():
+            features, logits = zip(*self.forward(batch, training=True).values(), strict=True)
+            own = [cross_entropy(z, batch["labels"]) for z in logits]
+            shared = [cross_entropy(self.model.shared(x), batch["labels"]) for x in features]
+            contrast = self.contrast(features) if interact else 0 * own[0]
+        loss = sum(own) + options.shared_weight * sum(shared) + options.contrast_weight * contrast
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        scalars = {"loss": loss, "contrast": contrast} | {f"cls_{m}": x for m, x in zip(self.views, own, strict=True)}
+        return scalars | {f"shared_{m}": x for m, x in zip(self.views, shared, strict=True)}
+
+    def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss by which modalities learn from each other, over all ordered pairs."""
+        temperature, full = self.run.options.contrast_temperature, self.run.options.contrast == "full"
+        total = torch.zeros((), device=features[0].device)
+        for a, b in itertools.permutations(range(len(features)), 2):
+            teacher = features[a] if full else features[a].detach()
+            dims = self.dimensions.effective[a] if full else self.dimensions.complementary(a, b)
+            total = total + duc_loss(features[b], teacher, dims, temperature=temperature)
+        return total
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Those of all heads, side by side: (N, M C)."""
+        with self.run.autocast():
+            return torch.cat([z for _, z in self.forward(batch).values()], dim=1)
+
+    def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Means over the modalities, and each one's accuracy."""
+        each = [Task.validate(self, z, labels) for z in self.by_modality(logits).values()]
+        means = {name: sum(row[name] for row in each) / len(each) for name in each[0]}
+        return means | {f"val_acc_{m}": row["val_acc"] for m, row in zip(self.views, each, strict=True)}
+
+    def by_modality(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self.views, logits.split(self.run.data.classes, dim=1), strict=True))
+
+
+class FusionHead(Task):
+    """A linear head on the frozen modalities' concatenated features."""
+
+    key = "dimml-fusion"
+    model: nn.Linear
+
+    def __init__(self, run: Run, frozen: dict[str, Frozen]):
+        super().__init__(run)
+        self.phase, self.frozen = "fusion", frozen
+        self.random = any(modality.cache is None for modality in frozen.values())
+        self.head = nn.Linear(sum(modality.width for modality in frozen.values()), run.data.classes).to(run.device)
+        self.model = self.head
+        self.parameters = list(self.model.parameters())
+        self.optimizer = run.optimizer(self.parameters)
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
+
+    @property
+    def epochs(self) -> int:
+        return self.run.options.fusion_epochs
+
+    def step(self, batch):
+        features = torch.cat([modality.outputs(batch)[0] for modality in self.frozen.values()], dim=1)
+        with self.run.autocast():
+            loss = cross_entropy(self.model(features.float()), batch["labels"])
+        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        return {"loss": loss}
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        features = torch.cat([modality.compute(batch)[0] for modality in self.frozen.values()], dim=1)
+        with self.run.autocast():
+            return self.model(features.float())
+
+    def classifier(self, encoders: dict[str, nn.Module]) -> ConcatClassifier:
+        """The head on these encoders, as one model."""
+        widths = {name: modality.width for name, modality in self.frozen.items()}
+        whole = ConcatClassifier(encoders, widths, self.run.data.classes)
+        whole.head, whole.arguments = self.head, {"features": next(iter(widths.values()))}  # brought there before
+        return whole
+
+
+def effective(task: Detached) -> dict[str, dict]:
+    """The effective dimensions of each modality, and how many of them each other one lacks."""
+    names = list(task.views)
+    found = {}
+    for i, name in enumerate(names):
+        others = {other: int(task.dimensions.complementary(i, j).sum()) for j, other in enumerate(names) if j != i}
+        dims = task.dimensions.effective[i].nonzero().flatten().tolist()
+        found[name] = {"dims": dims, "of": task.model.width, "lacking_in": others}
+        lacking = ", ".join(f"{n} of them not in {other}" for other, n in others.items())
+        log.info("%s: %d of %d dimensions are effective, %s", name, len(dims), task.model.width, lacking)
+    return found
+
+
+@methods.register("dimml")
+def dimml(run: Run) -> Outcome:
+    """Detached modalities that learn complementary dimensions from each other, fused by certainty."""
+    if lacking := [
+        m for m in run.data.modalities if any(split.has(m) is not None for split in run.data.splits().values())
+    ]:
+        raise UserError(f"dimml needs every modality of every sample: some lack {', '.join(lacking)}")
+    detached = run.make(Detached)
+    for name, width in detached.projected.items():
+        log.info("%s: a linear layer brings %d features to %d, the narrowest", name, width, detached.model.width)
+    fit([detached], run)
+    logits = {split: detached.by_modality(z) for split, z in outputs(detached, run).items()}
+    own = {name: {split: logits[split][name] for split in logits} for name in detached.views}
+    alone = dict(detached.model.alone.items())
+    head = run.make(
+        FusionHead, frozen={name: Frozen(run, name, model, detached.model.width) for name, model in alone.items()}
+    )
+    fit([head], run)
+    heads = own | {FUSION_HEAD: outputs(head, run)}
+    fused, rule = fuse("certainty" if run.options.fusion == "auto" else run.options.fusion, heads, run.labels)
+    del fused["without"]  # the fusion head reads all modalities
+    metrics = {
+        "modalities": {name: scores(z, run.labels) for name, z in own.items()},
+        "part": "own head",
+        "unimodal": {},
+        "fusion_head": scores(heads[FUSION_HEAD], run.labels),
+        "fused": fused,
+    }
+    if run.options.contrast == "duc" and detached.warmup < run.options.epochs:
+        metrics["effective_dims"] = effective(detached)
+    whole = head.classifier({name: model.encoder for name, model in alone.items()})
+    return Outcome(metrics, alone | {FUSION_HEAD: whole}, rule)

@@ -1,0 +1,40 @@
+"""A trained modality whose outputs others learn from: UDI's anchor, the encoders under DI-MML's fusion head."""
+
+import torch
+from torch import nn
+
+from ..data.dataset import Batch
+from ..run import Run
+from ..training.feed import Feed
+from ..training.loop import usable
+
+CACHE_LIMIT = 2**30  # bytes of outputs above which they are kept in bfloat16
+
+
+class Frozen:
+    """Its features and logits of the training samples: computed once, unless its input is augmented."""
+
+    def __init__(self, run: Run, modality: str, model: nn.Module, width: int):
+        self.run, self.view, self.reads = run, run.data.modalities[modality], (modality,)
+        self.model, self.width = model.requires_grad_(False).eval(), width
+        has = usable(run.data.train, modality)
+        self.has = None if has is None else has.to(run.device)
+        self.cache = None if self.view.random else self.compute_all()
+
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Of a batch of training."""
+        if self.cache is None:
+            return self.compute(batch, training=True)
+        return tuple(t[batch["index"]] for t in self.cache)
+
+    @torch.no_grad()
+    def compute(self, batch: Batch, training: bool = False) -> tuple[torch.Tensor, ...]:
+        with self.run.autocast():
+            return self.model(self.view.input(batch, training))
+
+    def compute_all(self) -> list[torch.Tensor]:
+        train = self.run.data.train
+        feed = Feed(self.run, train, self.reads)
+        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
+        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache

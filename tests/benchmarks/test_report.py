@@ -1,0 +1,49 @@
+"""From pytest-benchmark's JSON to tables and plots."""
+
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_pytest_benchmark_shows_the_samples(tmp_path):
+    select = "js_div and 64x6 and not compile and not liger"
+    command = ["-m", "pytest", BENCHMARKS, "--benchmark-only", "--device=cpu", "-q", "-k", select]
+    run(*command, f"--benchmark-json={tmp_path / 'results.json'}")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "node" not in results["machine_info"]
+    assert [b["params"]["provider"] for b in results["benchmarks"]] == ["udi_kernels", "eager"]
+    for benchmark in results["benchmarks"]:
+        stats, info = benchmark["stats"], benchmark["extra_info"]
+        assert stats["rounds"] == len(stats["data"]) >= 5
+        median = statistics.median(stats["data"])
+        assert math.isclose(info["bandwidth"] * median, info["necessary_bytes"], rel_tol=1e-6)
+        assert math.isclose(info["copy_fraction"] * info["copy_bandwidth"], info["bandwidth"], rel_tol=1e-6)
+        assert info["necessary_bytes"] == 5 * 64 * 6 * 4 and 0 < median < 0.1
+
+    assert "| `js_div` 64x6 float32 + backward |" in run(BENCHMARKS / "report.py", tmp_path / "results.json")
+    if importlib.util.find_spec("matplotlib"):
+        run(BENCHMARKS / "report.py", tmp_path / "results.json", "--out", tmp_path / "out")
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md", "js_div.png"}
+        again = run(BENCHMARKS / "report.py", tmp_path / "out" / "results.json")  # what it keeps is all that it needs
+        assert again == (tmp_path / "out" / "table.md").read_text()
+
+
+def run(*command):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_committed_table_comes_from_the_committed_results():
+    for folder in (BENCHMARKS / "results").iterdir():
+        assert run(BENCHMARKS / "report.py", folder / "results.json") == (folder / "table.md").read_text()

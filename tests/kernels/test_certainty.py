@@ -1,0 +1,118 @@
+from functools import partial
+
+import pytest
+import torch
+from losses import assert_as_good_as_torch, run
+
+from udi_kernels import certainty_fusion, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(1, 3, 5), (3, 64, 6), (3, 20, 101), (2, 5, 1271), (7, 33, 41), (4, 1, 1)]
+
+
+def plain(logits, temperature):
+    """Head by head, as the paper's code has it."""
+    probabilities = [z.softmax(1) for z in logits]
+    weights = torch.stack([p.max(1).values for p in probabilities]).div(temperature).softmax(0)
+    return sum(w[:, None] * z for w, z in zip(weights, logits, strict=True))
+
+
+def draw(shape, dtype=torch.float32, device="cpu"):
+    return [(3 * torch.randn(shape, device=device)).to(dtype)]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy(shape, dtype, temperature, device):
+    ops = [partial(op, temperature=temperature) for op in (certainty_fusion, reference.certainty_fusion)]
+    assert_as_good_as_torch(*ops, lambda: draw(shape, dtype, device))
+
+
+def test_parity_with_the_plain_form(device):
+    inputs = draw((3, 20, 11), torch.float64, device)
+    ours, theirs = run(partial(certainty_fusion, temperature=3.0), inputs), run(partial(plain, temperature=3.0), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_surest_head_wins_at_low_temperature(device):
+    (logits,) = draw((3, 50, 7), device=device)
+    surest = logits.softmax(-1).amax(-1).argmax(0)
+    want = logits[surest, torch.arange(50, device=device)]
+    torch.testing.assert_close(certainty_fusion(logits, temperature=1e-6), want)
+
+
+def test_hostile_logits(device):
+    logits = torch.tensor([[[1e4, -1e4, 0.0]], [[-1e4, -1e4, -1e4]], [[0.0, -float("inf"), 1.0]]], device=device)
+    want = reference.certainty_fusion(logits.double())
+    torch.testing.assert_close(certainty_fusion(logits), want.float())
+    logits[1] = float("nan")
+    assert certainty_fusion(logits).isnan().all()
+
+
+def test_equal_largest_logits_share_the_gradient(device):
+    logits = torch.tensor([[[2.0, 2.0, 1.0]], [[0.0, 3.0, 3.0]]], device=device)
+    grad = torch.tensor([[1.0, -1.0, 0.5]], device=device)
+    ours, want = (run(f, [logits.double()], grad=grad) for f in (certainty_fusion, reference.certainty_fusion))
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_strides_and_expanded_gradient(device):
+    base = torch.randn(40, 3, 22, device=device)
+    for view in (base.transpose(0, 1)[:, :, :11], base.permute(1, 2, 0), base[:1].expand(5, 3, 22)):
+        want = run(lambda z: certainty_fusion(z).sum(), [view.contiguous()])
+        leaf = view.detach().requires_grad_()
+        value = certainty_fusion(leaf).sum()
+        got = value, torch.autograd.grad(value, leaf)[0]
+        torch.testing.assert_close(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
+def test_gradcheck_and_double_backward(device):
+    (logits,) = draw((3, 4, 5), torch.float64, device)
+    f = partial(certainty_fusion, temperature=0.7)
+    assert torch.autograd.gradcheck(f, logits.requires_grad_())
+    assert torch.autograd.gradgradcheck(f, logits)
+
+
+def test_retain_graph_empty_and_bit_identical(device):
+    (logits,) = draw((3, 500, 10), device=device)
+    leaf = logits.requires_grad_()
+    out = certainty_fusion(leaf)
+    first, second = (torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(out, certainty_fusion(leaf))
+    empty = torch.empty(3, 0, 5, device=device, requires_grad=True)
+    out = certainty_fusion(empty)
+    assert out.shape == (0, 5) and torch.autograd.grad(out.sum(), empty)[0].shape == (3, 0, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_and_compile(dtype, device):
+    (logits,) = draw((3, 8, 5), dtype, device)
+    want = certainty_fusion(logits, temperature=2.0)
+    assert want.dtype == dtype
+    ops = torch.ops.udi_kernels
+    torch.library.opcheck(ops.certainty_fusion.default, (logits.detach().requires_grad_(), 2.0))
+    torch.library.opcheck(ops.certainty_fusion_fwd.default, (logits, 2.0))
+    torch.library.opcheck(ops.certainty_fusion_bwd.default, (torch.ones_like(want), logits, 2.0, True))
+    compiled = torch.compile(partial(certainty_fusion, temperature=2.0), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, [logits]), run(partial(certainty_fusion, temperature=2.0), [logits]))
+
+
+BAD = {
+    "logits must be a torch.Tensor, got list": lambda z: certainty_fusion([z, z]),
+    "logits must be float.*, got torch.int64": lambda z: certainty_fusion(z.long()),
+    r"logits must have shape \(M, N, C\) .* got \(3, 4\)": lambda z: certainty_fusion(z[0]),
+    r"logits must have .* at least one head and class, got \(0, 3, 4\)": lambda z: certainty_fusion(z[:0]),
+    r"logits must have .* at least one head and class, got \(2, 3, 0\)": lambda z: certainty_fusion(z[..., :0]),
+    "temperature must be positive and finite, got -1": lambda z: certainty_fusion(z, temperature=-1),
+    "temperature must be a number": lambda z: certainty_fusion(z, temperature=torch.ones(())),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, backend):
+    with pytest.raises((ValueError, TypeError), match=f"certainty_fusion: {message}"):
+        BAD[message](torch.zeros(2, 3, 4))

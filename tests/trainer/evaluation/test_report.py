@@ -1,0 +1,70 @@
+"""report.png: what is in it, of all kinds of runs."""
+
+import pytest
+
+pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
+
+from matplotlib.figure import Figure  # noqa: E402
+
+from udi_trainer.evaluation import report  # noqa: E402
+
+SCORES = {"val_acc": 0.8, "test_acc": 0.7, "test_macro_f1": 0.6}
+
+
+def run(modalities, controller="static", baselines=(), epochs=3):
+    """Metrics and history of UDI, its anchor the first modality."""
+    anchor, *followers = modalities
+    history = {}
+    for phase, names in (("anchor", modalities), ("follower", followers), *((name, [None]) for name in baselines)):
+        for m in names:
+            rows = [{"phase": phase, "modality": m, "epoch": i + 1, "val_acc": i / epochs} for i in range(epochs)]
+            for i, row in enumerate(rows if phase == "follower" else []):
+                row |= {"cls": 1 / (1 + i), "con": 0.1, "com": None if i == 1 else 0.2, "alpha_con": 1, "alpha_com": 1}
+            history[f"{phase}-{m}"] = rows
+    metrics = {"method": "udi", "dataset": "digits", "seed": 0, "anchor": anchor, "controller": controller}
+    metrics |= {
+        "unimodal": dict.fromkeys(modalities, SCORES),
+        "modalities": dict.fromkeys(modalities, SCORES | {"x": 0}),
+    }
+    metrics |= {"baselines": dict.fromkeys(baselines, SCORES), "ensemble": SCORES}
+    return metrics | {"fused": SCORES | {"rule": "sum", "by_rule": {"mean": SCORES}}}, history
+
+
+def panels(metrics, history, path, monkeypatch):
+    """The report's axes, as they were drawn."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    report.draw(metrics, history, path)
+    return drawn[0].axes
+
+
+SIX = ("joint", "joint-sum", "ogm-ge", "gramian", "one's own", "another")
+
+
+@pytest.mark.parametrize("modalities", [("gray", "color"), ("a", "b", "c", "d", "e", "f")])
+@pytest.mark.parametrize("baselines", [(), SIX])
+@pytest.mark.parametrize("controller", ["static", "dynamic"])
+def test_every_line_is_named_and_has_a_color_of_its_own(modalities, baselines, controller, tmp_path, monkeypatch):
+    metrics, history = run(modalities, controller, baselines)
+    curves, bars, *drives = panels(metrics, history, tmp_path / "report.png", monkeypatch)
+    assert [axes.get_title(loc="left") for axes in drives] == [
+        "$L_{cls}$", "$L_{con}$", "$L_{com}$", *(list(report.ALPHAS.values()) if controller == "dynamic" else [])
+    ]  # fmt: skip
+    # Here all accuracies are equal: one line for all, that has all names.
+    (name,) = (text.get_text() for text in curves.texts)
+    wanted = [f"{modalities[0]}, anchor", *(f"{m} alone" for m in modalities[1:])]
+    assert name.split(" = ") == [*wanted, *(f"{m}, follower" for m in modalities[1:]), *baselines]
+    assert all(axes.get_legend() is None for axes in (curves, bars, *drives))
+    labels = [label.get_text() for label in bars.get_yticklabels()]
+    assert labels[0] == f"{modalities[0]} alone (anchor)" and labels[-1] == "udi"
+    assert len(labels) == len(set(labels)) == 2 * len(modalities) + 1 + len(baselines)
+    colors = {bar.get_facecolor() for bar, label in zip(bars.patches, labels, strict=True) if label in baselines}
+    assert len(colors) == len(baselines)
+
+
+def test_without_followers(tmp_path):
+    metrics, history = run(("gray", "color"))
+    metrics |= {"method": "ensemble", "anchor": None, "modalities": metrics["unimodal"]}
+    alone = {name: rows for name, rows in history.items() if rows[0]["phase"] == "anchor"}
+    report.draw(metrics, alone, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000

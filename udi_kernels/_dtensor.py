@@ -1,0 +1,99 @@
+"""Gradients that are DTensors, as FSDP2 and tensor parallelism leave them: every rank works on its own shards.
+
+All ranks of the mesh must call. Parameters may be placed in different ways, the K gradients of one may not.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial
+
+from . import reference
+
+
+def gramian(compute: Callable, tensors: Sequence[Tensor | None], k: int | None) -> Tensor:
+    """Products of each rank's shards in float64, and their sum over the ranks: one all-reduce of (K, K)."""
+    mesh, likes = _checked("gramian", tensors, k)
+    for p, like in enumerate(likes):
+        if isinstance(like, DTensor) and any(isinstance(placement, Partial) for placement in like.placements):
+            raise ValueError(
+                f"gramian: parameter {p}'s gradients must be sharded or replicated, got placements {like.placements}, "
+                "a sum that is still to be made; call .redistribute()"
+            )
+    sharded = [_sharded_dims(like) for like in likes]
+    reduced: list[int] = sorted(set().union(*sharded))
+    # What all ranks along a dimension of the mesh have in common, only the first of them counts.
+    coordinate: Sequence[int] = mesh.get_coordinate() or ()
+    counts = [all(coordinate[d] == 0 for d in reduced if d not in own) for own in sharded]
+    shards = [_local(t) if counts[n % len(likes)] else None for n, t in enumerate(tensors)]
+    if any(t is not None for t in shards):
+        gram = compute(shards, k, True)
+    else:
+        device = next(t for t in tensors if t is not None).device
+        gram = torch.zeros(k or 0, k or 0, dtype=torch.float64, device=device)
+    for d in reduced:
+        dist.all_reduce(gram, group=mesh.get_group(d))
+    return gram.to(reference.accumulation_dtype(*(t.dtype for t in tensors if t is not None)))
+
+
+def weighted_sum(
+    compute: Callable, tensors: Sequence[Tensor | None], k: int | None, weights: Tensor, out: list[Any] | None
+) -> list[Any]:
+    """Shard by shard, without communication; the sums are placed as the gradients are."""
+    _, likes = _checked("weighted_sum", tensors, k)
+    if isinstance(weights, DTensor):
+        weights = weights.full_tensor()
+    shards = [_local(t) for t in tensors]
+    if out is not None:
+        for p, (t, like) in enumerate(zip(out, likes, strict=False)):
+            _check_placed("weighted_sum", f"out[{p}]", t, t if like is None else like, f"parameter {p}'s gradient")
+        compute(shards, k, weights, [_local(t) for t in out])
+        return out
+    return [
+        DTensor.from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+        if isinstance(like, DTensor)
+        else t
+        for t, like in zip(compute(shards, k, weights, None), likes, strict=True)
+    ]
+
+
+def _checked(op: str, tensors: Sequence[Tensor | None], k: int | None) -> tuple[DeviceMesh, list[Tensor | None]]:
+    """The mesh, and one gradient of each parameter, whose others are placed alike."""
+    if k is None:
+        raise ValueError(f"{op}: grads must be lists where they are DTensors, got stacked ones; unbind their first dim")
+    params, mesh = len(tensors) // k, next(t.device_mesh for t in tensors if isinstance(t, DTensor))
+    likes: list[Tensor | None] = [None] * params
+    first: list[str] = [""] * params
+    for n, t in enumerate(tensors):
+        i, p = divmod(n, params)
+        if t is None:
+            continue
+        name = f"grads[{i}][{p}]"
+        if isinstance(t, DTensor) and t.device_mesh != mesh:
+            raise ValueError(f"{op}: {name} must be on {mesh} as the others are, got {t.device_mesh}")
+        like = likes[p]
+        if like is None:
+            likes[p], first[p] = t, name
+        else:
+            _check_placed(op, name, t, like, first[p])
+    return mesh, likes
+
+
+def _check_placed(op: str, name: str, got: Tensor, want: Tensor, other: str) -> None:
+    for what in ("placements", "shape"):
+        a, b = (getattr(t, what, "a tensor that is no DTensor") for t in (want, got))
+        if a != b:
+            a, b = (tuple(x) if isinstance(x, torch.Size) else x for x in (a, b))
+            raise ValueError(f"{op}: {name} must have {what} {a} as {other} has, got {b}; call .redistribute()")
+
+
+def _sharded_dims(t: Tensor | None) -> set[int]:
+    return {d for d, p in enumerate(t.placements) if p.is_shard()} if isinstance(t, DTensor) else set()
+
+
+def _local(t: Any) -> Any:
+    return t.to_local() if isinstance(t, DTensor) else t
