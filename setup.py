@@ -22,6 +22,8 @@ class BuildPy(build_py):
                 recipe.build(kind, target)
             except recipe.BuildError as e:
                 print(f"udi_kernels: {kind} kernels not built at installation: {e}", file=sys.stderr)
+        for lock in target.glob("*.lock"):
+            lock.unlink()
 
 
 class BinaryDistribution(Distribution):

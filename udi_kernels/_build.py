@@ -12,10 +12,12 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -51,7 +53,10 @@ def load(kind):
 
 
 def cache():
-    root = os.environ.get("UDI_KERNELS_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("UDI_KERNELS_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if not root:
+        home = Path(os.environ.get("HOME") or "nowhere")  # empty in some containers; / is nobody's home
+        root = home / ".cache" if home.is_absolute() else Path(tempfile.gettempdir()) / f"udi_kernels-{os.getuid()}"
     return Path(root) / "udi_kernels"
 
 
@@ -61,7 +66,19 @@ def library(kind):
 
 
 def _find(name):
-    return next((folder / name for folder in (PREBUILT, cache()) if (folder / name).exists()), None)
+    return next((folder / name for folder in (PREBUILT, cache()) if _whole(folder / name)), None)
+
+
+def _whole(path):
+    """Whether the file is there as it was written: loading a library that was cut short kills the process."""
+    try:
+        return _digest_file(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return False
+
+
+def _digest_file(path):
+    return path.with_name(f"{path.name}.sha256")
 
 
 def once(name, make):
@@ -72,7 +89,7 @@ def once(name, make):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_suffix(".lock")):
-            if not target.exists():
+            if not _whole(target):
                 temporary = target.with_suffix(f".{os.getpid()}")
                 temporary.write_bytes(make())
                 _publish(temporary, target)
@@ -93,7 +110,7 @@ def build(kind, folder):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_suffix(".lock")):
-            if not target.exists():
+            if not _whole(target):
                 _compile(kind, tools, target)
     except OSError as e:
         raise BuildError(f"cannot write to {folder} ({e.strerror}); set UDI_KERNELS_CACHE to a writable folder") from e
@@ -116,9 +133,12 @@ def _compile(kind, tools, target):
 
 
 def _publish(temporary, target):
-    """Whoever sees the target sees all of it, even after a power failure."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    """Whoever sees the target sees all of it, even after a power failure; its digest tells if not."""
+    digest = _digest_file(target)
+    digest.write_text(hashlib.sha256(Path(temporary).read_bytes()).hexdigest())
+    for path in (temporary, digest):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     os.replace(temporary, target)
 
 
@@ -156,7 +176,7 @@ def _tools(kind):
     if sys.platform == "win32":
         raise BuildError("the native build supports Linux and macOS; use WSL on Windows")
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not cxx or not shutil.which(cxx):
+    if not cxx or not shutil.which(shlex.split(cxx)[0]):  # it may be a command: CXX="ccache g++"
         raise BuildError("no C++ compiler; install one (`apt install g++` or the like, or set CXX)")
     ninja, pybind11 = shutil.which("ninja"), importlib.util.find_spec("pybind11")
     if not ninja:  # the package's command is not on PATH where an environment is used without being activated

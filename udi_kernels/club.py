@@ -1,9 +1,10 @@
 """CLUB: a contrastive log-ratio upper bound of mutual information (Cheng et al., ICML 2020, arXiv 2006.12013)."""
 
+import torch
 from torch import Tensor, nn
 from torch.library import register_fake
 
-from . import _checks, reference
+from . import _checks, distributed, reference
 from ._ops import (
     LIBRARY,
     REDUCTIONS,
@@ -17,7 +18,14 @@ from ._ops import (
 )
 
 
-def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
+def club_mi(
+    mu: Tensor,
+    logvar: Tensor,
+    y: Tensor,
+    *,
+    reduction: str = "mean",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
     r"""CLUB upper bound of the mutual information, in nats, with all N x N negatives in O(N D).
 
     ``q(y|x) = N(mu(x), exp(logvar(x)))`` is a diagonal Gaussian. The value of row i is the mean over all j of
@@ -29,17 +37,24 @@ def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, *, reduction: str = "mean") -
     Args:
         mu, logvar, y: shape (N, D), float16, bfloat16, float32 or float64, any strides, one device.
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``.
+        process_group: the rows of all its processes are one batch: the value is the bound of the whole, the gradient in
+            the local rows that of the whole times the number of processes, so that averaging equals one process.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or shape (N,) for ``"none"``.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes or devices disagree, or the reduction is unknown.
+        ValueError: shapes or devices disagree, or the reduction is unknown, or ``"none"`` of a process group.
     """
     if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor) and isinstance(y, Tensor)):
         _checks.not_tensors("club_mi", mu=mu, logvar=logvar, y=y)
     code = _checks.reduction("club_mi", reduction)
+    if process_group is not None:
+        if reduction == "none":
+            raise ValueError("club_mi: a process group needs reduction 'mean' or 'sum', got 'none'")
+        mu, logvar, y = _checked("club_mi", mu, logvar, y)
+        return distributed.club_mi(mu, logvar, y, process_group, reduction=reduction)
     if native():
         return ops.club_mi.default(mu, logvar, y, code)
     return reference.club_mi(*_checked("club_mi", mu, logvar, y), reduction=reduction)

@@ -169,6 +169,8 @@ def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | No
     """
     if isinstance(grads, Tensor):
         raise TypeError(f"{op}: grads must be a sequence, got a tensor; pass [grads] and stacked=True for K stacked")
+    if not isinstance(grads, Iterable):
+        raise TypeError(f"{op}: grads must be a sequence of sequences of tensors, got {type(grads).__name__}")
     k: int | None
     tensors: list[Any]
     if stacked:
@@ -207,6 +209,8 @@ def _row(op: str, i: int, row: object) -> Sequence[Tensor | None]:
 
 
 def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
+    if isinstance(out, Tensor) or not isinstance(out, Iterable):
+        raise TypeError(f"{op}: out must be a sequence of tensors, got {type(out).__name__}")
     for p, t in enumerate(out := list(out)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: out[{p}] must be a tensor, got {'None' if t is None else type(t).__name__}")

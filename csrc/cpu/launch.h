@@ -70,7 +70,7 @@ struct Rows {
   Rows() = default;
   explicit Rows(const Tensor& t) : data(static_cast<T*>(t.data_ptr())), stride(t.stride(0)) {
     if (t.numel() == 0) data = nullptr;
-    STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, "udi_kernels: the elements of a row must be adjacent");
+    STD_TORCH_CHECK(!data || t.size(1) <= 1 || t.stride(1) == 1, "udi_kernels: the elements of a row must be adjacent");
   }
   T* operator[](int64_t r) const { return data + r * stride; }
   explicit operator bool() const { return data; }

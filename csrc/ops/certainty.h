@@ -26,7 +26,7 @@ struct CertaintyFusion : Function<CertaintyFusion> {
         op<Tensor(const Tensor&, const Tensor&, double, bool)>("udi_kernels::certainty_fusion_bwd");
     auto saved = ctx->get_saved_variables();
     BackwardMode mode;
-    Tensor rows = matrix(grad[0], saved[0].scalar_type());
+    Tensor rows = matrix(grad[0], saved[0].scalar_type(), false);
     return {bwd.call(rows, saved[0], ctx->saved_data["temperature"].toDouble(), true), Tensor()};
   }
 };
@@ -38,12 +38,12 @@ Tensor certainty_fusion(const Tensor& logits, double temperature) {
                     python(logits.sym_sizes()));
   TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY,
                     "certainty_fusion: temperature must be positive and finite, got ", temperature);
-  if (!kernels_serve<CertaintyFusion>(logits, logits.scalar_type())) {
+  if (!kernels_serve<CertaintyFusion>(logits.scalar_type(), {{"logits", logits}})) {
     static const auto reference = op<Tensor(const Tensor&, double)>("udi_kernels::certainty_fusion_reference");
     return reference.call(logits, temperature);
   }
-  return CertaintyFusion::apply(
-      logits.sym_size(2) == 1 || logits.sym_stride(2) == 1 ? logits : logits.contiguous(), temperature);
+  Tensor rows = logits.sym_size(2) == 1 || logits.sym_stride(2) == 1 ? logits : logits.contiguous();
+  return CertaintyFusion::apply(keepable(rows, records({{"logits", logits}})), temperature);
 }
 
 }  // namespace

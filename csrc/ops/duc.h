@@ -40,7 +40,7 @@ struct DUCLoss : Function<DUCLoss> {
 
 Tensor duc_loss(const Tensor& student, const Tensor& teacher, const Tensor& dims, double temperature,
                 int64_t reduction) {
-  check_tensors("duc_loss", {{"student", student}, {"teacher", teacher}});
+  auto dtype = check_tensors("duc_loss", {{"student", student}, {"teacher", teacher}});
   TORCH_CHECK_VALUE(student.dim() == 2, "duc_loss: student must have shape (N, D), got ", python(student.sym_sizes()));
   check_same_shape("duc_loss", {"student", student}, {"teacher", teacher});
   TORCH_CHECK_TYPE(dims.scalar_type() == at::kBool, "duc_loss: dims must be torch.bool, got ",
@@ -51,14 +51,14 @@ Tensor duc_loss(const Tensor& student, const Tensor& teacher, const Tensor& dims
                     " as student is, got ", dims.device());
   TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY,
                     "duc_loss: temperature must be positive and finite, got ", temperature);
-  auto dtype = common_dtype({student, teacher});
-  if (!kernels_serve<DUCLoss>(student, dtype)) {
+  if (!kernels_serve<DUCLoss>(dtype, {{"student", student}, {"teacher", teacher}})) {
     static const auto reference =
         op<Tensor(const Tensor&, const Tensor&, const Tensor&, double, int64_t)>("udi_kernels::duc_loss_reference");
     return reference.call(student.to(dtype), teacher.to(dtype), dims, temperature, reduction);
   }
-  return DUCLoss::apply(matrix(student, dtype), matrix(teacher, dtype), dims, temperature, reduction,
-                        at::GradMode::is_enabled() && student.requires_grad());
+  const bool recorded = records({{"student", student}, {"teacher", teacher}});
+  return DUCLoss::apply(matrix(student, dtype, recorded), matrix(teacher, dtype, recorded), keepable(dims, recorded),
+                        temperature, reduction, at::GradMode::is_enabled() && student.requires_grad());
 }
 
 }  // namespace

@@ -32,8 +32,8 @@ Tensor effective_dims(const Tensor& features, const Tensor& labels, int64_t num_
     TORCH_CHECK_VALUE(largest < num_classes, "effective_dims: labels must be below num_classes (", num_classes,
                       "), got ", largest);
   }
-  Tensor rows = matrix(features, features.scalar_type()), integers = labels.to(at::kLong);
-  if (!kernels_serve<EffectiveDims>(features, at::kFloat)) {  // kernels compute in float64, whatever the dtype
+  Tensor rows = matrix(features, features.scalar_type(), false), integers = labels.to(at::kLong);
+  if (!kernels_serve<EffectiveDims>(at::kFloat, {{"features", features}})) {  // kernels compute in float64, whatever the dtype
     static const auto reference = op<EffectiveDims::Signature>("udi_kernels::effective_dims_reference");
     return reference.call(rows, integers, num_classes);
   }

@@ -79,7 +79,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   Weight factor;
   if (weight) {
     factor = keepable(weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat), recorded);
-    if (reduction == kMean) {
+    if (reduction == kMean && factor->sym_numel() != 0) {  // the mean of no rows is NaN with weights too
       factor = factor->div(factor->sum());
       reduction = kSum;
     }

@@ -14,6 +14,7 @@ from torch import nn
 
 import udi_kernels
 
+from . import distributed
 from .console import console, log
 from .data.check import check
 from .data.dataset import Dataset, Encoder, Modality, Split
@@ -90,7 +91,7 @@ def train(
     """
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     data_name = dataset if isinstance(dataset, str) else dataset.name
-    with console() if progress else contextlib.nullcontext():
+    with distributed.joined(), console(distributed.first()) if progress else contextlib.nullcontext():
         if resume is None:
             folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
         else:
@@ -106,7 +107,7 @@ def train(
 def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
     """Folder and options of an interrupted run."""
     try:
-        config = read_config(Path(folder))
+        config = distributed.on_first(lambda: read_config(Path(folder)))
     except UserError as error:
         raise UserError(f"--resume {folder}: no run to resume, {error}") from None
     return Path(folder), resumed(str(folder), config, given)
@@ -140,17 +141,19 @@ class Plan:
         options = self.options
         with self.settings():
             config = dataclasses.asdict(options) | environment(self.device)
-        return new_folder(options.out, f"{options.dataset}-{options.method}-seed{options.seed}", config)
+        label = f"{options.dataset}-{options.method}-seed{options.seed}"
+        return distributed.on_first(lambda: new_folder(options.out, label, config))
 
     def run(self, folder: Path | None, stop: Stop | None = None) -> Result:
         """``stop``: what asks it to end before it is done."""
-        options = self.options
-        with locked(folder), self.settings(), memory_errors(f"with {sizes(options)}"):
-            where = f"; run folder {folder}" if folder else ""
+        options, ours = self.options, folder if distributed.first() else None
+        with locked(ours), self.settings(), memory_errors(f"with {sizes(options)}"):
+            where = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+            where += f"; run folder {folder}" if folder else ""
             log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
-            run = Run(options, self.data, self.device, RunFolder(folder), stop)
+            run = Run(options, self.data, self.device, RunFolder(ours), stop)
             outcome = self.method(run)
-            metrics = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
+            metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
             metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
             metrics["seconds"] = seconds(run)
@@ -161,7 +164,7 @@ class Plan:
                 metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
                 each = predictor.logits(run.data.test, shares=True)
                 run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
-            if folder:
+            if ours:
                 predictor.save(run.folder, self.data)
                 picture(metrics, run)
                 run.folder.write("metrics.json", as_json(metrics))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import distributed
 from .api import Plan, restored
 from .console import console
 from .data import scan
@@ -26,13 +27,14 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     try:
         if argv[:1] == ["manifest"]:
             return scan.main(argv[1:], prog)
-        with stop.on_signals(), console():
+        with stop.on_signals(), distributed.joined(), console(distributed.first()):
             options, folder = parse(argv, prog)
             plan = Plan(options)
             folder = folder or plan.new_folder()
             result = plan.run(folder, stop)
-            total = result.metrics["seconds"]["total"]
-            print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
+            if distributed.first():
+                total = result.metrics["seconds"]["total"]
+                print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
         return 0
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -43,7 +45,11 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         number, reason = signal.SIGPIPE, "nobody reads its output"
         with contextlib.suppress(OSError):  # what is still in the buffer would be tried again at the end of the process
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    command = f"python {sys.argv[0]}" if prog == "train.py" else "python -m udi_trainer"
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and os.environ["RANK"] != "0":
+        return 128 + number
+    command = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
+    command += f" {sys.argv[0]}" if prog == "train.py" else " -m udi_trainer"
     resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
     with contextlib.suppress(OSError):
         print(f"\n{prog}: {reason}{resume}", file=sys.stderr)
@@ -77,10 +83,20 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume")
+    if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        folder = restarted(given)
     if folder is None:
         return Options(**given), None
     folder, options = restored(folder, given)
     return options, folder
+
+
+def restarted(given: dict) -> str | None:
+    """The folder of the run that torchrun has begun with these options, if it has; it starts all processes alike."""
+    if "out" not in given:
+        raise UserError("torchrun --max-restarts needs --out DIR, to find the run again")
+    begun = distributed.on_first(lambda: (Path(given["out"]) / "config.json").exists())
+    return given.pop("out") if begun else None
 
 
 def as_text(value: object) -> str:

@@ -27,11 +27,11 @@ class _Console(logging.Handler):
 
 
 @contextlib.contextmanager
-def console() -> Iterator[None]:
-    """Prints the messages of a run, and leaves the logger as it was."""
+def console(speaks: bool = True) -> Iterator[None]:
+    """Prints the messages of a run, or keeps quiet; leaves the logger as it was."""
     handler, level, propagate = _Console(), log.level, log.propagate
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if speaks else logging.CRITICAL)
     log.propagate = False
     try:
         yield

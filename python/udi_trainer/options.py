@@ -47,7 +47,7 @@ def pair(what: str, *kinds: Callable) -> Callable:
 
 
 def some_of(*choices: str) -> Callable:
-    def parse(x):
+    def parse(x: Any) -> tuple[str, ...]:
         return tuple(choose("value", name, choices) for name in names(x))
 
     return parse
@@ -109,8 +109,9 @@ def option(
     )
 
 
-WHAT, FILES, TRAINING, UDI = "what to train", "data of your own", "training", "UDI"
-DIMML, MACHINE = "DI-MML", "machine"
+WHAT, FILES, TRAINING, UDI, DIMML, MACHINE = (
+    "what to train", "data of your own", "training", "UDI", "DI-MML", "machine",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class Predictor:
     def logits(self, split: Split | dict[str, torch.Tensor], shares: bool = False) -> dict[str, torch.Tensor]:
         """What is fused: each model's logits (N, C), on the CPU; NaN of samples that lack its modality.
 
-        ``shares``: of a joint model that predicts alone the shares of its modalities.
+        ``shares``: of a single joint model the shares of its modalities.
         """
         stored = split.stored if isinstance(split, Split) else split
         for m, modality in self.modalities.items():
@@ -57,7 +57,7 @@ class Predictor:
         (count,) = set(sizes.values())
         logits = {}
         for name, model in self.models.items():
-            split_up = shares and len(self.models) == 1 and isinstance(model, JointClassifier)
+            split_up = shares and isinstance(model, JointClassifier) and len(self.models) == 1
             for m in self.modalities if split_up else [name]:
                 logits[m] = self._logits(name, model, stored, count, m if split_up else None)
                 if presence(m) in stored:
@@ -183,7 +183,7 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     return views
 
 
-def described(make):
+def described(make: object) -> Any:
     """How a run folder keeps the maker of an input: a dataclass with its fields, else by name."""
     if dataclasses.is_dataclass(make) and not isinstance(make, type):
         fields = {field.name: getattr(make, field.name) for field in dataclasses.fields(make)}
@@ -191,7 +191,7 @@ def described(make):
     return address(make)
 
 
-def restored_make(spec):
+def restored_make(spec: Any) -> Any:
     if spec is None:
         return torch.Tensor.float
     remedy = "give the data again: load(folder, dataset=...)"

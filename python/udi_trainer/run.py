@@ -1,12 +1,14 @@
 """What all parts of a run share: options, data, device, seeds and the log."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from . import distributed
 from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
@@ -28,6 +30,10 @@ class Run:
         self.data = data.to(device if self.resident else torch.device("cpu"))
         self.labels = {"val": data.val.labels.cpu(), "test": data.test.labels.cpu()}
         self.batch_size = min(options.batch_size, len(data.train))
+        if self.batch_size % distributed.world():
+            raise UserError(
+                f"--batch-size: {self.batch_size} samples have no equal parts for {distributed.world()} processes"
+            )
         self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
@@ -57,16 +63,18 @@ class Run:
 
     def restore(self, stage: str) -> dict | None:
         """The stage's last checkpoint, or None; takes up its log from there."""
-        saved = self.folder.checkpoint(stage)
+        saved = distributed.on_first(lambda: self.checkpoint(stage))
         if saved:
-            self.check(stage, saved)
             self.began = min(self.began, time.perf_counter() - saved["elapsed"])
         self.history[stage] = saved["rows"] if saved else []
         self.folder.write_log([row for rows in self.history.values() for row in rows])
         return saved
 
-    def check(self, stage: str, saved: dict) -> None:
-        """Whether a checkpoint is of this stage, and of a run with these options."""
+    def checkpoint(self, stage: str) -> dict | None:
+        """The stage's last one, if it is of this stage, and of a run with these options."""
+        saved = self.folder.checkpoint(stage)
+        if saved is None:
+            return None
         path, mine = self.folder.checkpoint_path(stage), identity(self.options)
         keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
         if saved.keys() != keys or saved["stage"] != stage:
@@ -76,11 +84,13 @@ class Run:
             if value != theirs[name]:
                 values = f"{name} {theirs[name]}, in config.json {value}"
                 raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
+        return saved
 
     def save(self, stage: str, **state: Any) -> None:
         """Checkpoints the stage."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
-        self.folder.save(stage, **common, **state, rows=self.history[stage])
+        if distributed.first():
+            self.folder.save(stage, **common, **state, rows=self.history[stage])
 
     def log(self, stage: str, row: dict):
         """A line of metrics.jsonl, and what TensorBoard shows of it."""
@@ -110,9 +120,11 @@ def identity(options: Options) -> dict:
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and distributed.world() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # each process has a GPU of its own
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
@@ -125,6 +137,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_engine(option: str, device: torch.device) -> str:
     if device.type == "cuda":
+        if option == "auto" and distributed.world() > 1:
+            return "eager"  # messages inside of graphs are for those who ask for them
         return "eager" if option == "eager" else "graph"
     if option == "graph":
         log.info("--engine graph: eager steps, for CUDA graphs need a GPU and this is %s", device)

@@ -4,6 +4,10 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+from . import distributed
+
+AGREE = 8  # steps after which processes that train together ask each other
+
 
 class Stopped(KeyboardInterrupt):
     """The run ends, between two steps of its training."""
@@ -22,8 +26,11 @@ class Stop:
         if again or not self._deferred:
             raise KeyboardInterrupt
 
-    def check(self) -> None:
-        if self.number is not None:
+    def check(self, step: int | None = None) -> None:
+        """``step``: of the epoch. Processes that train together stop after the same one, so they ask each other."""
+        if distributed.world() > 1 and (step is None or step % AGREE):
+            return
+        if distributed.anyone(self.number is not None):
             raise Stopped
 
     @contextlib.contextmanager

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from udi_kernels import _build
 
 HEAD = """
 import warnings
@@ -71,9 +74,45 @@ def test_unwritable_cache_names_the_remedy(python, tmp_path):
     assert "set UDI_KERNELS_CACHE to a writable folder" in message
 
 
+PUT = """
+path = _build.cache() / _build.library("cpu")
+path.parent.mkdir(parents=True)
+"""
+
+
 def test_a_library_that_does_not_load_is_no_disaster(python, tmp_path):
-    code = "path = _build.cache() / _build.library('cpu'); path.parent.mkdir(parents=True); path.write_text('?')\n"
+    code = PUT + "work = path.with_name('work'); work.write_text('?'); _build._publish(work, path)\n"
     assert "delete it to have it built anew" in warning(python(code + USE))
+
+
+def test_a_library_cut_short_is_built_anew(python):
+    """Loading it would end the process with SIGBUS."""
+    code = f"""
+import os, shutil
+whole = Path({os.fspath(_build.load("cpu").__file__)!r})
+def compile(kind, tools, target):
+    print("compiled", end=" ")
+    _build._publish(shutil.copy(whole, target.with_name("work")), target)
+_build._compile = compile
+{PUT}
+_build._publish(shutil.copy(whole, path.with_name("work")), path)
+os.truncate(path, 100_000)
+"""
+    run = python(code + USE)
+    assert run.returncode == 0 and run.stdout.split()[:2] == ["compiled", "0"], run.stdout + run.stderr
+
+
+def test_compiler_behind_a_command(python, tmp_path):
+    launcher = tmp_path / "ccache"
+    launcher.write_text("#!/bin/sh\necho 'error: called with' $1 >&2\nexit 1\n")
+    launcher.chmod(0o755)
+    assert "error: called with g++" in warning(python(USE, CXX=f"{launcher} g++"))
+
+
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_cache_where_there_is_no_home(python, home):
+    run = python("print(_build.cache())", HOME=home, UDI_KERNELS_CACHE="", XDG_CACHE_HOME="")
+    assert run.stdout.startswith(tempfile.gettempdir()), run.stdout + run.stderr
 
 
 def test_processes_that_start_together_build_once(python, tmp_path):
@@ -83,7 +122,9 @@ def compile(kind, tools, target):
     with open(target.parent / "log", "a") as log:
         log.write("compiled\\n")
     time.sleep(1)
-    target.write_text("")
+    work = target.with_name("work")
+    work.write_text("")
+    _build._publish(work, target)
 _build._compile = compile
 _build.build("cpu", _build.cache())
 """

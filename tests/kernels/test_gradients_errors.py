@@ -9,6 +9,7 @@ a, b = torch.ones(3, 4), torch.ones(3, 4)
 leaf = torch.ones(3, 4, requires_grad=True)
 BAD_GRADS = [
     (a, TypeError, "grads must be a sequence, got a tensor"),
+    (None, TypeError, "grads must be a sequence of sequences of tensors, got NoneType"),
     ([], ValueError, "grads must hold at least one tensor"),
     ([[], []], ValueError, "grads must hold at least one tensor"),
     ([[None], [None]], ValueError, "grads must hold at least one tensor"),
@@ -39,6 +40,7 @@ BAD_SUMS = [
     (torch.ones(3), None, ValueError, r"weights must have shape \(2,\), got \(3,\)"),
     (torch.ones(2, device="meta"), None, ValueError, "weights must be on cpu as the others are, got meta"),
     (torch.ones(2, requires_grad=True), None, ValueError, "weights must not require grad"),
+    (w, a, TypeError, "out must be a sequence of tensors, got Tensor"),
     (w, [], ValueError, "out must have length 1, one per parameter, got 0"),
     (w, [None], TypeError, r"out\[0\] must be a tensor, got None"),
     (w, [a.t()], ValueError, r"out\[0\] must have shape \(3, 4\) .* got \(4, 3\)"),

@@ -254,6 +254,9 @@ def test_empty_batch(device):
     assert js_div(x, y, reduction="sum") == 0 and js_div(x, y).isnan() and js_div(x, y, reduction="none").shape == (0,)
     for reduction in ("sum", "mean"):
         assert torch.autograd.grad(js_div(x, y, reduction=reduction), x)[0].shape == (0, 5)
+    assert js_div(x, y, weight=torch.empty(0, device=device)).isnan()
+    strided = torch.empty(0, 10, device=device)[:, ::2]
+    assert js_div(strided, strided, reduction="sum") == 0
 
 
 def test_bit_identical_repeats(device):

@@ -10,6 +10,7 @@ the results and calls one `Launch` a kernel.  Plans are kept (`plan`), so that a
 import functools
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -52,6 +53,17 @@ class Launch:
 
     def _by_triton(self, tensors):
         return self.kernel[self.grid](*tensors, *self.rest, **self.options)
+
+
+def gradients(shape, dtypes, needs):
+    """A function that allocates gradients on its argument's device, those not needed empty."""
+    sizes = [(shape if need else (0,), dtype) for dtype, need in zip(dtypes, needs, strict=True)]
+    return lambda x: tuple([torch.empty(size, dtype=dtype, device=x.device) for size, dtype in sizes])
+
+
+def wanted(grads, needs):
+    """None, which kernels do not write, in place of gradients not needed."""
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 def cdiv(a, b):

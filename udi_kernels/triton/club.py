@@ -25,7 +25,22 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Launch, at, cdiv, exp2, fma, next_power_of_2, plan, tile_grid, tile_row, total, vector, warps
+from . import (
+    Launch,
+    at,
+    cdiv,
+    exp2,
+    fma,
+    gradients,
+    next_power_of_2,
+    plan,
+    tile_grid,
+    tile_row,
+    total,
+    vector,
+    wanted,
+    warps,
+)
 
 LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
 LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
@@ -355,11 +370,11 @@ def club_mi_bwd(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, nee
 @plan
 def _mi_bwd_plan(device, dtypes, size, strides, grad_dtype, g_stride, reduction, needs):
     N, D = size
-    gradients = _gradients(dtypes, size, needs)
+    allocate = gradients(size, dtypes, needs)
     if N * D == 0 or not any(needs):
-        return lambda grad, mu, logvar, y, stats: gradients(mu)
+        return lambda grad, mu, logvar, y, stats: allocate(mu)
     if N == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
-        return lambda grad, mu, logvar, y, stats: tuple(g.zero_() for g in gradients(mu))
+        return lambda grad, mu, logvar, y, stats: tuple(g.zero_() for g in allocate(mu))
     shape = _Shape(dtypes[0], N, D, *strides)
     per_row, factor = reduction == 0, 1.0 / N if reduction == 2 else 1.0
     launch = _elementwise(_mi_bwd, shape, g_stride=g_stride, factor=factor, PER_ROW=per_row)
@@ -368,9 +383,9 @@ def _mi_bwd_plan(device, dtypes, size, strides, grad_dtype, g_stride, reduction,
     )
 
     def run(grad, mu, logvar, y, stats):
-        grads = gradients(mu)
+        grads = allocate(mu)
         weighted = column_stats(grad, mu, logvar, y, None) if per_row and needs[2] else stats
-        launch(grad, mu, logvar, y, stats, weighted, *_wanted(grads, needs))
+        launch(grad, mu, logvar, y, stats, weighted, *wanted(grads, needs))
         return grads
 
     return run
@@ -380,16 +395,6 @@ def _elementwise(kernel, shape, **values):
     rows = 2 * shape.rows  # two 16-byte loads of each input a thread
     grid = tile_grid(cdiv(shape.N, rows), shape.tiles)
     return Launch(kernel, grid, shape.values | values | dict(ROWS=rows), num_warps=4)
-
-
-def _gradients(dtypes, size, needs):
-    """A function that allocates the gradients, those not needed empty."""
-    like = [(size if need else (0,), dtype) for dtype, need in zip(dtypes, needs, strict=True)]
-    return lambda x: tuple([torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in like])
-
-
-def _wanted(grads, needs):
-    return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------
@@ -465,15 +470,15 @@ def club_nll_bwd(grad, mu, logvar, y, need_mu, need_logvar, need_y):
 
 @plan
 def _nll_bwd_plan(device, dtypes, size, strides, grad_dtype, needs):
-    gradients = _gradients(dtypes, size, needs)
+    allocate = gradients(size, dtypes, needs)
     if 0 in size or not any(needs):
-        return lambda grad, mu, logvar, y: gradients(mu)
+        return lambda grad, mu, logvar, y: allocate(mu)
     shape = _Shape(dtypes[0], *size, *strides)
     launch = _elementwise(_nll_bwd, shape, factor=1.0 / shape.N)
 
     def run(grad, mu, logvar, y):
-        grads = gradients(mu)
-        launch(grad, mu, logvar, y, *_wanted(grads, needs))
+        grads = allocate(mu)
+        launch(grad, mu, logvar, y, *wanted(grads, needs))
         return grads
 
     return run

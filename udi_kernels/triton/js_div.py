@@ -28,7 +28,22 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Launch, at, cdiv, exp2, log2, next_power_of_2, plan, tile_grid, tile_row, total, vector, warps
+from . import (
+    Launch,
+    at,
+    cdiv,
+    exp2,
+    gradients,
+    log2,
+    next_power_of_2,
+    plan,
+    tile_grid,
+    tile_row,
+    total,
+    vector,
+    wanted,
+    warps,
+)  # fmt: skip
 
 FURTHEST = tl.constexpr(1e6)  # bound of |d|: exp2 is exactly 0 there
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -544,7 +559,7 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
         input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
-        beta, temperature, reduction, need_input, need_target,
+        beta, temperature, reduction, (need_input, need_target),
     )  # fmt: skip
     with torch.cuda.device_of(input):
         return run(grad, input, target, weight, stats)
@@ -553,11 +568,12 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
 @plan
 def _bwd_plan(
     device, dtype, target_dtype, R, C, x_stride, y_stride, weight, grad_dtype, g_stride,
-    beta, temperature, reduction, need_input, need_target,
+    beta, temperature, reduction, needs,
 ):  # fmt: skip
-    if R == 0:
-        return lambda grad, input, target, weight, stats: (torch.empty_like(input), torch.empty_like(target))
-    # Tiles of 1024: 8 elements a thread; narrower where more than an eighth of the columns would be idle.
+    allocate = gradients((R, C), (dtype, target_dtype), needs)
+    if R == 0 or not any(needs):
+        return lambda grad, input, target, weight, stats: allocate(input)
+    # Tiles of 1024, two 16-byte loads of each input a thread; narrower where over an eighth of the columns would idle.
     block = min(next_power_of_2(C), 1024 if -C % 1024 <= C // 8 else 512)
     rows = min(1024 // block, next_power_of_2(R))
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
@@ -565,13 +581,10 @@ def _bwd_plan(
     values |= dict(factor=1.0 / (temperature * (R if reduction == 2 else 1)))
     grid = tile_grid(cdiv(R, rows), cdiv(C, block))
     launch = Launch(_bwd, grid, values, num_warps=min(4, warps(rows * block, 32 // dtype.itemsize)))
-    shape_x, shape_y = ((R, C) if need else (0,) for need in (need_input, need_target))
 
     def run(grad, input, target, weight, stats):
-        dx = torch.empty(shape_x, dtype=dtype, device=input.device)
-        dy = torch.empty(shape_y, dtype=target_dtype, device=input.device)
-        if R and (need_input or need_target):
-            launch(grad, input, target, weight, stats, dx if need_input else None, dy if need_target else None)
-        return dx, dy
+        grads = allocate(input)
+        launch(grad, input, target, weight, stats, *wanted(grads, needs))
+        return grads
 
     return run

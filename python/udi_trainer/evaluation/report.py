@@ -59,8 +59,10 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
     colors[metrics["method"]] = INK
     bars = picked(metrics)
-    two, last = bool(followers or found), "test_confusion" in metrics["fused"]
-    heights = [max(4.0, 1 + 0.42 * len(bars)), *[2.9] * two, *[4.2] * last]
+    two = bool(followers or found)
+    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * two
+    last = 4.2 * ("test_confusion" in metrics["fused"])
+    heights = [height for height in (top, bottom, last) if height]
     figure = new_figure(12, sum(heights) + 0.4)
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
@@ -115,6 +117,23 @@ def drives(figure, followers: History, dynamic: bool, colors: dict):
         finish(axes, label)
 
 
+def dimensions(figure, found: dict, history: History, colors: dict):
+    """The loss between modalities, and the dimensions in which each is effective."""
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    rows = next(rows for rows in history.values() if rows[0]["phase"] == "detached")
+    curves(left, [("", *series(rows, "contrast"), {"color": INK})])
+    finish(left, "Loss between modalities, nats")
+    for y, (m, facts) in enumerate(found.items()):
+        right.bar(facts["dims"], 0.8, width=0.9, bottom=y - 0.4, color=colors[m])
+    names = [f"{m}\n{len(facts['dims'])} of {facts['of']}" for m, facts in found.items()]
+    right.set_yticks(range(len(found)), names, fontsize=9)
+    right.invert_yaxis()
+    right.set_xlim(-0.5, max(facts["of"] for facts in found.values()) - 0.5)
+    right.set_xlabel("dimension")
+    right.set_title("Effective dimensions", loc="left", fontsize=11)
+    right.spines[["top", "right"]].set_visible(False)
+
+
 def classes(figure, metrics: dict):
     """What the fused prediction takes each class for, and how often it is right."""
     fused, names = metrics["fused"], metrics["classes"]
@@ -137,23 +156,6 @@ def classes(figure, metrics: dict):
     right.bar(ticks, [100 * (acc or 0) for acc in fused["test_acc_by_class"]], color=INK, alpha=0.7)
     right.set_ylim(0, 102)
     finish(right, "Accuracy by class, %", "class")
-
-
-def dimensions(figure, found: dict, history: History, colors: dict):
-    """The loss between modalities, and the dimensions in which each is effective."""
-    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
-    rows = next(rows for rows in history.values() if rows[0]["phase"] == "detached")
-    curves(left, [("", *series(rows, "contrast"), {"color": INK})])
-    finish(left, "Loss between modalities, nats")
-    for y, (m, facts) in enumerate(found.items()):
-        right.bar(facts["dims"], 0.8, width=0.9, bottom=y - 0.4, color=colors[m])
-    names = [f"{m}\n{len(facts['dims'])} of {facts['of']}" for m, facts in found.items()]
-    right.set_yticks(range(len(found)), names, fontsize=9)
-    right.invert_yaxis()
-    right.set_xlim(-0.5, max(facts["of"] for facts in found.values()) - 0.5)
-    right.set_xlabel("dimension")
-    right.set_title("Effective dimensions", loc="left", fontsize=11)
-    right.spines[["top", "right"]].set_visible(False)
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from udi_kernels import duc_loss, effective_dims
 
+from .. import distributed
 from ..console import log
 from ..data.dataset import Batch
 from ..errors import UserError
@@ -35,7 +36,7 @@ from ..models.encoders import make_encoder, may_draw
 from ..registry import methods
 from ..run import Run
 from ..training.feed import Feed
-from ..training.loop import fit, outputs
+from ..training.loop import fit, outputs, usable
 from ..training.task import Task, update
 from .frozen import Frozen
 from .outcome import Outcome
@@ -88,11 +89,11 @@ class Detached(Task):
         train = self.run.data.train
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(torch.arange(len(train)), 1000):
+        for batch in feed.batches(distributed.part(len(train)), 1000):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
         labels = train.labels.to(self.run.device)
-        columns = (torch.cat(parts) for parts in zip(*features, strict=True))
+        columns = (distributed.gather(torch.cat(parts), len(train)) for parts in zip(*features, strict=True))
         return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
 
     def flags(self, number: int) -> dict:
@@ -112,7 +113,8 @@ class Detached(Task):
         return scalars | {f"shared_{m}": x for m, x in zip(self.views, shared, strict=True)}
 
     def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The loss by which modalities learn from each other, over all ordered pairs."""
+        """The loss by which modalities learn from each other, over all ordered pairs; the whole batch's rows."""
+        features = [distributed.whole(x) for x in features]
         temperature, full = self.run.options.contrast_temperature, self.run.options.contrast == "full"
         total = torch.zeros((), device=features[0].device)
         for a, b in itertools.permutations(range(len(features)), 2):
@@ -192,10 +194,8 @@ def effective(task: Detached) -> dict[str, dict]:
 @methods.register("dimml")
 def dimml(run: Run) -> Outcome:
     """Detached modalities that learn complementary dimensions from each other, fused by certainty."""
-    if lacking := [
-        m for m in run.data.modalities if any(split.has(m) is not None for split in run.data.splits().values())
-    ]:
-        raise UserError(f"dimml needs every modality of every sample: some lack {', '.join(lacking)}")
+    if lacking := [m for m in run.data.modalities if usable(run.data.train, m) is not None]:
+        raise UserError(f"method dimml trains all modalities together, and samples lack {', '.join(lacking)}")
     detached = run.make(Detached)
     for name, width in detached.projected.items():
         log.info("%s: a linear layer brings %d features to %d, the narrowest", name, width, detached.model.width)
@@ -209,7 +209,6 @@ def dimml(run: Run) -> Outcome:
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
     fused, rule = fuse("certainty" if run.options.fusion == "auto" else run.options.fusion, heads, run.labels)
-    del fused["without"]  # the fusion head reads all modalities
     metrics = {
         "modalities": {name: scores(z, run.labels) for name, z in own.items()},
         "part": "own head",

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .. import distributed
 from ..data.dataset import Batch
 from ..run import Run
 from ..training.feed import Feed
@@ -17,9 +18,9 @@ class Frozen:
     def __init__(self, run: Run, modality: str, model: nn.Module, width: int):
         self.run, self.view, self.reads = run, run.data.modalities[modality], (modality,)
         self.model, self.width = model.requires_grad_(False).eval(), width
-        has = usable(run.data.train, modality)
-        self.has = None if has is None else has.to(run.device)
         self.cache = None if self.view.random else self.compute_all()
+        has = usable(run.data.train, modality)
+        self.has = None if has is None else has.to(run.device)  # which samples have this modality; None: all
 
     def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Of a batch of training."""
@@ -34,7 +35,7 @@ class Frozen:
 
     def compute_all(self) -> list[torch.Tensor]:
         train = self.run.data.train
-        feed = Feed(self.run, train, self.reads)
-        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(torch.arange(len(train)), 1000)]
-        cache = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        feed, count = Feed(self.run, train, self.reads), len(train)
+        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(distributed.part(count), 1000)]
+        cache = [distributed.gather(torch.cat(tensors), count) for tensors in zip(*parts, strict=True)]
         return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache

@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from udi_kernels import gramian, weighted_sum
 
+from .. import distributed
 from ..registry import methods
 from ..run import Run
-from ..training.task import update
+from ..training.task import apply
 from .joint import Joint, train_joint
 from .outcome import Outcome
 
@@ -35,10 +36,11 @@ class Gramian(Joint):
             outputs = {"joint": logits, **self.model.shares(features)}
             losses = {name: cross_entropy(z, batch["labels"]) for name, z in outputs.items()}
         grads = [
-            torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True) for loss in losses.values()
+            distributed.average(torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True))
+            for loss in losses.values()
         ]
         weights = self.weighting(gramian(grads))
-        update(self.optimizer, self.parameters, weighted_sum(grads, weights))
+        apply(self.optimizer, self.parameters, weighted_sum(grads, weights))
         scalars = {f"loss_{name}": loss for name, loss in losses.items()}
         scalars |= {f"weight_{name}": weight for name, weight in zip(losses, weights, strict=True)}
         return {"loss": losses["joint"], **scalars}

@@ -19,9 +19,10 @@ The authors train with SGD. AdamW divides by the gradient's running scale, so wi
 import torch
 from torch.nn.functional import cross_entropy
 
+from .. import distributed
 from ..registry import methods
 from ..run import Run
-from ..training.task import update
+from ..training.task import apply
 from .joint import Joint, train_joint
 from .outcome import Outcome
 
@@ -46,26 +47,27 @@ class OGMGE(Joint):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
             loss = cross_entropy(logits, batch["labels"])
-        grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        grads = distributed.average(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         k = dict.fromkeys(features, torch.ones_like(loss))
         if modulate:
             with torch.no_grad(), self.run.autocast():
                 k = coefficients(self.model.shares(features), batch["labels"])
             pairs = zip(self.parameters, grads, strict=True)
             grads = [enhanced(g, k[self.owner[w]]) if w in self.owner and g is not None else g for w, g in pairs]
-        update(self.optimizer, self.parameters, grads)
+        apply(self.optimizer, self.parameters, grads)
         return {"loss": loss} | {f"k_{name}": x for name, x in k.items()}
 
 
 def coefficients(shares: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """k of each modality, by its share of the logits (N, C)."""
     score = torch.stack([z.float().softmax(-1).gather(1, labels[:, None]).sum() for z in shares.values()])
+    score = distributed.total(score)
     ratio = score / ((score.sum() - score) / (len(score) - 1))
     return dict(zip(shares, torch.where(ratio > 1, 1 - torch.tanh(ALPHA * ratio), 1), strict=True))
 
 
 def enhanced(grad: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    return k * grad + grad.std() * torch.randn_like(grad)
+    return k * grad + grad.std() * distributed.from_first(torch.randn_like(grad))
 
 
 @methods.register("ogm-ge")

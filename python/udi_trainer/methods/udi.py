@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, layer_norm
 
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
+from .. import distributed
 from ..console import log
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
@@ -22,7 +23,7 @@ from ..models.classifiers import ConditionalGaussian
 from ..registry import methods
 from ..run import Run
 from ..training.loop import best_epoch, fit, outputs
-from ..training.task import update
+from ..training.task import apply, update
 from .frozen import Frozen
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
@@ -75,7 +76,7 @@ class Follower(Unimodal):
             x, y = self.normalise(anchor_features), self.normalise(features)
             mu, logvar = self.q(x)
             q_nll = club_nll(mu, logvar, y.detach())
-            bound = club_mi(mu.detach(), logvar.detach(), y) / self.width
+            bound = club_mi(mu.detach(), logvar.detach(), y, process_group=distributed.group()) / self.width
             com = bound.relu() if fitted else 0 * bound
             if some is not None:
                 con, com, q_nll = con * some, com * some, q_nll * some
@@ -83,16 +84,17 @@ class Follower(Unimodal):
         if align:
             # The gradients that set the weights make this step's update too.
             grads = [
-                torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+                distributed.average(torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True))
                 for loss in (cls, con, com)
             ]
             alpha.copy_(alignment_weights(gramian(grads)))
-            grad = [*weighted_sum(grads, alpha), *torch.autograd.grad(q_nll, self.q_parameters)]
+            q_grad = distributed.average(torch.autograd.grad(q_nll, self.q_parameters))
+            apply(self.optimizer, self.parameters + self.q_parameters, [*weighted_sum(grads, alpha), *q_grad])
         else:
             one = alpha[0]
             parameters = self.parameters + self.q_parameters
-            grad = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
-        update(self.optimizer, self.parameters + self.q_parameters, grad)
+            grads = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
+            update(self.optimizer, parameters, grads)
         for _ in range(self.run.options.q_steps - 1):
             self.fit_q(x, y.detach())
         loss = torch.stack((cls, con, com)).detach() @ alpha

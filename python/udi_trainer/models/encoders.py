@@ -114,7 +114,7 @@ class OverFrames(nn.Module):
 def named_encoder(modality: Modality, shape: torch.Size) -> nn.Module:
     """Of clips, the images' encoder over their frames."""
     clip = len(shape) == 4
-    encoder = offered(encoders.find(modality.encoder), shape[1:] if clip else shape, modality.width)
+    encoder = offered(encoders.find(str(modality.encoder)), shape[1:] if clip else shape, modality.width)
     if modality.weights:
         load_weights(encoder, modality.weights)
     return OverFrames(encoder) if clip else encoder
@@ -133,7 +133,7 @@ def load_weights(encoder: nn.Module, file: str):
     own = encoder.state_dict()
     if not given.keys() <= own.keys():
         given = dict(zip(own, given.values(), strict=False))
-    loaded = {}
+    loaded: dict[str, torch.Tensor] = {}
     for name, t in given.items():
         if t.dim() == 4 == own[name].dim() and t.shape[1] != own[name].shape[1] and not loaded:
             channels = own[name].shape[1]
@@ -156,7 +156,7 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     try:
         encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)
         if len(shape) == 3:
-            encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            encoder.to(**{"memory_format": torch.channels_last})  # which torch's type hints of modules lack
         with torch.no_grad():
             features = encoder.eval()(two)
         encoder.train()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import distributed
 from ..console import log
 from ..data.dataset import Batch
 from ..errors import UserError
@@ -21,7 +22,7 @@ class Eager:
     kept = ("names", "totals", "finite", "steps")  # of an epoch that is interrupted
 
     def __init__(self, task: Task, feed: Feed, seed: int) -> None:
-        self.task, self.feed, self.seed = task, feed, seed
+        self.task, self.feed, self.seed = task, feed, seed + (distributed.rank() << 40)  # masks of their own
         # torch.manual_seed would take 130 us, to look for other devices too.
         index = feed.device.index or 0
         self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
@@ -47,6 +48,11 @@ class Eager:
             self.finite = torch.zeros_like(values, dtype=torch.int64)
         self.totals += values
         self.finite += self.totals.isfinite()  # a sum that is not finite stays so
+
+    def gather(self) -> None:
+        """The sums of all processes that train together, in each."""
+        distributed.average_([self.totals])
+        distributed.minimum_(self.finite)
 
     def means(self) -> dict[str, float]:
         """The scalars' means over the steps since :meth:`clear`."""

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .. import distributed
 from ..console import Progress, log
 from ..data.dataset import Split
 from ..errors import UserError
@@ -33,7 +34,8 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
         stage.restore()
     share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
-    share = max(1, cores // len(stages)) if len(stages) > 1 and cores > 1 else None
+    apart = len(stages) > 1 and cores > 1 and distributed.world() == 1  # messages have an order, which threads have not
+    share = max(1, cores // len(stages)) if apart else None
     total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
@@ -169,22 +171,26 @@ class Stage:
             self.task.model.train()
             for group in self.groups:
                 group["lr"].fill_(learning_rate(self.task, self.epoch, group.get("lr_scale", 1)))
-            batches = iter(self.feed.batches(order[self.done * self.run.batch_size :], self.run.batch_size))
+            ours = distributed.share(order[self.done * self.run.batch_size :], self.run.batch_size)
+            batches = iter(self.feed.batches(ours, self.run.batch_size // distributed.world()))
         while self.done < steps:
             with self.on_stream():
                 self.engine.step(next(batches), self.epoch * steps + self.done)
             self.done += 1
             yield 1
-            self.run.stop.check()
+            self.run.stop.check(self.done)
 
     def suspend(self, began: float, shared: int) -> None:
         """Keeps an epoch that is under way, to go on with it when the run is resumed."""
         if self.done:
             self.seconds += (time.perf_counter() - began) / shared
+            self.engine.gather()
             self.save()
 
     def end(self, began: float, shared: int) -> None:
         """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
+        self.engine.gather()
+        distributed.average_([b for b in self.task.model.buffers() if b.is_floating_point()])
         means, fault = self.engine.means(), self.engine.fault()
         logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
         if (kept := usable(self.run.data.val, self.task.modality)) is not None:
@@ -267,7 +273,7 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     task.model.eval()
     feed = Feed(run, split, task.reads)
     parts = []
-    for batch in feed.batches(torch.arange(len(split)), 1000):
+    for batch in feed.batches(distributed.part(len(split)), 1000):
         parts.append(compute(feed.complete(batch)))
         run.stop.check()
-    return torch.cat(parts).float().cpu()
+    return distributed.gather(torch.cat(parts).float(), len(split)).cpu()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import nll_loss
 
+from .. import distributed
 from ..data.dataset import Batch
 from ..evaluation.scores import accuracy
 from ..run import Run
@@ -82,9 +83,16 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def update(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Sequence[torch.Tensor | None]
-) -> None:
+Gradients = Sequence[torch.Tensor | None]
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
+    """A step with these gradients, averaged over the processes that train together."""
+    apply(optimizer, parameters, distributed.average(grads))
+
+
+def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
+    """A step with these gradients as they are."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()

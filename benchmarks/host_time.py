@@ -1,0 +1,127 @@
+"""Host time of the Triton launchers, without a GPU: microseconds of an eager forward + backward before the GPU starts.
+
+    python benchmarks/host_time.py [--calls 300]
+
+Everything is real but the GPU: the ops' graph nodes, plans, Triton's own driver and launcher, on a libcuda.so.1 that
+does nothing (built here with the C compiler), with memory from the CPU's allocator, no device guard and no stream of
+torch's. "by Triton": each kernel launched as `kernel[grid](...)` does, to compare with.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SUCCEED = """
+    cuInit cuCtxGetCurrent cuCtxSetCurrent cuCtxGetDevice cuCtxGetLimit cuCtxSetLimit cuDeviceGet cuDeviceGetCount
+    cuDevicePrimaryCtxRetain cuDriverGetVersion cuFuncSetAttribute cuFuncSetCacheConfig cuGetErrorString
+    cuLaunchKernelEx cuModuleGetFunction cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters
+    cuStreamIsCapturing cuTensorMapEncodeIm2col cuTensorMapEncodeTiled
+"""
+LIBCUDA = """
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 232448; return 0; }
+int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute ? 0 : 1024; return 0; }
+int cuPointerGetAttribute(unsigned long long *data, int attribute, unsigned long long p) { *data = p; return 0; }
+"""
+
+
+def stub_driver():
+    """Makes Triton's CUDA driver the active one, for an sm_90 that is not there."""
+    folder = tempfile.mkdtemp()
+    source = Path(folder) / "cuda.c"
+    source.write_text(LIBCUDA + "".join(f"int {name}() {{ return 0; }}\n" for name in SUCCEED.split()))
+    library = f"{folder}/libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", source, "-o", library], check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    import ctypes
+
+    ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # what is loaded under this name is found by all that ask for it
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver
+
+    class Driver(driver.CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
+            self.get_current_device, self.get_current_stream = lambda: 0, lambda device: 0
+            self.get_device_capability = lambda device: (9, 0)
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    triton.runtime.driver.set_active(Driver())
+
+
+def serve_cpu_by_triton():
+    """The losses' kernels for CPU tensors become the launchers."""
+    import torch
+
+    from udi_kernels import _build
+    from udi_kernels.triton import club, js_div
+
+    _build.load("cpu")
+    library = torch.library.Library("udi_kernels", "IMPL")
+    for module, names in ((js_div, ("js_div",)), (club, ("club_mi", "club_nll"))):
+        for name in (f"{n}_{way}" for n in names for way in ("fwd", "bwd")):
+            library.impl(name, getattr(module, name), "CPU", allow_override=True)
+    return library
+
+
+def median(call, calls):
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1000)
+    return statistics.median(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=300)
+    calls = parser.parse_args().calls
+    stub_driver()
+    library = serve_cpu_by_triton()
+    import torch
+
+    from udi_kernels import club_mi, club_nll, js_div
+    from udi_kernels.triton import Launch, club
+    from udi_kernels.triton import js_div as launchers
+
+    x, y = torch.randn(64, 6), torch.randn(64, 6)
+    mu, logvar, z = (torch.randn(64, 512) for _ in range(3))
+    leaf, leaf_z = x.clone().requires_grad_(), z.clone().requires_grad_()
+    _, stats = launchers.js_div_fwd(x, y, None, 0.5, 1.0, 2)
+    grad = torch.ones(())
+    cases = {
+        "js_div 64x6, launcher forward": lambda: launchers.js_div_fwd(x, y, None, 0.5, 1.0, 2),
+        "js_div 64x6, launcher backward": lambda: launchers.js_div_bwd(
+            grad, x, y, None, stats, 0.5, 1.0, 2, True, False
+        ),
+        "js_div 64x6, forward + backward": lambda: torch.autograd.grad(js_div(leaf, y), leaf),
+        "club_mi 64x512, forward + backward": lambda: torch.autograd.grad(club_mi(mu, logvar, leaf_z), leaf_z),
+        "club_nll 64x512, forward + backward": lambda: torch.autograd.grad(club_nll(mu, logvar, leaf_z), leaf_z),
+        "club_mi 64x512, launcher forward": lambda: club.club_mi_fwd(mu, logvar, z, 2),
+    }
+    by_plan, by_triton = Launch.__call__, lambda self, *tensors: self._by_triton(tensors)
+    print(f"{'microseconds, median of ' + str(calls):45}{'by plan':>10}{'by Triton':>12}")
+    for name, call in cases.items():
+        figures = []
+        for way in (by_plan, by_triton):
+            Launch.__call__ = way
+            figures.append(median(call, calls))
+        Launch.__call__ = by_plan
+        print(f"{name:45}{figures[0]:10.1f}{figures[1]:12.1f}", flush=True)
+    del library
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -1,0 +1,60 @@
+"""Trains as one of several processes, and keeps what every step measured: ``processes.py DTYPE METHOD STEPS FILE``."""
+
+import os
+import sys
+
+import torch
+
+from udi_trainer import Dataset, Modality, Split, train
+from udi_trainer.training.engine import Eager
+
+
+def dataset(make):
+    """Images and vectors, of 5 classes."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(5, 64 + 7, generator=generator)
+
+    def split(size):
+        labels = torch.randint(5, (size,), generator=generator)
+        x = centers[labels] + torch.randn(size, 64 + 7, generator=generator)
+        return Split(labels, {"image": x[:, :64].reshape(size, 1, 8, 8), "vector": x[:, 64:]})
+
+    modalities = {"image": Modality("cnn", ("image",), make), "vector": Modality("mlp", ("vector",), make)}
+    return Dataset(5, modalities, split(4 * 32), split(61), split(67))
+
+
+def main(dtype, method, steps, file):
+    torch.set_default_dtype(getattr(torch, dtype))
+    measured, step = [], Eager.run
+
+    def run(self, batch, number, flags):
+        original = self.task.step
+
+        def kept(*args, **kwargs):
+            scalars = original(*args, **kwargs)
+            measured.append({"stage": self.task.name} | {name: x.detach().clone() for name, x in scalars.items()})
+            return scalars
+
+        self.task.step = kept
+        step(self, batch, number, flags)
+        self.task.step = original
+
+    Eager.run = run
+    options = {"controller": "dynamic", "align_every": 2, "q_warmup": 3, "baselines": []} if method == "udi" else {}
+    result = train(
+        dataset(torch.Tensor.double if dtype == "float64" else torch.Tensor.float), method,
+        epochs=int(steps) // 4, batch_size=32, lr=1e-3, progress=False, **options,
+    )  # fmt: skip
+    for row in measured:  # the mean over the processes, of what each measured on its part
+        for x in row.values():
+            if torch.distributed.is_initialized() and isinstance(x, torch.Tensor):
+                torch.distributed.all_reduce(x)
+                x /= torch.distributed.get_world_size()
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save({"steps": measured, "metrics": result.metrics}, file)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    main(*sys.argv[1:])

@@ -1,0 +1,141 @@
+"""Several processes (gloo, CPU) against one with the same global batch; what becomes of them when one is killed."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from udi_trainer import UserError, distributed
+from udi_trainer.command import main
+from udi_trainer.run import Run
+
+from .helpers import ROOT, TRAIN, make_run, needs_torchjd, read_log, read_metrics, start, without_times
+
+PROCESSES = ROOT / "tests" / "trainer" / "processes.py"
+UDI = "--epochs 4 --batch-size 32 --controller dynamic --align-every 4 --baselines joint --device cpu".split()
+
+
+def torchrun(count, *command, options=(), **kwargs):
+    """This many processes that train together, not through a shell: signals reach torchrun itself."""
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, *options, *command]
+    return start(*arguments, **kwargs)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def steps(count, dtype, method):
+    """What every step of a training measured, in the order of its stages, and the run's metrics."""
+    command = [PROCESSES, dtype, method, "20", f"{count}.pt"]
+    finish(torchrun(count, *command) if count > 1 else start(*command))
+    saved = torch.load(f"{count}.pt", weights_only=True)
+    return sorted(saved["steps"], key=lambda row: row["stage"]), saved["metrics"]
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance, counts, method",
+    [
+        ("float64", 1e-12, (2, 4), "udi"),
+        ("float32", 1e-5, (2,), "udi"),
+        ("float32", 1e-5, (2,), "joint"),
+        ("float32", 1e-5, (2,), "joint-sum"),
+        ("float32", 1e-5, (2,), "ogm-ge"),
+        ("float32", 1e-5, (2,), "ensemble"),
+        pytest.param("float32", 1e-5, (2,), "gramian", marks=needs_torchjd),
+    ],
+)
+def test_same_as_one_process(dtype, tolerance, counts, method):
+    """Losses and weights of 20 steps of each stage, and the accuracy at the end."""
+    one, metrics = steps(1, dtype, method)
+    assert len(one) % 20 == 0 and one
+    for count in counts:
+        many, theirs = steps(count, dtype, method)
+        for ours, row in zip(one, many, strict=True):
+            assert ours.pop("stage") == row.pop("stage") if count == counts[-1] else ours["stage"] == row["stage"]
+            for name, x in ours.items():
+                if name != "stage":
+                    torch.testing.assert_close(
+                        row[name], x, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m
+                    )
+        assert theirs["fused"]["test_acc"] == pytest.approx(metrics["fused"]["test_acc"], abs=0.006)
+
+
+def test_command_and_another_number_of_processes():
+    """One writes and tells; stopped by SIGTERM, the run goes on in one process, to the same end."""
+    assert main([*UDI, "--out", "whole"]) == 0
+    process = torchrun(2, TRAIN, *UDI, "--out", "cut")
+    log = Path("cut") / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    out, err = process.communicate(timeout=100)
+    assert time.monotonic() - asked < 30
+    assert err.count("--resume cut") == 1 and f"torchrun --nproc-per-node 2 {TRAIN}" in err
+    assert out.count("2 processes") == 1 and not Path("cut/metrics.json").exists()
+    assert main(["--resume", "cut"]) == 0
+    ours, theirs = (read_metrics(folder) for folder in ("cut", "whole"))
+    for name in ("fused", "ensemble"):
+        assert ours[name]["test_acc"] == pytest.approx(theirs[name]["test_acc"], abs=0.006)
+    assert [row["epoch"] for row in read_log("cut")].count(1) == 4  # nothing twice: three modalities' stages, and joint
+
+
+def test_killed_process_is_replaced():
+    """torchrun starts all anew, and they go on from the last checkpoint to the figures of an uninterrupted run."""
+    finish(torchrun(2, TRAIN, *UDI, "--out", "whole"))
+    process = torchrun(2, TRAIN, *UDI, "--out", "cut", options=["--max-restarts", "2"])
+    log = Path("cut") / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    workers = [int(p) for p in os.popen(f"ps -o pid= --ppid {process.pid}").read().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    finish(process)
+    assert without_times(read_metrics("cut")) == without_times(read_metrics("whole"))
+
+
+def test_restarts_need_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert main(["--epochs", "1"]) == 2
+    assert "needs --out DIR" in capsys.readouterr().err
+
+
+def test_batch_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(UserError, match="--batch-size: 64 samples have no equal parts for 3 processes"):
+        make_run()
+    assert isinstance(make_run(batch_size=63), Run)
+
+
+def test_shares_and_parts(monkeypatch):
+    """The shares of a batch are the batch; the parts of a split are the split, and few samples are seen twice."""
+    order = torch.randperm(5 * 12)
+    shares, parts = [], []
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share(order, 12))
+        parts.append(distributed.part(9))
+    batches = torch.stack([share.view(5, 3) for share in shares], dim=1).flatten()
+    assert torch.equal(batches, order)
+    assert torch.cat(parts)[:9].tolist() == list(range(9)) and {len(part) for part in parts} == {3}
+
+
+def test_buckets(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET", 40)
+    tensors = [torch.zeros(5), None, torch.zeros(6), torch.zeros(2).double(), torch.zeros(100), torch.zeros(1)]
+    assert list(distributed.buckets(tensors)) == [[0, 2], [4], [5], [3]]
+
+
+def test_one_process_sends_nothing(monkeypatch):
+    """All is as it was, the same objects."""
+    tensors = [torch.ones(2), None]
+    assert distributed.average(tensors) is tensors and distributed.gather(tensors[0], 2) is tensors[0]
+    assert distributed.part(5).tolist() == [0, 1, 2, 3, 4] and distributed.group() is None
+    assert sys.modules["torch.distributed"].is_initialized() is False
