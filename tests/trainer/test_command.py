@@ -221,7 +221,7 @@ def test_help_explains_every_option_in_groups(capsys):
         assert f"  {spelled(field.name)} " in text or f"  {spelled(field.name)}\n" in text
     assert "default: 30" in text and "udi, joint" in text.replace("\n", " ") or "ensemble" in text
     groups = re.findall(r"^(\S.*):$", text, re.MULTILINE)
-    assert groups[-5:] == ["what to train", "data of your own", "training", "UDI", "machine"]
+    assert groups[-6:] == ["what to train", "data of your own", "training", "UDI", "DI-MML", "machine"]
 
 
 def test_options_of_the_command_are_those_of_python():

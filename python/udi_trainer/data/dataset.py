@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 Encoder = str | Callable[[torch.Size], nn.Module]
+FEATURES = 64  # width of the trainer's own encoders, unless an option says otherwise
 Batch = dict[str, torch.Tensor]  # what is stored of some samples, their labels, and what samples they are
 
 
@@ -75,7 +76,7 @@ class Modality:
     make: Callable[..., torch.Tensor] = torch.Tensor.float
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None
     vary: Callable[..., torch.Tensor] | None = None
-    width: int = 64
+    width: int = FEATURES
     weights: str | None = None
 
     @property

@@ -6,7 +6,7 @@ as its logits, and :func:`combine` fuses the others.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,7 +30,7 @@ class Rule:
     def of(self, kept: torch.Tensor) -> "Rule":
         """The rule for these of the modalities alone, bool (M,)."""
         weights = [w for w, k in zip(self.weights, kept.tolist(), strict=True) if k] if self.weights else None
-        return type(self)(weights)
+        return replace(self, weights=weights)
 
 
 @fusion_rules.register("mean")

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data.dataset import Modality, Split
+from ..data.dataset import FEATURES, Modality, Split
 from ..errors import UserError
 from ..registry import encoders, offered
 from ..run_folder import load_tensors
 
 
 @encoders.register("cnn")
-def cnn(shape: torch.Size, features: int = 64) -> nn.Module:
+def cnn(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     """Two convolutions, for images of 8x8 and more; small ones keep their resolution longer, large ones get more.
 
     ReLU comes after pooling: the same function, on a quarter of the elements.
@@ -37,13 +37,13 @@ def cnn(shape: torch.Size, features: int = 64) -> nn.Module:
 
 
 @encoders.register("mlp")
-def mlp(shape: torch.Size, features: int = 64) -> nn.Module:
+def mlp(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     """One hidden layer, for samples of any shape."""
     return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), 128), nn.ReLU(), nn.Linear(128, features), nn.ReLU())
 
 
 @encoders.register("cnn1d")
-def cnn1d(shape: torch.Size, features: int = 64) -> nn.Module:
+def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     """Three convolutions along the first axis of sequences (T, D), and the mean over time."""
     sizes = (shape[1], 64, 128, 128)
     pairs = zip(sizes, sizes[1:], strict=False)
@@ -62,7 +62,7 @@ class Transpose(nn.Module):
 class Words(nn.Module):
     """Mean of the learned vectors of a text's words, which come as their hashes (N, L) below 8192; 0 is no word."""
 
-    def __init__(self, shape: torch.Size, features: int = 64):
+    def __init__(self, shape: torch.Size, features: int = FEATURES):
         super().__init__()
         self.vectors, self.head = nn.Embedding(8192, 64), nn.Linear(64, features)
 
@@ -73,7 +73,7 @@ class Words(nn.Module):
 
 
 @encoders.register("resnet18")
-def resnet18(shape: torch.Size, features: int = 64) -> nn.Module:
+def resnet18(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     """ResNet-18 (He et al. 2016), for images of 32x32 and more, spectrograms too."""
 
     def conv(inputs, outputs, size, stride=1):
