@@ -6,6 +6,7 @@ of several frames too, with the mean over the frames.
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -156,7 +157,7 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     try:
         encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)
         if len(shape) == 3:
-            encoder.to(**{"memory_format": torch.channels_last})  # which torch's type hints of modules lack
+            cast(Any, encoder).to(memory_format=torch.channels_last)  # torch's hints do not know it
         with torch.no_grad():
             features = encoder.eval()(two)
         encoder.train()
