@@ -27,7 +27,7 @@ from udi_trainer import Dataset, Modality, Run, Split
 from udi_trainer.command import parse
 from udi_trainer.console import log
 from udi_trainer.data.digits import colored_and_gray
-from udi_trainer.methods.udi import Anchor, Follower
+from udi_trainer.methods.udi import Follower, Frozen
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.registry import methods
 from udi_trainer.run import choose_device
@@ -118,7 +118,8 @@ def whole_run(name, run):
 def steps(run, rounds=30):
     """Median seconds of a follower's step, of one with the controller, and of the encoder's own training step."""
     first, second = run.data.modalities
-    alone, follower = run.make(Alone, second), run.make(Follower, second, Anchor(run, run.make(Alone, first)))
+    anchor, alone = run.make(Alone, first), run.make(Alone, second)
+    follower = run.make(Follower, second, Frozen(run, first, anchor.model, anchor.width))
     stages = [Stage(task, run) for task in (alone, follower)]
     for stage in stages:
         stage.restore()

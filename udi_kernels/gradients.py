@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.library import register_fake
 
 from . import _checks, reference
@@ -214,7 +215,7 @@ def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
     for p, t in enumerate(out := list(out)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: out[{p}] must be a tensor, got {'None' if t is None else type(t).__name__}")
-        if t.is_neg():
+        if not is_compiling() and t.is_neg():
             raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
     return out
 

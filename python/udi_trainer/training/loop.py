@@ -15,6 +15,7 @@ from .. import distributed
 from ..console import Progress, log
 from ..data.dataset import Split
 from ..errors import UserError
+from ..options import Options
 from ..run import Run
 from ..run_folder import REPEAT
 from ..stop import Stopped
@@ -170,7 +171,8 @@ class Stage:
                 self.task.begin_epoch(self.epoch)
             self.task.model.train()
             for group in self.groups:
-                group["lr"].fill_(learning_rate(self.task, self.epoch, group.get("lr_scale", 1)))
+                scale = group.get("lr_scale", 1)
+                group["lr"].fill_(learning_rate(self.run.options, self.epoch, scale, self.task.epochs))
             ours = distributed.share(order[self.done * self.run.batch_size :], self.run.batch_size)
             batches = iter(self.feed.batches(ours, self.run.batch_size // distributed.world()))
         while self.done < steps:
@@ -228,11 +230,11 @@ class Stage:
         log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
 
 
-def learning_rate(task: Task, epoch: int, scale: float = 1.0) -> float:
-    options = task.run.options
+def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int | None = None) -> float:
+    """Of an epoch, counted from 0; a stage may have a length of its own."""
     lr = options.lr * scale
     if options.schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / task.epochs)) / 2
+        return lr * (1 + math.cos(math.pi * epoch / (epochs or options.epochs))) / 2
     if options.schedule == "step":
         every, factor = options.lr_step
         return lr * factor ** (epoch // every)

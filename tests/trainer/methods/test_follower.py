@@ -13,7 +13,11 @@ from ..helpers import freeze, make_run, read_log, training_batch
 
 def make_follower(**options):
     run = make_run(batch_size=32, **options)
-    return udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+    return udi.Follower(run, "color", frozen(Alone(run, "gray")))
+
+
+def frozen(task):
+    return udi.Frozen(task.run, task.modality, task.model, task.width)
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_more_steps_of_q(align):
     for steps in (1, 4):
         run = make_run(q_steps=steps)
         torch.manual_seed(0)
-        follower = udi.Follower(run, "color", udi.Anchor(run, Alone(run, "gray")))
+        follower = udi.Follower(run, "color", frozen(Alone(run, "gray")))
         batch = training_batch(follower)
         follower.step(batch, align=align, fitted=True)
         followers.append([p.clone() for p in follower.parameters])

@@ -90,7 +90,7 @@ def test_race(three_views):
 def test_follower_starts_from_its_own_anchor_phase():
     run = make_run()
     gray, color = (Alone(run, modality) for modality in ("gray", "color"))
-    follower = udi.Follower(run, "color", udi.Anchor(run, gray), color)
+    follower = udi.Follower(run, "color", udi.Frozen(run, "gray", gray.model, gray.width), color)
     for a, b in zip(follower.model.parameters(), color.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
