@@ -22,6 +22,8 @@ def test_options_of_all_studies():
 @pytest.mark.parametrize("name", [name for name in studies if name != "stub"])
 def test_committed_tables_come_from_the_committed_results(name):
     folder, study = ROOT / "python" / "results" / name, studies[name]()
+    if not folder.exists():
+        pytest.skip(f"no results of {name} are committed yet")
     records, committed = results(folder)["runs"], table(folder)
     for text in (study.tables(records), *study.notes(records)):
         assert f"\n\n{text}\n" in committed
