@@ -112,11 +112,7 @@ def test_what_cannot_be_loaded(mixed):
         load("run", dataset=datasets["cgdigits"](None))
     file = Path("run/checkpoints/model.pt")
     file.write_bytes(file.read_bytes()[:500])
-<<<<<<< HEAD
     with pytest.raises(UserError, match="model.pt is damaged .*: delete it"):
-=======
-    with pytest.raises(UserError, match="model.pt is damaged .*: delete it, then --resume run makes it again"):
->>>>>>> tests
         load("run")
 
 
