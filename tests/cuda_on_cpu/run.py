@@ -179,13 +179,14 @@ def gradient_tests(folder, pool):
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "LD_PRELOAD": f"{preload} {library}",
     }
     python = [sys.executable, "-W", "error::UserWarning", "-c"]
-    call([*python, f"import sys; sys.path[:0] = {[str(ROOT), str(HERE)]}; import plugin"], LD_PRELOAD=str(library))
+    call([*python, "import plugin"], **environment)
     tests = sorted((ROOT / "tests" / "kernels").glob("test_gradients*.py"))
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-r", "f", "-p", "plugin", *tests],
-        env=os.environ | environment | {"LD_PRELOAD": f"{preload} {library}"},
+        env=os.environ | environment,
     )
     return run.returncode != 0
 
@@ -238,9 +239,11 @@ def telling(line):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=[*BUILDS, "tests"], choices=[*BUILDS, "tests", "faults"])
+    parser.add_argument("what", nargs="*", default=[*BUILDS, "tests"])  # choices refuse a default in Python 3.11
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers and runs at a time")
     options = parser.parse_args()
+    if unknown := {*options.what} - {*BUILDS, *SPECIAL}:
+        parser.error(f"one of {', '.join([*BUILDS, *SPECIAL])} is wanted, not {', '.join(unknown)}")
     failed = []
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(options.jobs) as pool:
         for name in options.what:
