@@ -117,7 +117,8 @@ void run(int k, const std::vector<Param>& params) {
   // Twice, with the threads and blocks in another order: not a bit may change.
   std::vector<double> gram, again;
   for (auto* result : {&gram, &again}) {
-    std::vector<double> scratch(plan->scratch(), NAN);
+    std::vector<double> scratch(plan->scratch());
+    std::memset(scratch.data(), 0xff, scratch.size() * sizeof(double));  // NaN, and a counter that is not 0
     result->assign(k * k, NAN);
     std::vector<float> narrow(k * k, NAN);
     plan->gramian(scratch.data(), wide ? static_cast<void*>(result->data()) : narrow.data(), wide);

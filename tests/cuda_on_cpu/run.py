@@ -83,7 +83,7 @@ FAULTS = [
     ("head as if addresses ended otherwise", "asan", KERNELS, "(-address & kMask)", "(address & kMask)"),
     ("one vector too many", "asan", KERNELS, "v + b * kThreads < chunk.vectors", "v + b * kThreads <= chunk.vectors"),
     ("one single element twice", "asan", KERNELS, "s < head ? s", "s <= head ? s"),
-    ("bisection one off", "asan", KERNELS, "first() <= from", "first() < from"),
+    ("a parameter goes on for one chunk more", "asan", KERNELS, "first() <= number", "first() < number"),
     ("out without the chunk's offset", "asan", KERNELS, "entry.out()) + chunk.begin", "entry.out())"),
     (
         "the last row left out beyond four",
