@@ -131,13 +131,23 @@ def cases():
         labels, logits = torch.empty(10000, dtype=torch.int64, device="meta"), torch.empty(3, 8192, 101, **new)
         losses = functools.partial(duc.duc_loss_fwd, student, teacher, dims, 10.0, 2, True)
         yield "duc_loss", "forward", (1024, 1024), dtype, "", losses
-        yield "effective_dims", "forward", (10000, 512), dtype, "", functools.partial(
-            effective_dims.effective_dims_fwd, features, labels, 101
+        yield (
+            "effective_dims",
+            "forward",
+            (10000, 512),
+            dtype,
+            "",
+            functools.partial(effective_dims.effective_dims_fwd, features, labels, 101),
         )
         fused = functools.partial(certainty.certainty_fusion_fwd, logits, 1.0)
         yield "certainty_fusion", "forward", (3 * 8192, 101), dtype, "", fused
-        yield "certainty_fusion", "backward", (3 * 8192, 101), dtype, "", functools.partial(
-            certainty.certainty_fusion_bwd, torch.empty(8192, 101, **new), logits, 1.0, True
+        yield (
+            "certainty_fusion",
+            "backward",
+            (3 * 8192, 101),
+            dtype,
+            "",
+            functools.partial(certainty.certainty_fusion_bwd, torch.empty(8192, 101, **new), logits, 1.0, True),
         )
 
 
@@ -168,7 +178,14 @@ def signature(kernel, values):
     """Types, constants and divisibility of the arguments, by the rules of Triton's own launch."""
     import torch
 
-    names = {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+    names = {
+        "float32": "fp32",
+        "float64": "fp64",
+        "float16": "fp16",
+        "bfloat16": "bf16",
+        "int32": "i32",
+        "int64": "i64",
+    }
     types, constants, attributes = {}, {}, {}
 
     def describe(path, param, value):
