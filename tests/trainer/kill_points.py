@@ -117,7 +117,6 @@ def main():
     draw, work = random.Random(options.seed), Path(tempfile.mkdtemp())
     log = work / "log"
 
-    began = time.monotonic()
     for name in ("warm", "whole"):  # the first builds what is built once
         began = time.monotonic()
         children = begin([*OPTIONS, "--out", str(work / name)], options.processes, log)
@@ -126,12 +125,8 @@ def main():
     assert figures(work / "warm") == wanted, "two uninterrupted runs differ"
     writes = 3 * 3 + 3 + 4  # roughly: stages times epochs, what is made at the end, logs taken up
 
-    points, runs, where, folder = (
-        0,
-        0,
-        dict.fromkeys(("time", "half", "before", "after", "all", "one"), 0),
-        work / "run",
-    )
+    points = runs = 0
+    where, folder = dict.fromkeys(("time", "half", "before", "after", "all", "one"), 0), work / "run"
     while True:
         place = "end" if points >= options.points else draw.choice(("time", "time", "time", "half", "before", "after"))
         rank = draw.randrange(options.processes)
@@ -146,7 +141,8 @@ def main():
             everyone = draw.random() < 0.5
             where["all" if everyone else "one"] += 1
             for child in children if everyone else [children[rank]]:
-                os.kill(child, signal.SIGKILL)
+                if child not in ended:  # no longer ours
+                    os.kill(child, signal.SIGKILL)
         ended |= wait([c for c in children if c not in ended], time.monotonic() + 300)
         assert len(ended) == len(children), f"a process outlives the others: {log}"
         if any(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL for status in ended.values()):
