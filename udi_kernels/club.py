@@ -72,7 +72,8 @@ def club_mi(
         return distributed.club_mi(mu, logvar, y, given, process_group, reduction=reduction)
     if native():
         return ops.club_mi.default(mu, logvar, y, given, code)
-    return reference.club_mi(*_checked("club_mi", mu, logvar, y, given), given=given, reduction=reduction)
+    mu, logvar, y = _checked("club_mi", mu, logvar, y, given)
+    return reference.club_mi(mu, logvar, y, given, reduction=reduction)
 
 
 def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
