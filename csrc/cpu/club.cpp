@@ -20,6 +20,7 @@ constexpr int64_t kMinRows = 64;    // of a chunk
 constexpr int64_t kColumns = 256;   // columns of a task: five accumulators each stay in the first-level cache
 constexpr int64_t kGroup = 8;       // rows summed in one float before they join the double
 constexpr double kScale = 256;      // w is summed over this: e^87 times some rows times mu overflows
+constexpr int64_t kFew = 32;        // rows of a class up to which nothing is kept for its gradient
 constexpr int64_t kGrain = 16384;   // below this many elements a second thread does not pay
 
 // Rows of `stats`, all but the first relative to it: sums over rows, divided by N in the end.
@@ -42,29 +43,23 @@ struct Inputs {
 // and each is its own negative too.
 struct Classes {
   const int64_t *order = nullptr, *index = nullptr, *begin = nullptr;
-  int64_t n, count = 1, rows;  // number of classes, of rows in one
+  int64_t n, count = 1;  // rows, classes
+  double divisor;        // of a mean over rows
 
-  Classes(const std::optional<Tensor>& classes, int64_t n) : n(n), rows(n) {
+  Classes(const std::optional<Tensor>& classes, int64_t n) : n(n), divisor(n) {
     if (!classes) return;
     order = static_cast<const int64_t*>(classes->data_ptr());
     index = order + n + 1;
     begin = index + n + 1;
-    rows = order[n];
+    divisor = std::max<int64_t>(order[n], 1);
     count = index[n];
   }
-  // The place of a row's class among the statistics, and its values' factor, 0 for rows without negatives.
-  struct Of {
-    int64_t slot = 0;
-    double factor = 0;
-  };
-  Of of_class(int64_t k) const {
-    if (!order) return {0, 1};
-    const double rows = size(k);
-    return rows > 1 ? Of{begin[k] / 2, rows / (rows - 1)} : Of{};
-  }
-  Of of_row(int64_t r) const { return order && index[r] < 0 ? Of{} : of_class(order ? index[r] : 0); }
-  double divisor() const { return order ? std::max<int64_t>(rows, 1) : n; }  // of a mean over rows
+  int64_t of(int64_t r) const { return order ? index[r] : 0; }
   int64_t size(int64_t k) const { return order ? begin[k + 1] - begin[k] : n; }
+  bool few(int64_t k) const { return order && size(k) <= kFew; }
+  bool alone(int64_t k) const { return k < 0 || (order && size(k) == 1); }
+  double factor(int64_t k) const { return order ? double(size(k)) / double(size(k) - 1) : 1; }
+  int64_t slot(int64_t k) const { return order ? begin[k] / kFew : 0; }  // of the statistics of a class of more than few
 };
 
 // One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
@@ -143,8 +138,8 @@ void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, int64_t r0, i
   }
 }
 
-// finish(class, column, lanes, shift, sums) for every 16 columns of each class of at least two rows, with their sums over
-// its rows. Returns the sum of what it returns, times the classes' factors.
+// finish(class, column, lanes, shift, sums) for every 16 columns of each class of more than few rows, with their sums
+// over its rows. Returns the sum of what it returns, times the classes' factors.
 template <class T, class F>
 double reduce_columns(const Inputs<T>& in, const Classes& classes, Factor<compute_t<T>> factor, F finish) {
   auto read = [](const Part<T>& part, int64_t at, Doubles* sums) {
@@ -159,15 +154,14 @@ double reduce_columns(const Inputs<T>& in, const Classes& classes, Factor<comput
       Part<T> part;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t k = task % count, c0 = task / count * kColumns, c1 = std::min(c0 + kColumns, in.d);
-        const double own = classes.of_class(k).factor;
-        if (own == 0) continue;
+        if (classes.few(k)) continue;
         column_sums(in, factor, classes.begin[k], classes.begin[k + 1], c0, c1, part);
         Doubles total{};
         for_each_lanes(c1 - c0, [&](int64_t c, int lanes) {
           Doubles sums[kSums], shift = read(part, c, sums);
           total += finish(k, c0 + c, lanes, shift, sums);
         });
-        values[task] = own * sum(total);
+        values[task] = classes.factor(k) * sum(total);
       }
     });
     return std::reduce(values.begin(), values.end());
@@ -201,7 +195,7 @@ template <class T>
 double statistics(const Inputs<T>& in, const Classes& classes, compute_t<T>* stats) {
   return reduce_columns(in, classes, {}, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
     const double n = classes.size(k);
-    compute_t<T>* to = stats + classes.of_class(k).slot * kStats * in.d + c;
+    compute_t<T>* to = stats + classes.slot(k) * kStats * in.d + c;
     auto write = [&](Stat stat, Doubles x) {
       store_some(to + stat * in.d, __builtin_convertvector(x, Vec<T>), lanes);
     };
@@ -233,12 +227,49 @@ struct Element {
   }
 };
 
+// Sixteen columns of a class of few rows, relative to the mean of y: all that value and gradients need, without a detour
+// through memory. Statistics of small classes would be as large as the inputs.
+template <class T>
+struct Few {
+  Vec<T> y[kFew], mu[kFew], w[kFew], var{};
+
+  Few(const Inputs<T>& in, int64_t begin, int64_t rows, int64_t c, int lanes) {
+    const compute_t<T> share = compute_t<T>(1) / rows;
+    Vec<T> first = load_some(in.y[in.row(begin)] + c, lanes), mean{};
+    for (int64_t i = 0; i < rows; ++i) {
+      y[i] = load_some(in.y[in.row(begin + i)] + c, lanes) - first;
+      mean += y[i];
+    }
+    mean *= share;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t r = in.row(begin + i);
+      y[i] -= mean;
+      var += y[i] * y[i];
+      mu[i] = load_some(in.mu[r] + c, lanes) - first - mean;
+      w[i] = exp(-load_some(in.logvar[r] + c, lanes));
+    }
+    var *= share;
+  }
+  Vec<T> value(int64_t i) const { return w[i] * (var + y[i] * (2 * mu[i] - y[i])); }
+};
+
+// f(class, its first place in the order, its rows) for every class of few rows that has negatives.
+template <class F>
+void for_each_few(const Classes& classes, int64_t d, F f) {
+  if (!classes.order) return;
+  const int64_t grain = 1 + kGrain / (classes.n * d / std::max<int64_t>(classes.count, 1) + 1);
+  torch::stable::parallel_for(0, classes.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      if (classes.few(k) && !classes.alone(k)) f(k, classes.begin[k], classes.size(k));
+  });
+}
+
 std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y,
                                        std::optional<Tensor> class_tensor, int64_t reduction) {
   const int64_t n = mu.size(0), d = mu.size(1);
   const Classes classes(class_tensor, n);
   ScalarType dtype = compute_dtype(mu);
-  Tensor stats = empty(class_tensor ? std::vector<int64_t>{n / 2, kStats, d} : std::vector<int64_t>{kStats, d}, dtype);
+  Tensor stats = empty(classes.order ? std::vector<int64_t>{n / kFew, kStats, d} : std::vector<int64_t>{kStats, d}, dtype);
   Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{n} : std::vector<int64_t>{}, dtype);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -247,21 +278,37 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
     S* stat = static_cast<S*>(stats.data_ptr());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = n ? statistics(in, classes, stat) : 0.;
+    std::vector<double> values(classes.count);
+    for_each_few(classes, d, [&](int64_t k, int64_t begin, int64_t rows) {
+      Vec<T> sums[kFew] = {};
+      for_each_lanes(d, [&](int64_t c, int lanes) {  // lanes beyond the end hold 0
+        Few<T> few(in, begin, rows, c, lanes);
+        for (int64_t i = 0; i < rows; ++i) sums[i] += few.value(i);
+      });
+      for (int64_t i = 0; i < rows; ++i) {
+        const double value = 0.5 * classes.factor(k) * sum(sums[i]);
+        if (reduction == kNone) out[in.row(begin + i)] = S(value);
+        values[k] += value;
+      }
+    });
     if (reduction != kNone) {
-      *out = S(reduction == kMean ? total / classes.divisor() : total);
+      total += std::reduce(values.begin(), values.end());
+      *out = S(reduction == kMean ? total / classes.divisor : total);
       return;
     }
     for_each_row(n, d, [&](int64_t i) {
-      const int64_t r = in.row(i);
-      const auto [slot, factor] = classes.of_row(r);
+      const int64_t r = in.row(i), k = classes.of(r);
+      if (classes.alone(k)) out[r] = 0;
+      if (classes.alone(k) || classes.few(k)) return;
       const Row<T> of(in, r);
+      const S* own = stat + classes.slot(k) * kStats * d;
       Vec<T> row{};
-      for_each_lanes(factor == 0 ? 0 : d, [&](int64_t c, int lanes) {
-        Vec<T> value = Element<T>(of, stat + slot * kStats * d, c, lanes).value;
+      for_each_lanes(d, [&](int64_t c, int lanes) {
+        Vec<T> value = Element<T>(of, own, c, lanes).value;
         for (int i = lanes; i < kLanes; ++i) value[i] = 0;
         row += value;
       });
-      out[r] = S(0.5 * factor) * sum(row);
+      out[r] = S(0.5 * classes.factor(k)) * sum(row);
     });
   });
   return {loss, stats};
@@ -286,40 +333,58 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
       for (Tensor* g : {&grad_mu, &grad_logvar, &grad_y}) torch::stable::zero_(*g);
       return;
     }
-    const S* stat = static_cast<const S*>(stats.data_ptr());
     Factor<S> g(grad);
-    const double scale = reduction == kMean ? 1. / classes.divisor() : 1.;
-    // mean(w) and mean(w mu) of each class, which with one gradient for all rows need only its factor.
+    const double scale = reduction == kMean ? 1. / classes.divisor : 1.;
+    Rows<T> out_mu = need_mu ? Rows<T>(grad_mu) : Rows<T>(), out_y = need_y ? Rows<T>(grad_y) : Rows<T>();
+    Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
+    for_each_few(classes, d, [&](int64_t k, int64_t begin, int64_t rows) {
+      const S share = S(1) / rows;
+      S own[kFew];
+      for (int64_t i = 0; i < rows; ++i) own[i] = S(g[in.row(begin + i)] * scale * classes.factor(k));
+      for_each_lanes(d, [&](int64_t c, int lanes) {
+        Few<T> few(in, begin, rows, c, lanes);
+        Vec<T> mean_w{}, mean_wmu{};
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t r = in.row(begin + i);
+          if (need_logvar) store_some(out_logvar[r] + c, Vec<T>(S(-0.5) * own[i] * few.value(i)), lanes);
+          few.w[i] *= own[i];
+          mean_w += share * few.w[i];
+          mean_wmu += share * few.w[i] * few.mu[i];
+          if (need_mu) store_some(out_mu[r] + c, Vec<T>(few.w[i] * few.y[i]), lanes);
+        }
+        for (int64_t i = 0; i < (need_y ? rows : 0); ++i) {
+          Vec<T> dy = few.w[i] * (few.mu[i] - few.y[i]) + (few.y[i] * mean_w - mean_wmu);
+          store_some(out_y[in.row(begin + i)] + c, dy, lanes);
+        }
+      });
+    });
+    const S* stat = static_cast<const S*>(stats.data_ptr());
+    // mean(w) and mean(w mu) of a class; with one gradient for all rows they need only that and the factor.
     const S* means = stat + kMeanW * d;
     int64_t between = kStats * d;
     std::unique_ptr<S[]> weighted;
     if (need_y && reduction == kNone) {
-      weighted = std::make_unique_for_overwrite<S[]>(2 * d * (classes.order ? n / 2 : 1));
+      weighted = std::make_unique_for_overwrite<S[]>(2 * d * (classes.order ? n / kFew : 1));
       means = weighted.get(), between = 2 * d;
       reduce_columns(in, classes, g, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
-        const auto [slot, factor] = classes.of_class(k);
-        const double size = classes.size(k) / factor;
-        move(sums, shift - __builtin_convertvector(load_some(stat + slot * kStats * d + c, lanes), Doubles), size);
-        S* to = &weighted[slot * between + c];
-        store_some(to, __builtin_convertvector(sums[kSumW] / size, Vec<T>), lanes);
-        store_some(to + d, __builtin_convertvector(sums[kSumWMu] / size, Vec<T>), lanes);
+        const double size = classes.size(k), share = classes.factor(k) / size;
+        move(sums, shift - __builtin_convertvector(load_some(stat + classes.slot(k) * kStats * d + c, lanes), Doubles), size);
+        S* to = &weighted[classes.slot(k) * between + c];
+        store_some(to, __builtin_convertvector(sums[kSumW] * share, Vec<T>), lanes);
+        store_some(to + d, __builtin_convertvector(sums[kSumWMu] * share, Vec<T>), lanes);
         return Doubles{};
       });
     }
-    Rows<T> out_mu = need_mu ? Rows<T>(grad_mu) : Rows<T>(), out_y = need_y ? Rows<T>(grad_y) : Rows<T>();
-    Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
     for_each_row(n, d, [&](int64_t i) {
-      const int64_t r = in.row(i);
-      const auto [slot, factor] = classes.of_row(r);
+      const int64_t r = in.row(i), k = classes.of(r);
       T *to_mu = out_mu[r], *to_logvar = out_logvar[r], *to_y = out_y[r];
-      if (factor == 0) {
+      if (classes.alone(k))
         for (T* to : {to_mu, to_logvar, to_y})
           if (to) std::fill_n(to, d, T(0));
-        return;
-      }
+      if (classes.alone(k) || classes.few(k)) return;
       const Row<T> of(in, r);
-      const S row = S(g[r] * scale * factor), all = weighted ? S(1) : row;
-      const S *own = stat + slot * kStats * d, *w = means + slot * between, *wmu = w + d;
+      const S row = S(g[r] * scale * classes.factor(k)), all = weighted ? S(1) : row;
+      const S *own = stat + classes.slot(k) * kStats * d, *w = means + classes.slot(k) * between, *wmu = w + d;
       for_each_lanes(of.d, [&](int64_t c, int lanes) {
         Element<T> e(of, own, c, lanes);
         if (to_y) {
