@@ -45,6 +45,7 @@ struct Classes {
   const int64_t *order = nullptr, *index = nullptr, *begin = nullptr;
   int64_t n, count = 1;  // rows, classes
   double divisor;        // of a mean over rows
+  bool any_few = false, any_more = true, any_alone = false;
 
   Classes(const std::optional<Tensor>& classes, int64_t n) : n(n), divisor(n) {
     if (!classes) return;
@@ -53,6 +54,8 @@ struct Classes {
     begin = index + n + 1;
     divisor = std::max<int64_t>(order[n], 1);
     count = index[n];
+    any_more = false, any_alone = order[n] < n;
+    for (int64_t k = 0; k < count; ++k) (alone(k) ? any_alone : few(k) ? any_few : any_more) = true;
   }
   int64_t of(int64_t r) const { return order ? index[r] : 0; }
   int64_t size(int64_t k) const { return order ? begin[k + 1] - begin[k] : n; }
@@ -147,6 +150,7 @@ double reduce_columns(const Inputs<T>& in, const Classes& classes, Factor<comput
     return __builtin_convertvector(load(part.shift + at), Doubles);
   };
   const int64_t blocks = (in.d + kColumns - 1) / kColumns;
+  if (!classes.any_more) return 0;
   if (classes.order) {  // one thread for a class's block of columns; block by block, so that threads share large classes
     const int64_t count = classes.count, size = 1 + in.n * std::min(in.d, kColumns) / std::max<int64_t>(count, 1);
     std::vector<double> values(blocks * count);
@@ -235,17 +239,15 @@ struct Few {
 
   Few(const Inputs<T>& in, int64_t begin, int64_t rows, int64_t c, int lanes) {
     const compute_t<T> share = compute_t<T>(1) / rows;
-    Vec<T> first = load_some(in.y[in.row(begin)] + c, lanes), mean{};
+    Vec<T> first = load_some(in.y[in.row(begin)] + c, lanes), sum{};
+    for (int64_t i = 1; i < rows; ++i) sum += load_some(in.y[in.row(begin + i)] + c, lanes) - first;
+    const Vec<T> shift = first + share * sum, mean = (first - shift) + share * sum;  // the mean in two parts
     for (int64_t i = 0; i < rows; ++i) {
-      y[i] = load_some(in.y[in.row(begin + i)] + c, lanes) - first;
-      mean += y[i];
-    }
-    mean *= share;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t r = in.row(begin + i);
-      y[i] -= mean;
+      const int64_t r = in.row(begin + i), ahead = in.row(std::min(begin + rows + i, in.n - 1));
+      for (auto* of : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*of)[ahead] + c, 0, 2);
+      y[i] = load_some(in.y[r] + c, lanes) - shift - mean;
       var += y[i] * y[i];
-      mu[i] = load_some(in.mu[r] + c, lanes) - first - mean;
+      mu[i] = load_some(in.mu[r] + c, lanes) - shift - mean;
       w[i] = exp(-load_some(in.logvar[r] + c, lanes));
     }
     var *= share;
@@ -256,7 +258,7 @@ struct Few {
 // f(class, its first place in the order, its rows) for every class of few rows that has negatives.
 template <class F>
 void for_each_few(const Classes& classes, int64_t d, F f) {
-  if (!classes.order) return;
+  if (!classes.any_few) return;
   const int64_t grain = 1 + kGrain / (classes.n * d / std::max<int64_t>(classes.count, 1) + 1);
   torch::stable::parallel_for(0, classes.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
@@ -296,7 +298,7 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
       *out = S(reduction == kMean ? total / classes.divisor : total);
       return;
     }
-    for_each_row(n, d, [&](int64_t i) {
+    for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t i) {
       const int64_t r = in.row(i), k = classes.of(r);
       if (classes.alone(k)) out[r] = 0;
       if (classes.alone(k) || classes.few(k)) return;
@@ -345,7 +347,9 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
         Few<T> few(in, begin, rows, c, lanes);
         Vec<T> mean_w{}, mean_wmu{};
         for (int64_t i = 0; i < rows; ++i) {
-          const int64_t r = in.row(begin + i);
+          const int64_t r = in.row(begin + i), ahead = in.row(std::min(begin + rows + i, n - 1));
+          for (auto* to : {&out_mu, &out_logvar, &out_y})
+            if (*to) __builtin_prefetch((*to)[ahead] + c, 1, 2);
           if (need_logvar) store_some(out_logvar[r] + c, Vec<T>(S(-0.5) * own[i] * few.value(i)), lanes);
           few.w[i] *= own[i];
           mean_w += share * few.w[i];
@@ -375,7 +379,7 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
         return Doubles{};
       });
     }
-    for_each_row(n, d, [&](int64_t i) {
+    for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t i) {
       const int64_t r = in.row(i), k = classes.of(r);
       T *to_mu = out_mu[r], *to_logvar = out_logvar[r], *to_y = out_y[r];
       if (classes.alone(k))

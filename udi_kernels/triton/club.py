@@ -432,7 +432,7 @@ def _class_stats(
     sum_yy = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_wmu = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(begin, end, ROWS):
+    for start in tl.range(begin, end, ROWS, num_stages=3):
         row, mask = _rows_of_class(CLASSES, start, end, col, D, ROWS)
         y = tl.where(mask, _load(Y, row, y_stride, V, col, mask) - shift, 0.0)
         sum_y += y
@@ -475,7 +475,7 @@ def _given_values(
                 V, ROWS, BLOCK, WEIGHTS=False,
             )  # fmt: skip
             half = 0.5 * n.to(tl.float32) / (n - 1).to(tl.float32)
-            for start in range(begin, end, ROWS):
+            for start in tl.range(begin, end, ROWS, num_stages=3):
                 row, mask = _rows_of_class(CLASSES, start, end, col, D, ROWS)
                 y = (_load(Y, row, y_stride, V, col, mask, 0.0) - shift) - mean
                 mu = (_load(MU, row, mu_stride, V, col, mask, 0.0) - shift) - mean
@@ -499,9 +499,9 @@ def _given_total(PARTS, CLASSES, OUT, N, parts, BLOCK: tl.constexpr, MEAN: tl.co
 
 
 def _given_shape(dtypes, size, strides):
-    """Sizes of the tiles, and the grid: 16 rows or so, which are two 16-byte loads of each input a thread."""
+    """Sizes of the tiles, 1024 elements whatever the dtype (more spill), and the grid."""
     shape = _Shape(dtypes[0], *size, *strides)
-    shape.values |= dict(ROWS=2 * shape.rows)
+    shape.values |= dict(ROWS=1024 // shape.block)
     return shape, (shape.tiles, max(1, min(shape.N // 2, cdiv(PROGRAMS, shape.tiles))))
 
 
@@ -563,7 +563,7 @@ def _given_bwd(
             factor = n.to(tl.float32) / (n - 1).to(tl.float32)
             if MEAN:
                 factor /= tl.load(CLASSES + N).to(tl.float32)
-            for start in range(begin, end, ROWS):
+            for start in tl.range(begin, end, ROWS, num_stages=3):
                 row, mask = _rows_of_class(CLASSES, start, end, col, size, ROWS)
                 y = _load(Y, row, y_stride, V, col, mask) - shift
                 gw = tl.load(G + row * g_stride).to(tl.float32)[:, None] * factor
