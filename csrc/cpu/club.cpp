@@ -31,7 +31,6 @@ template <class T>
 struct Inputs {
   Rows<T> mu, logvar, y;
   int64_t n, d;
-
   const int64_t* order;  // of the rows; as they are if null
 
   Inputs(const Tensor& mu, const Tensor& logvar, const Tensor& y, const int64_t* order = nullptr)
@@ -62,7 +61,7 @@ struct Classes {
   bool few(int64_t k) const { return order && size(k) <= kFew; }
   bool alone(int64_t k) const { return k < 0 || (order && size(k) == 1); }
   double factor(int64_t k) const { return order ? double(size(k)) / double(size(k) - 1) : 1; }
-  int64_t slot(int64_t k) const { return order ? begin[k] / kFew : 0; }  // of the statistics of a class of more than few
+  int64_t slot(int64_t k) const { return order ? begin[k] / kFew : 0; }  // statistics of a class of more than few
 };
 
 // One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
@@ -271,7 +270,8 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
   const int64_t n = mu.size(0), d = mu.size(1);
   const Classes classes(class_tensor, n);
   ScalarType dtype = compute_dtype(mu);
-  Tensor stats = empty(classes.order ? std::vector<int64_t>{n / kFew, kStats, d} : std::vector<int64_t>{kStats, d}, dtype);
+  const auto each = std::vector<int64_t>{n / kFew, kStats, d}, all = std::vector<int64_t>{kStats, d};
+  Tensor stats = empty(classes.order ? each : all, dtype);
   Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{n} : std::vector<int64_t>{}, dtype);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -372,7 +372,8 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
       means = weighted.get(), between = 2 * d;
       reduce_columns(in, classes, g, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
         const double size = classes.size(k), share = classes.factor(k) / size;
-        move(sums, shift - __builtin_convertvector(load_some(stat + classes.slot(k) * kStats * d + c, lanes), Doubles), size);
+        const Vec<T> centre = load_some(stat + classes.slot(k) * kStats * d + c, lanes);
+        move(sums, shift - __builtin_convertvector(centre, Doubles), size);
         S* to = &weighted[classes.slot(k) * between + c];
         store_some(to, __builtin_convertvector(sums[kSumW] * share, Vec<T>), lanes);
         store_some(to + d, __builtin_convertvector(sums[kSumWMu] * share, Vec<T>), lanes);
