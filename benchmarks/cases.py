@@ -134,6 +134,31 @@ def club_cases():
                 )  # fmt: skip
 
 
+def club_given_cases():
+    def draw(randn, n, d, classes):
+        mu, given = randn(n, d), randn(n, classes).argmax(1)
+        return *require([mu, randn(n, d).tanh(), mu + randn(n, d)], (2,)), given
+
+    n, d = 4096, 512
+    for classes in (10, 1000):
+        one_hot = partial(peers.club_mi_one_hot, num_classes=classes)
+        table = {
+            "udi_kernels": (1, {"": lambda mu, logvar, y, given: club_mi(mu, logvar, y, given=given)}),
+            "eager": (6 + classes / d, {"one-hot": one_hot}),
+            "torch.compile": (
+                3 + classes / d,
+                {"one-hot": compiled(one_hot), "reference": compiled(reference.club_mi)},
+            ),
+        }
+        yield Case(
+            "club_mi(given=)", f"{n}x{d}, {classes} classes", torch.float32, "+ backward to y", rank=0,
+            elements=3 * n * d,
+            bytes=7 * n * d * 4,
+            draw=partial(draw, n=n, d=d, classes=classes),
+            providers=loss_providers((2,), table),
+        )  # fmt: skip
+
+
 # --- DI-MML's ops -------------------------------------------------------------------------------------------------
 
 DUC = [(64, 512), (256, 512), (1024, 512), (8192, 512)]
@@ -390,5 +415,14 @@ def step_cases():
         )  # fmt: skip
 
 
-GROUPS = js_div_cases, club_cases, duc_cases, effective_dims_cases, certainty_cases, gradient_cases, step_cases
+GROUPS = (
+    js_div_cases,
+    club_cases,
+    club_given_cases,
+    duc_cases,
+    effective_dims_cases,
+    certainty_cases,
+    gradient_cases,
+    step_cases,
+)
 CASES = {c.name: c for c in sorted((c for group in GROUPS for c in group()), key=lambda c: c.rank)}

@@ -106,7 +106,7 @@ def cases():
                     (N, D),
                     dtype,
                     words,
-                    functools.partial(club.club_mi_fwd, *inputs, reduction),
+                    functools.partial(club.club_mi_fwd, *inputs, None, reduction),
                 )
                 for needs in ((False, False, True), (True, True, True)):
                     yield (
@@ -115,7 +115,19 @@ def cases():
                         (N, D),
                         dtype,
                         words,
-                        functools.partial(club.club_mi_bwd, grad, *inputs, stats, reduction, *needs),
+                        functools.partial(club.club_mi_bwd, grad, *inputs, None, stats, reduction, *needs),
+                    )
+                given = (*inputs, torch.empty(3, N + 1, dtype=torch.int64, device="meta"))
+                words = f"given {words}".strip()
+                yield "club_mi", "forward", (N, D), dtype, words, functools.partial(club.club_mi_fwd, *given, reduction)
+                for needs in ((False, False, True), (True, True, True)):
+                    yield (
+                        "club_mi",
+                        "backward",
+                        (N, D),
+                        dtype,
+                        words,
+                        functools.partial(club.club_mi_bwd, grad, *given, stats, reduction, *needs),
                     )
             yield "club_nll", "forward", (N, D), dtype, "", functools.partial(club.club_nll_fwd, *inputs)
             yield (
@@ -178,14 +190,7 @@ def signature(kernel, values):
     """Types, constants and divisibility of the arguments, by the rules of Triton's own launch."""
     import torch
 
-    names = {
-        "float32": "fp32",
-        "float64": "fp64",
-        "float16": "fp16",
-        "bfloat16": "bf16",
-        "int32": "i32",
-        "int64": "i64",
-    }
+    names = dict(float32="fp32", float64="fp64", float16="fp16", bfloat16="bf16", int32="i32", int64="i64")
     types, constants, attributes = {}, {}, {}
 
     def describe(path, param, value):

@@ -61,6 +61,18 @@ def club_mi_closed_form(mu, logvar, y):
     return 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1).mean()
 
 
+def club_mi_one_hot(mu, logvar, y, given, num_classes):
+    """The class-conditional form by products with the one-hot matrix of the classes, which must be numbered."""
+    mu, logvar, y = mu.float(), logvar.float(), y.float()
+    one_hot = F.one_hot(given, num_classes).float()
+    rows = one_hot.sum(0)
+    mean = (one_hot.T @ y / rows.clamp_min(1)[:, None])[given]
+    var = (one_hot.T @ (y - mean).square() / rows.clamp_min(1)[:, None])[given]
+    negative = var + (mean - mu).square()
+    values = 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    return (values * (rows / (rows - 1).clamp_min(1))[given]).mean()
+
+
 # --- duc_loss(student, teacher, dims, temperature) ------------------------------------------------------------------
 
 

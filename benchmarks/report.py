@@ -18,6 +18,7 @@ OURS = "udi_kernels"
 USUAL = {
     "js_div": "eager",
     "club_mi": "NxNxD",
+    "club_mi(given=)": "eager",
     "gramian": "cat + matmul",
     "weighted_sum": "eager",
     "follower step": "NxNxD, cat + matmul",

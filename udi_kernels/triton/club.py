@@ -282,7 +282,9 @@ def _empty_loss(N, reduction):
     return lambda like: torch.full(shape, fill, dtype=torch.float32, device=like.device)
 
 
-def club_mi_fwd(mu, logvar, y, reduction):
+def club_mi_fwd(mu, logvar, y, classes, reduction):
+    if classes is not None:
+        return _given_fwd(mu, logvar, y, classes, reduction)
     with torch.cuda.device_of(mu):
         return _mi_fwd_plan(*_key(mu, logvar, y), reduction)(mu, logvar, y)
 
@@ -360,8 +362,12 @@ def _mi_bwd(
         _store(DY, row, D, V, col, dy, mask)
 
 
-def club_mi_bwd(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, need_y):
+def club_mi_bwd(grad, mu, logvar, y, classes, stats, reduction, need_mu, need_logvar, need_y):
     per_row, needs = reduction == 0, (need_mu, need_logvar, need_y)
+    if classes is not None:
+        run = _given_bwd_plan(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
+        with torch.cuda.device_of(mu):
+            return run(grad, mu, logvar, y, classes)
     run = _mi_bwd_plan(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
     with torch.cuda.device_of(mu):
         return run(grad, mu, logvar, y, stats)
@@ -395,6 +401,198 @@ def _elementwise(kernel, shape, **values):
     rows = 2 * shape.rows  # two 16-byte loads of each input a thread
     grid = tile_grid(cdiv(shape.N, rows), shape.tiles)
     return Launch(kernel, grid, shape.values | values | dict(ROWS=rows), num_warps=4)
+
+
+# --- given classes ----------------------------------------------------------------------------------------------
+# value_i and the gradients as above over the rows of each class, times n/(n - 1), since a row is not its own negative.
+#
+# CLASSES: (3, N + 1) int64, `reference.club_classes`: rows sorted by class, their count; class of each row, the count
+# of classes; where classes begin.  A program does BLOCK columns of one class after the other, so nothing depends on the
+# number of classes, which the host does not know; how many programs share them follows from the shape.  Nothing is
+# kept for the backward pass, whose second reading of a class comes from the caches.
+
+
+@triton.jit
+def _rows_of_class(CLASSES, start, end, col, D, ROWS: tl.constexpr):
+    """The next ROWS rows of a class that ends at `end`, and their mask."""
+    i = start + tl.arange(0, ROWS)
+    return tl.load(CLASSES + i, i < end, other=0), (i < end)[:, None] & (col < D)[None, :]
+
+
+@triton.jit
+def _class_stats(
+    G, MU, LOGVAR, Y, CLASSES, begin, end, col, D, mu_stride, lv_stride, y_stride, g_stride,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The shift, the mean and variance of y, and with WEIGHTS the means of g w and g w mu, of one class: (1, BLOCK)."""
+    n = end - begin
+    sample = tl.load(CLASSES + begin + tl.arange(0, SAMPLES) * n // SAMPLES)
+    shift = tl.sum(_load(Y, sample, y_stride, V, col, (col < D)[None, :], 0.0), 0)[None, :] / SAMPLES
+    sum_y = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum_yy = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum_wmu = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(begin, end, ROWS, num_stages=3):
+        row, mask = _rows_of_class(CLASSES, start, end, col, D, ROWS)
+        y = tl.where(mask, _load(Y, row, y_stride, V, col, mask) - shift, 0.0)
+        sum_y += y
+        sum_yy += y * y
+        if WEIGHTS:
+            w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
+            w *= tl.load(G + row * g_stride).to(tl.float32)[:, None]
+            sum_w += w
+            sum_wmu += w * (_load(MU, row, mu_stride, V, col, mask, 0.0) - shift)
+    share = 1.0 / n.to(tl.float64)
+    mean = _column_sum(sum_y) * share
+    var = _column_sum(sum_yy) * share - mean * mean
+    mean_w, mean_wmu = _column_sum(sum_w) * share, _column_sum(sum_wmu) * share
+    return (
+        shift,
+        mean.to(tl.float32)[None, :],
+        var.to(tl.float32)[None, :],
+        mean_w.to(tl.float32)[None, :],
+        mean_wmu.to(tl.float32)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["N"])
+def _given_values(
+    MU, LOGVAR, Y, CLASSES, OUT,
+    N, D, mu_stride, lv_stride, y_stride,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns' share of each row's value, OUT (tiles, N), or of the sum over the classes done here."""
+    D *= V
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + 2 * N + 1), tl.num_programs(1)):
+        begin, end = tl.load(CLASSES + 2 * N + 2 + k), tl.load(CLASSES + 2 * N + 3 + k)
+        n = end - begin
+        if n > 1:
+            shift, mean, var, _, _ = _class_stats(
+                None, MU, LOGVAR, Y, CLASSES, begin, end, col, D, mu_stride, lv_stride, y_stride, 0,
+                V, ROWS, BLOCK, WEIGHTS=False,
+            )  # fmt: skip
+            half = 0.5 * n.to(tl.float32) / (n - 1).to(tl.float32)
+            for start in tl.range(begin, end, ROWS, num_stages=3):
+                row, mask = _rows_of_class(CLASSES, start, end, col, D, ROWS)
+                y = (_load(Y, row, y_stride, V, col, mask, 0.0) - shift) - mean
+                mu = (_load(MU, row, mu_stride, V, col, mask, 0.0) - shift) - mean
+                w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
+                value = half * (w * (var + y * (2 * mu - y)))
+                if PER_ROW:
+                    tl.store(OUT + part * N + row, tl.sum(value, 1), start + tl.arange(0, ROWS) < end)
+                else:
+                    total += value
+    if not PER_ROW:
+        tl.store(OUT + part * tl.num_programs(1) + tl.program_id(1), tl.sum(_column_sum(total), 0))
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def _given_total(PARTS, CLASSES, OUT, N, parts, BLOCK: tl.constexpr, MEAN: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(PARTS + i, i < parts, other=0.0), 0)
+    if MEAN:
+        total /= tl.maximum(tl.load(CLASSES + N), 1).to(tl.float64)
+    tl.store(OUT, total.to(tl.float32))
+
+
+def _given_shape(dtypes, size, strides):
+    """Sizes of the tiles, 1024 elements whatever the dtype (more spill), and the grid."""
+    shape = _Shape(dtypes[0], *size, *strides)
+    shape.values |= dict(ROWS=1024 // shape.block)
+    return shape, (shape.tiles, max(1, min(shape.N // 2, cdiv(PROGRAMS, shape.tiles))))
+
+
+def _given_fwd(mu, logvar, y, classes, reduction):
+    with torch.cuda.device_of(mu):
+        loss = _given_fwd_plan(*_key(mu, logvar, y), reduction)(mu, logvar, y, classes)
+    return loss, mu.new_empty((0, 5, mu.shape[1]), dtype=torch.float32)
+
+
+@plan
+def _given_fwd_plan(device, dtypes, size, strides, reduction):
+    N, D = size
+    if N * D == 0:
+        shape = (N,) if reduction == 0 else ()
+        return lambda mu, logvar, y, classes: mu.new_zeros(shape, dtype=torch.float32)
+    shape, grid = _given_shape(dtypes, size, strides)
+    launch = Launch(_given_values, grid, shape.values | dict(PER_ROW=reduction == 0), num_warps=4)
+    if reduction == 0:
+
+        def values(mu, logvar, y, classes):
+            parts = mu.new_zeros((shape.tiles, N), dtype=torch.float32)  # rows without negatives stay 0
+            launch(mu, logvar, y, classes, parts)
+            return parts.sum(0)
+
+        return values
+    parts = math.prod(grid)
+    block = next_power_of_2(parts)
+    join = Launch(
+        _given_total, (1,), dict(N=N, parts=parts, BLOCK=block, MEAN=reduction == 2), num_warps=warps(block, 8)
+    )
+
+    def run(mu, logvar, y, classes):
+        sums = torch.empty((parts,), dtype=torch.float64, device=mu.device)
+        loss = torch.empty((), dtype=torch.float32, device=mu.device)
+        launch(mu, logvar, y, classes, sums)
+        join(sums, classes, loss)
+        return loss
+
+    return run
+
+
+@triton.jit(do_not_specialize=["N", "g_stride"])
+def _given_bwd(
+    G, MU, LOGVAR, Y, CLASSES, DMU, DLOGVAR, DY,
+    N, D, mu_stride, lv_stride, y_stride, g_stride,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of the gradients in the rows that have negatives."""
+    size = D * V
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + 2 * N + 1), tl.num_programs(1)):
+        begin, end = tl.load(CLASSES + 2 * N + 2 + k), tl.load(CLASSES + 2 * N + 3 + k)
+        n = end - begin
+        if n > 1:
+            shift, mean, var, mean_w, mean_wmu = _class_stats(
+                G, MU, LOGVAR, Y, CLASSES, begin, end, col, size, mu_stride, lv_stride, y_stride, g_stride,
+                V, ROWS, BLOCK, WEIGHTS=DY is not None,
+            )  # fmt: skip
+            factor = n.to(tl.float32) / (n - 1).to(tl.float32)
+            if MEAN:
+                factor /= tl.load(CLASSES + N).to(tl.float32)
+            for start in tl.range(begin, end, ROWS, num_stages=3):
+                row, mask = _rows_of_class(CLASSES, start, end, col, size, ROWS)
+                y = _load(Y, row, y_stride, V, col, mask) - shift
+                gw = tl.load(G + row * g_stride).to(tl.float32)[:, None] * factor
+                gw *= _weight(_load(LOGVAR, row, lv_stride, V, col, mask))
+                if DMU is not None:
+                    _store(DMU, row, D, V, col, gw * (y - mean), mask)
+                if DLOGVAR is not None or DY is not None:
+                    mu = _load(MU, row, mu_stride, V, col, mask) - shift
+                if DLOGVAR is not None:
+                    value = var + (y - mean) * (2 * (mu - mean) - (y - mean))
+                    _store(DLOGVAR, row, D, V, col, -0.5 * gw * value, mask)
+                if DY is not None:
+                    _store(DY, row, D, V, col, gw * (mu - y) + factor * (y * mean_w - mean_wmu), mask)
+
+
+@plan
+def _given_bwd_plan(device, dtypes, size, strides, grad_dtype, g_stride, reduction, needs):
+    allocate = gradients(size, dtypes, needs)
+    if 0 in size or not any(needs):
+        return lambda grad, mu, logvar, y, classes: allocate(mu)
+    shape, grid = _given_shape(dtypes, size, strides)
+    launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == 2), num_warps=4)
+
+    def run(grad, mu, logvar, y, classes):
+        grads = tuple(g.zero_() for g in allocate(mu))  # rows without negatives stay 0
+        launch(grad, mu, logvar, y, classes, *wanted(grads, needs))
+        return grads
+
+    return run
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ class TestClub:
         if grad is None:
             grad = torch.ones((mu.shape[0],) if reduction == NONE else ())
         mu, logvar, y, grad = on_device(mu, logvar, y, grad)
-        loss, stats = club.club_mi_fwd(mu, logvar, y, reduction)
+        loss, stats = club.club_mi_fwd(mu, logvar, y, None, reduction)
         assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (5, mu.shape[1])
-        return loss, *club.club_mi_bwd(grad, mu, logvar, y, stats, reduction, *needs)
+        return loss, *club.club_mi_bwd(grad, mu, logvar, y, None, stats, reduction, *needs)
 
     @staticmethod
     def run_nll(mu, logvar, y, *, grad=None, needs=(True, True, True)):
@@ -145,3 +145,105 @@ class TestClub:
         inputs = self.inputs(*shape)
         for run in (self.run, functools.partial(self.run, reduction=NONE), self.run_nll):
             assert all(torch.equal(a, b) for a, b in zip(run(*inputs), run(*inputs), strict=True))
+
+
+class TestGiven:
+    """The class-conditional bound."""
+
+    __test__ = RUNS_HERE
+
+    @staticmethod
+    def run(mu, logvar, y, given, *, reduction=MEAN, grad=None, needs=(True, True, True)):
+        if grad is None:
+            grad = torch.ones((mu.shape[0],) if reduction == NONE else ())
+        mu, logvar, y, given, grad = on_device(mu, logvar, y, given, grad)
+        classes = reference.club_classes(given)
+        loss, stats = club.club_mi_fwd(mu, logvar, y, classes, reduction)
+        assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (0, 5, mu.shape[1])
+        return loss, *club.club_mi_bwd(grad, mu, logvar, y, classes, stats, reduction, *needs)
+
+    @staticmethod
+    def inputs(N, D, classes, dtype=torch.float32, shift=0.0):
+        given = torch.randint(-1, classes, (N,))
+        mu, logvar, y = TestClub.inputs(N, D)
+        return *(t.to(dtype) for t in (mu + shift * given[:, None], logvar, y + shift * given[:, None])), given
+
+    def check(self, mu, logvar, y, given, *, reduction, grad, slack=4):
+        inputs = mu, logvar, y
+        options = dict(given=given, reduction=REDUCTION[reduction])
+        plain, truth = (autograd(reference.club_mi, inputs, grad, d, **options) for d in (torch.float32, torch.float64))
+        # As for the bound without classes: the value and d y are differences of terms that may cancel.
+        index, N = reference.club_classes(given)[1, :-1], max(1, int((given >= 0).sum()))
+        own, none = index.clamp_min(0), (index < 0)[:, None]
+        same = (own[:, None] == own) & ~none
+        means = same.double() @ y.double() / same.sum(1, keepdim=True).clamp_min(1)
+        weight = (-logvar.double()).exp().masked_fill(none, 0)
+        spread = sum(((t.double() - means).square() * weight).sum(-1) for t in (mu, y))
+        spread = 2 * (spread.max(), spread.sum(), spread.sum() / N)[reduction].item()
+        pull = 2 * (grad * ((mu.double() - y.double()) * weight).abs().amax(1)).max().item()
+        scales = spread, None, None, pull / N if reduction == MEAN else pull
+        ours = self.run(*inputs, given, reduction=reduction, grad=grad)
+        for i, (a, b, c, scale) in enumerate(zip(ours, plain, truth, scales, strict=True)):
+            assert_as_good(a, b, c, mu.dtype if i else torch.float32, slack, scale)
+
+    @pytest.mark.parametrize(
+        ("dtype", "reduction"),
+        [(torch.float32, r) for r in (NONE, SUM, MEAN)] + [(torch.float16, MEAN), (torch.bfloat16, NONE)],
+        ids=str,
+    )
+    @pytest.mark.parametrize(("shape", "classes"), [((50, 130), 4), ((7, 41), 2), ((61, 3), 30), ((6, 1271), 1)])
+    def test_random(self, shape, classes, reduction, dtype):
+        grad = torch.rand(shape[0]) if reduction == NONE else torch.rand(())
+        self.check(*self.inputs(*shape, classes, dtype), reduction=reduction, grad=grad)
+
+    @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN], ids=REDUCTION)
+    def test_classes_far_from_each_other(self, reduction):
+        grad = torch.rand(70) if reduction == NONE else torch.rand(())
+        self.check(*self.inputs(70, 33, 5, shift=1e4), reduction=reduction, grad=grad)
+
+    @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN], ids=REDUCTION)
+    def test_rows_without_negatives(self, reduction):
+        """They are 0 whatever they hold; so is all of a batch without classes."""
+        *inputs, given = self.inputs(30, 9, 6)
+        given[0], given[1] = 10**12, -7
+        none = (given < 0) | (given == 10**12)
+        want = self.run(*inputs, given, reduction=reduction)
+        ours = self.run(*(t.masked_fill(none[:, None], torch.nan) for t in inputs), given, reduction=reduction)
+        assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+        assert not any(t.cpu()[none].any() for t in (ours if reduction == NONE else ours[1:]))
+        for nobody in (torch.full((30,), -1), torch.arange(30)):
+            assert not any(t.any() for t in self.run(*inputs, nobody, reduction=reduction))
+
+    def test_strided_rows_and_expanded_gradient(self):
+        wide, given = torch.randn(40, 300), torch.arange(40) % 3
+        inputs = wide[:, 1:130], wide[:, 131:260], wide.flip(0)[:, 7:136]
+        a = self.run(*inputs, given, reduction=NONE, grad=torch.tensor(0.7, dtype=torch.float64).expand(40))
+        b = self.run(*(t.clone() for t in inputs), given, reduction=NONE, grad=torch.full((40,), 0.7))
+        for ours, plain in zip(a, b, strict=True):
+            torch.testing.assert_close(ours, plain)
+
+    @pytest.mark.parametrize("reduction", [NONE, MEAN])
+    def test_partial_needs(self, reduction):
+        inputs = self.inputs(17, 9, 3)
+        full = self.run(*inputs, reduction=reduction)[1:]
+        for i in range(8):
+            needs = tuple(bool(i >> k & 1) for k in range(3))
+            for need, got, want in zip(
+                needs, self.run(*inputs, reduction=reduction, needs=needs)[1:], full, strict=True
+            ):
+                assert torch.equal(got, want) if need else got.shape == (0,)
+
+    @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (1, 3)])
+    @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN], ids=REDUCTION)
+    def test_empty(self, shape, reduction):
+        loss, *grads = self.run(
+            *(torch.ones(shape) for _ in range(3)), torch.zeros(shape[0]).long(), reduction=reduction
+        )
+        assert loss.shape == ((shape[0],) if reduction == NONE else ()) and not loss.any()
+        assert all(g.shape == shape and not g.any() for g in grads)
+
+    def test_repeats_are_identical(self):
+        inputs = self.inputs(60, 70, 5)
+        for reduction in (NONE, MEAN):
+            a, b = (self.run(*inputs, reduction=reduction) for _ in range(2))
+            assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
