@@ -38,10 +38,16 @@ def reduction(op: str, value: str) -> int:
     return REDUCTIONS.index(value)
 
 
+def dense(op: str, name: str, t: Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be dense, got {t.layout}; call .to_dense()")
+
+
 def tensors(op: str, **named: Tensor) -> None:
-    """Every argument has a floating-point dtype, and all are on one device."""
+    """Every argument is dense and has a floating-point dtype, and all are on one device."""
     first, like = next(iter(named.items()))
     for name, t in named.items():
+        dense(op, name, t)
         if t.dtype not in FLOATING:
             raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.device != like.device:

@@ -316,8 +316,7 @@ def _aligned(op: str, p: int, column: Sequence[Tensor | None], any_: Tensor, may
 
 
 def _admit(op: str, name: str, t: Tensor, like: Tensor) -> None:
-    if t.layout is not torch.strided:
-        raise ValueError(f"{op}: {name} must be dense, got {t.layout}; call .to_dense()")
+    _checks.dense(op, name, t)
     if t.dtype not in _checks.FLOATING:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     if t.requires_grad and torch.is_grad_enabled():

@@ -89,6 +89,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, beta: float, te
         raise ValueError(f"js_div: temperature must be positive and finite, got {temperature}")
     if weight is None:
         return
+    _checks.dense("js_div", "weight", weight)
     if weight.dtype not in (*_checks.FLOATING, *INTEGRAL):
         types = "float16, bfloat16, float32, float64, bool or an integer"
         raise TypeError(f"js_div: weight must be {types}, got {weight.dtype}")

@@ -83,15 +83,6 @@ struct Lists {
   }
 };
 
-std::string python(at::Layout layout) {
-  switch (layout) {
-    case at::kSparse: return "torch.sparse_coo";
-    case at::kSparseCsr: return "torch.sparse_csr";
-    case at::kMkldnn: return "torch._mkldnn";
-    default: return c10::str("layout ", layout);
-  }
-}
-
 // What a tensor must be by itself. Its name is put together for an error only: this runs for every tensor.
 template <class Name>
 void admit(const char* op, const Tensor& t, const Tensor& like, Name name) {
@@ -234,7 +225,7 @@ Tensor check_weights(const Lists& g, const Tensor& weights) {
   admit(g.op, weights, g.any, [] { return "weights"; });
   TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == g.k, g.op, ": weights must have shape (", g.k,
                     ",), got ", python(weights.sym_sizes()));
-  return weights.to(g.sum_dtype).contiguous();
+  return weights.resolve_neg().to(g.sum_dtype).contiguous();
 }
 
 DType dtype(const Tensor& t) {

@@ -45,6 +45,7 @@ struct JSDiv : Function<JSDiv> {
 };
 
 void check_weight(const Tensor& weight, const Tensor& input) {
+  check_dense("js_div", "weight", weight);
   const auto type = weight.scalar_type();
   TORCH_CHECK_TYPE(floating(type) || c10::isIntegralType(type, true),
                    "js_div: weight must be float16, bfloat16, float32, float64, bool or an integer, got ",

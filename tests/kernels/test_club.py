@@ -213,6 +213,7 @@ BAD = {
     r"logvar must have mu's shape \(3, 4\), got \(4,\)": lambda f, x: f(x, x[0], x),
     r"y must have mu's shape \(3, 4\), got \(3, 3\)": lambda f, x: f(x, x, x[:, :3]),
     "y must be on cpu as mu is, got meta": lambda f, x: f(x, x, x.to("meta")),
+    "y must be dense, got torch.sparse_coo; call .to_dense": lambda f, x: f(x, x, x.to_sparse()),
 }
 
 

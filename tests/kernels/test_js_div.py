@@ -336,6 +336,8 @@ BAD = {
     "at least one class": lambda x: js_div(x[:, :0], x[:, :0]),
     r"got \(\)": lambda x: js_div(x[0, 0], x[0, 0]),
     "target must be on cpu .* got meta": lambda x: js_div(x, x.to("meta")),
+    "target must be dense, got torch.sparse_coo; call .to_dense": lambda x: js_div(x, x.to_sparse()),
+    "weight must be dense, got torch.sparse_coo": lambda x: js_div(x, x, weight=x[:, 0].to_sparse()),
     "beta .* got 1.5": lambda x: js_div(x, x, beta=1.5),
     "beta .* got -0.1": lambda x: js_div(x, x, beta=-0.1),
     "beta must be a number, got str": lambda x: js_div(x, x, beta="0.5"),

@@ -97,6 +97,8 @@ def test_negative_views(view):
     assert torch.equal(gramian(grads), gramian(plain))
     assert torch.equal(gramian([grads[1]]), gramian([plain[1]]))
     assert torch.equal(weighted_sum(grads, weights)[0], weighted_sum(plain, weights)[0])
+    negative = torch._neg_view(-weights)
+    assert torch.equal(GradientPlan(plain).weighted_sum(negative)[0], weighted_sum(plain, weights)[0])
     stacked = [view(torch.stack([t, 2 * t]))]
     assert torch.equal(gramian(stacked, stacked=True), gramian([[s] for s in stacked[0].clone()]))
     with pytest.raises(
