@@ -87,13 +87,14 @@ class Detached(Task):
     @torch.no_grad()
     def find_dimensions(self) -> torch.Tensor:
         train = self.run.data.train
+        labelled = (train.labels >= 0).nonzero().flatten()
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(distributed.part(len(train)), 1000):
+        for batch in feed.batches(labelled.cpu()[distributed.part(len(labelled))], 1000):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
-        labels = train.labels.to(self.run.device)
-        columns = (distributed.gather(torch.cat(parts), len(train)) for parts in zip(*features, strict=True))
+        labels = train.labels[labelled].to(self.run.device)
+        columns = (distributed.gather(torch.cat(parts), len(labelled)) for parts in zip(*features, strict=True))
         return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
 
     def flags(self, number: int) -> dict:

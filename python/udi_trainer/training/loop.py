@@ -104,6 +104,8 @@ class Stage:
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
         self.usable = usable(run.data.train, task.modality)
+        labelled = run.data.train.labels.cpu() >= 0
+        self.labelled = labelled if self.usable is None else labelled & self.usable
         self.history: list[dict] = []
         self.done, self.seconds = 0, 0.0  # steps of the epoch under way, and what they took before they were resumed
         self.best: dict | None = None
@@ -161,11 +163,10 @@ class Stage:
         """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
-        order = torch.randperm(len(train), generator=shuffle)
-        if self.usable is not None:  # an epoch is as many steps for all: who has fewer samples sees them more often
-            order = order[self.usable[order]]
-            order = order.repeat(-(-steps * self.run.batch_size // len(order)))
-        order = order[: steps * self.run.batch_size]
+        kept = [self.labelled, self.usable] if self.task.semi_supervised else [self.labelled]
+        orders = [
+            cycled(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
+        ]
         with self.on_stream():
             if not self.done:
                 self.task.begin_epoch(self.epoch)
@@ -173,8 +174,9 @@ class Stage:
             for group in self.groups:
                 scale = group.get("lr_scale", 1)
                 group["lr"].fill_(learning_rate(self.run.options, self.epoch, scale, self.task.epochs))
-            ours = distributed.share(order[self.done * self.run.batch_size :], self.run.batch_size)
-            batches = iter(self.feed.batches(ours, self.run.batch_size // distributed.world()))
+            done, size = self.done * self.run.batch_size, self.run.batch_size // distributed.world()
+            shares = [distributed.share(order[done:], self.run.batch_size).view(-1, size) for order in orders[::-1]]
+            batches = iter(self.feed.batches(torch.cat(shares, dim=1).flatten(), len(shares) * size))
         while self.done < steps:
             with self.on_stream():
                 self.engine.step(next(batches), self.epoch * steps + self.done)
@@ -244,6 +246,14 @@ def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int 
 def best_epoch(history: Sequence[dict]) -> dict:
     """The row of the highest validation accuracy, of the lowest loss among these; the first of equals."""
     return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
+
+
+def cycled(order: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
+    """So many of the samples that are kept, all in this order, again and again: an epoch is as many steps for all."""
+    if kept is not None and not kept.all():
+        order = order[kept[order]]
+        order = order.repeat(-(-count // len(order)))
+    return order[:count]
 
 
 def usable(split: Split, modality: str | None) -> torch.Tensor | None:

@@ -25,6 +25,7 @@ class Task:
 
     key = ""  # first part of its name, which seeds it and names its checkpoint
     capturable = True  # whether a CUDA graph can hold its steps: nothing in them waits for the GPU
+    semi_supervised = False  # whether its batches are of any samples, followed by as many that have a label
     random = True  # whether its steps may draw random numbers; those that do not can run beside others in threads
 
     model: nn.Module
@@ -52,6 +53,11 @@ class Task:
     def epochs(self) -> int:
         """Its length, which the learning rate's schedule follows."""
         return self.run.options.epochs
+
+    def rows(self, batch: Batch) -> tuple[slice, slice]:
+        """Of a batch the rows of any samples, and those of labelled ones; the same rows where all have a label."""
+        first = len(batch["labels"]) // 2 if self.semi_supervised else 0
+        return slice(first or None), slice(first, None)
 
     def begin_epoch(self, epoch: int) -> None:
         """What comes before an epoch's steps, outside of any graph; epochs count from 0."""

@@ -31,7 +31,7 @@ def follower():
 
 def plain_losses(follower, batch):
     """The three losses in plain torch, q as it is."""
-    anchor = follower.anchor
+    anchor = follower.teacher
     with torch.no_grad():
         x, z = anchor.model(anchor.view.input(batch))
         mu, logvar = follower.q(torch.nn.functional.layer_norm(x, x.shape[1:]))
@@ -72,13 +72,13 @@ def test_step_is_the_plain_formula(follower, align):
 
 def test_step_leaves_the_anchor_alone_and_fits_q(follower):
     batch = training_batch(follower, seed=1)
-    anchor = [p.clone() for p in follower.anchor.model.parameters()]
+    anchor = [p.clone() for p in follower.teacher.model.parameters()]
     before = follower.step(batch, align=False, fitted=False)["q_nll"]
     for _ in range(20):
         after = follower.step(batch, align=False, fitted=False)["q_nll"]
     assert after < before
-    assert all(torch.equal(a, b) for a, b in zip(anchor, follower.anchor.model.parameters(), strict=True))
-    assert all(p.grad is None and not p.requires_grad for p in follower.anchor.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(anchor, follower.teacher.model.parameters(), strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in follower.teacher.model.parameters())
 
 
 def test_q_has_the_depth_and_width_of_the_options():
