@@ -62,9 +62,11 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
 
 
-def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
+def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
+    if given is not None:
+        return _club_mi_given(mu, logvar, y, given, reduction)
     if len(y):
         shift = y[0].detach()  # the bound does not change when y and mu move together; its rounding error does
         mu, y = mu - shift, y - shift
@@ -72,6 +74,60 @@ def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, *, reduction: str = "mean") -
     negative = (y - mean).square().mean(0) + (mean - mu).square()  # the mean of (y_j - mu_i)^2 over all j
     rows = 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
     return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+
+
+def _club_mi_given(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor, reduction: str) -> Tensor:
+    n = len(given)
+    _, index = _sorted_classes(given)
+    labelled, index = index >= 0, torch.where(index < 0, n, index)
+    size = take_rows(add_rows(y.new_ones(n, 1), index, n + 1), index)
+    real = labelled[:, None] & (size > 1)
+    mu, logvar, y = (torch.where(real, x, 0) for x in (mu, logvar, y))
+
+    def mean(x: Tensor) -> Tensor:
+        return take_rows(add_rows(x, index, n + 1), index) / size
+
+    shift = mean(y).detach()
+    mu, y = mu - shift, y - shift
+    centre = mean(y)
+    negative = mean((y - centre).square()) + (centre - mu).square()
+    others = size / (size - 1).clamp_min(1)  # the row itself is not among its negatives
+    rows = 0.5 * (others * (negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / labelled.sum().clamp_min(1)
+
+
+def _sorted_classes(given: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows sorted by class, those in none (negative) first, and each row's class, numbered from 0; -1: none."""
+    ids, order = given.long().clamp_min(-1).sort(stable=True)
+    classes = torch.cat((ids[:1] >= 0, ids[1:] != ids[:-1])).cumsum(0) - 1
+    return order, torch.empty_like(classes).scatter(0, order, classes)
+
+
+def club_classes(given: Tensor) -> Tensor:
+    """(3, N + 1): rows sorted by class and the count of those in one; each row's class and the count of them; where in
+    the sorted rows each class begins, N for those that there are not.
+    """
+    order, index = _sorted_classes(given)
+    numbers = torch.arange(len(given) + 1, device=given.device)
+    begin = torch.searchsorted(index[order], numbers)
+    order = torch.cat((order, len(given) - begin[:1]))
+    return torch.stack((order, torch.cat((index, (begin < len(given)).sum(0, keepdim=True))), begin))
+
+
+# One of the two ways of torch to add up rows adds in an order by chance, and it is not the same one on all devices.
+
+
+def add_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
+    """(n, D): the sums of the rows of each index."""
+    zeros = x.new_zeros(n, x.shape[1])
+    return zeros.index_put((index,), x, accumulate=True) if x.is_cuda else zeros.index_add(0, index, x)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]; its gradient is added up by `add_rows`."""
+    return x[index] if x.is_cuda else x.index_select(0, index)
 
 
 def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,12 @@
 // With w = e^-logvar, value_i = 1/2 sum_d w [Var(y) + (mean(y) - mu)^2 - (y - mu)^2]. The sums over rows of y, y^2, w,
 // w mu and w y (2 mu - y) give mean and gradients in one pass. The value does not change when y and mu move together,
 // so both are taken relative to a point inside the data: without that, cancellation eats the result.
+//
+// With classes, all this holds for the rows of each, times n/(n - 1).
 #include <memory>
+#include <numeric>
+#include <optional>
+#include <unordered_map>
 
 #include "launch.h"
 
@@ -26,8 +31,40 @@ struct Inputs {
   Rows<T> mu, logvar, y;
   int64_t n, d;
 
-  Inputs(const Tensor& mu, const Tensor& logvar, const Tensor& y)
-      : mu(mu), logvar(logvar), y(y), n(mu.size(0)), d(mu.size(1)) {}
+  const int64_t* order;  // of the rows; as they are if null
+
+  Inputs(const Tensor& mu, const Tensor& logvar, const Tensor& y, const int64_t* order = nullptr)
+      : mu(mu), logvar(logvar), y(y), n(mu.size(0)), d(mu.size(1)), order(order) {}
+  int64_t row(int64_t i) const { return order ? order[i] : i; }
+};
+
+// The rows by class, those in none first: `club_classes` as the kernels use it. Without classes all rows are in one,
+// and each is its own negative too.
+struct Classes {
+  const int64_t *order = nullptr, *index = nullptr, *begin = nullptr;
+  int64_t n, count = 1, rows;  // number of classes, of rows in one
+
+  Classes(const std::optional<Tensor>& classes, int64_t n) : n(n), rows(n) {
+    if (!classes) return;
+    order = static_cast<const int64_t*>(classes->data_ptr());
+    index = order + n + 1;
+    begin = index + n + 1;
+    rows = order[n];
+    count = index[n];
+  }
+  // The place of a row's class among the statistics, and its values' factor, 0 for rows without negatives.
+  struct Of {
+    int64_t slot = 0;
+    double factor = 0;
+  };
+  Of of_class(int64_t k) const {
+    if (!order) return {0, 1};
+    const double rows = size(k);
+    return rows > 1 ? Of{begin[k] / 2, rows / (rows - 1)} : Of{};
+  }
+  Of of_row(int64_t r) const { return order && index[r] < 0 ? Of{} : of_class(order ? index[r] : 0); }
+  double divisor() const { return order ? std::max<int64_t>(rows, 1) : n; }  // of a mean over rows
+  int64_t size(int64_t k) const { return order ? begin[k + 1] - begin[k] : n; }
 };
 
 // One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
@@ -84,14 +121,15 @@ void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, int64_t r0, i
     const int64_t end = std::min(group + kGroup, r1), ahead = end + kGroup <= r1 ? kGroup : 0;
     for_each_lanes(c1 - c0, [&](int64_t c, int lanes) {
       if (group == r0) {
-        Vec<T> a = load_some(in.y[r0] + c0 + c, lanes), b = load_some(in.y[(r0 + r1) / 2] + c0 + c, lanes);
-        Vec<T> last = load_some(in.y[r1 - 1] + c0 + c, lanes), above = max(a, b);
+        auto y = [&](int64_t i) { return load_some(in.y[in.row(i)] + c0 + c, lanes); };
+        Vec<T> a = y(r0), b = y((r0 + r1) / 2), last = y(r1 - 1), above = max(a, b);
         store(part.shift + c, max(a < b ? a : b, above < last ? above : last));
         for (auto& sum : part.sums) store(sum + c, Doubles{});
       }
       Vec<T> acc[kSums] = {}, shift = load(part.shift + c);
-      for (int64_t r = group; r < end; ++r) {
-        for (auto* rows : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*rows)[r + ahead] + c0 + c, 0, 2);
+      for (int64_t i = group; i < end; ++i) {
+        const int64_t r = in.row(i), next = in.row(i + ahead);
+        for (auto* rows : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*rows)[next] + c0 + c, 0, 2);
         Vec<T> y = load_some(in.y[r] + c0 + c, lanes) - shift, mu = load_some(in.mu[r] + c0 + c, lanes) - shift;
         Vec<T> w = compute_t<T>(1. / kScale) * factor[r] * exp(-load_some(in.logvar[r] + c0 + c, lanes));
         acc[kY] += y;
@@ -105,11 +143,37 @@ void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, int64_t r0, i
   }
 }
 
-// finish(column, lanes, shift, sums) for every 16 columns, with their sums over all rows.
+// finish(class, column, lanes, shift, sums) for every 16 columns of each class of at least two rows, with their sums over
+// its rows. Returns the sum of what it returns, times the classes' factors.
 template <class T, class F>
-void reduce_columns(const Inputs<T>& in, Factor<compute_t<T>> factor, F finish) {
-  int64_t blocks = (in.d + kColumns - 1) / kColumns, chunk = std::max(kMinRows, (in.n + kRowChunks - 1) / kRowChunks);
-  int64_t chunks = (in.n + chunk - 1) / chunk, size = 1 + chunk * std::min(in.d, kColumns);
+double reduce_columns(const Inputs<T>& in, const Classes& classes, Factor<compute_t<T>> factor, F finish) {
+  auto read = [](const Part<T>& part, int64_t at, Doubles* sums) {
+    for (int i = 0; i < kSums; ++i) sums[i] = (i < kSumW ? 1 : kScale) * load(part.sums[i] + at);
+    return __builtin_convertvector(load(part.shift + at), Doubles);
+  };
+  const int64_t blocks = (in.d + kColumns - 1) / kColumns;
+  if (classes.order) {  // one thread for a class's block of columns; block by block, so that threads share large classes
+    const int64_t count = classes.count, size = 1 + in.n * std::min(in.d, kColumns) / std::max<int64_t>(count, 1);
+    std::vector<double> values(blocks * count);
+    torch::stable::parallel_for(0, blocks * count, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
+      Part<T> part;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t k = task % count, c0 = task / count * kColumns, c1 = std::min(c0 + kColumns, in.d);
+        const double own = classes.of_class(k).factor;
+        if (own == 0) continue;
+        column_sums(in, factor, classes.begin[k], classes.begin[k + 1], c0, c1, part);
+        Doubles total{};
+        for_each_lanes(c1 - c0, [&](int64_t c, int lanes) {
+          Doubles sums[kSums], shift = read(part, c, sums);
+          total += finish(k, c0 + c, lanes, shift, sums);
+        });
+        values[task] = own * sum(total);
+      }
+    });
+    return std::reduce(values.begin(), values.end());
+  }
+  const int64_t chunk = std::max(kMinRows, (in.n + kRowChunks - 1) / kRowChunks);
+  const int64_t chunks = (in.n + chunk - 1) / chunk, size = 1 + chunk * std::min(in.d, kColumns);
   auto parts = std::make_unique_for_overwrite<Part<T>[]>(blocks * chunks);
   torch::stable::parallel_for(0, blocks * chunks, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -117,40 +181,40 @@ void reduce_columns(const Inputs<T>& in, Factor<compute_t<T>> factor, F finish) 
       column_sums(in, factor, r0, std::min(r0 + chunk, in.n), c0, std::min(c0 + kColumns, in.d), parts[task]);
     }
   });
+  Doubles value{};
   for_each_lanes(in.d, [&](int64_t c, int lanes) {
     const Part<T>* part = &parts[c / kColumns * chunks];
     int64_t at = c % kColumns;
     Doubles total[kSums] = {}, shift = __builtin_convertvector(load(part->shift + at), Doubles);
     for (int64_t row = 0; row < in.n; row += chunk, ++part) {
-      Doubles sums[kSums];
-      for (int i = 0; i < kSums; ++i) sums[i] = (i < kSumW ? 1 : kScale) * load(part->sums[i] + at);
-      move(sums, __builtin_convertvector(load(part->shift + at), Doubles) - shift, std::min(chunk, in.n - row));
+      Doubles sums[kSums], own = read(*part, at, sums);
+      move(sums, own - shift, std::min(chunk, in.n - row));
       for (int i = 0; i < kSums; ++i) total[i] += sums[i];
     }
-    finish(c, lanes, shift, total);
+    value += finish(0, c, lanes, shift, total);
   });
+  return sum(value);
 }
 
 // Writes the statistics, returns the sum of all values.
 template <class T>
-double statistics(const Inputs<T>& in, compute_t<T>* stats) {
-  Doubles total{};
-  double n = in.n;
-  reduce_columns(in, {}, [&](int64_t c, int lanes, Doubles shift, Doubles* sums) {
+double statistics(const Inputs<T>& in, const Classes& classes, compute_t<T>* stats) {
+  return reduce_columns(in, classes, {}, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
+    const double n = classes.size(k);
+    compute_t<T>* to = stats + classes.of_class(k).slot * kStats * in.d + c;
     auto write = [&](Stat stat, Doubles x) {
-      store_some(stats + stat * in.d + c, __builtin_convertvector(x, Vec<T>), lanes);
+      store_some(to + stat * in.d, __builtin_convertvector(x, Vec<T>), lanes);
     };
     Doubles centre = __builtin_convertvector(__builtin_convertvector(shift + sums[kY] / n, Vec<T>), Doubles);
     move(sums, shift - centre, n);
     Doubles mean = sums[kY] / n, var = max(Doubles{}, sums[kYY] / n - mean * mean);  // in this order NaN passes
-    total += 0.5 * ((var + mean * mean) * sums[kSumW] + sums[kCross] - 2 * mean * sums[kSumWMu]);
     write(kShift, centre);
     write(kMeanY, mean);
     write(kVarY, var);
     write(kMeanW, sums[kSumW] / n);
     write(kMeanWMu, sums[kSumWMu] / n);
+    return 0.5 * ((var + mean * mean) * sums[kSumW] + sums[kCross] - 2 * mean * sums[kSumWMu]);
   });
-  return sum(total);
 }
 
 // y - shift, mu - shift, y - mean, w and w [Var + (mean - mu)^2 - (y - mu)^2] of 16 elements.
@@ -169,79 +233,98 @@ struct Element {
   }
 };
 
-std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y, int64_t reduction) {
+std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y,
+                                       std::optional<Tensor> class_tensor, int64_t reduction) {
+  const int64_t n = mu.size(0), d = mu.size(1);
+  const Classes classes(class_tensor, n);
   ScalarType dtype = compute_dtype(mu);
-  Tensor stats = empty({kStats, mu.size(1)}, dtype);
-  Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{mu.size(0)} : std::vector<int64_t>{}, dtype);
+  Tensor stats = empty(class_tensor ? std::vector<int64_t>{n / 2, kStats, d} : std::vector<int64_t>{kStats, d}, dtype);
+  Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{n} : std::vector<int64_t>{}, dtype);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    Inputs<T> in(mu, logvar, y);
+    Inputs<T> in(mu, logvar, y, classes.order);
     S* stat = static_cast<S*>(stats.data_ptr());
     S* out = static_cast<S*>(loss.data_ptr());
-    double total = in.n ? statistics(in, stat) : 0.;
+    double total = n ? statistics(in, classes, stat) : 0.;
     if (reduction != kNone) {
-      *out = S(reduction == kMean ? total / in.n : total);
+      *out = S(reduction == kMean ? total / classes.divisor() : total);
       return;
     }
-    for_each_row(in.n, in.d, [&](int64_t r) {
+    for_each_row(n, d, [&](int64_t i) {
+      const int64_t r = in.row(i);
+      const auto [slot, factor] = classes.of_row(r);
       const Row<T> of(in, r);
       Vec<T> row{};
-      for_each_lanes(in.d, [&](int64_t c, int lanes) {
-        Vec<T> value = Element<T>(of, stat, c, lanes).value;
+      for_each_lanes(factor == 0 ? 0 : d, [&](int64_t c, int lanes) {
+        Vec<T> value = Element<T>(of, stat + slot * kStats * d, c, lanes).value;
         for (int i = lanes; i < kLanes; ++i) value[i] = 0;
         row += value;
       });
-      out[r] = S(0.5) * sum(row);
+      out[r] = S(0.5 * factor) * sum(row);
     });
   });
   return {loss, stats};
 }
 
-// With g the gradient of each row's value and means over all rows i:
+// With g the gradient of each row's value, times its class's factor, and means over all rows i of the class:
 //   d y = g w (mu - y) + y mean(g w) - mean(g w mu),  d mu = g w (y - mean(y)),  d logvar = -g value.
 std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                               const Tensor& y, const Tensor& stats, int64_t reduction, bool need_mu,
-                                               bool need_logvar, bool need_y) {
+                                               const Tensor& y, std::optional<Tensor> class_tensor,
+                                               const Tensor& stats, int64_t reduction, bool need_mu, bool need_logvar,
+                                               bool need_y) {
   Tensor grad_mu = empty_grad(mu, need_mu), grad_logvar = empty_grad(logvar, need_logvar);
   Tensor grad_y = empty_grad(y, need_y);
+  const int64_t n = mu.size(0), d = mu.size(1);
+  const Classes classes(class_tensor, n);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    Inputs<T> in(mu, logvar, y);
-    if (in.n == 0) return;
-    if (in.n == 1) {  // no negative but the positive: 0 by definition, where the formula would leave rounding errors
+    Inputs<T> in(mu, logvar, y, classes.order);
+    if (n == 0) return;
+    if (n == 1) {  // no negative but the positive: 0 by definition, where the formula would leave rounding errors
       for (Tensor* g : {&grad_mu, &grad_logvar, &grad_y}) torch::stable::zero_(*g);
       return;
     }
     const S* stat = static_cast<const S*>(stats.data_ptr());
     Factor<S> g(grad);
-    S scale = reduction == kMean ? S(1. / in.n) : S(1);
-    const double n = in.n;
-    std::vector<S> mean_w(in.d), mean_wmu(in.d);
+    const double scale = reduction == kMean ? 1. / classes.divisor() : 1.;
+    // mean(w) and mean(w mu) of each class, which with one gradient for all rows need only its factor.
+    const S* means = stat + kMeanW * d;
+    int64_t between = kStats * d;
+    std::unique_ptr<S[]> weighted;
     if (need_y && reduction == kNone) {
-      reduce_columns(in, g, [&](int64_t c, int lanes, Doubles shift, Doubles* sums) {
-        move(sums, shift - __builtin_convertvector(load_some(stat + c, lanes), Doubles), n);
-        store_some(mean_w.data() + c, __builtin_convertvector(sums[kSumW] / n, Vec<T>), lanes);
-        store_some(mean_wmu.data() + c, __builtin_convertvector(sums[kSumWMu] / n, Vec<T>), lanes);
+      weighted = std::make_unique_for_overwrite<S[]>(2 * d * (classes.order ? n / 2 : 1));
+      means = weighted.get(), between = 2 * d;
+      reduce_columns(in, classes, g, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
+        const auto [slot, factor] = classes.of_class(k);
+        const double size = classes.size(k) / factor;
+        move(sums, shift - __builtin_convertvector(load_some(stat + slot * kStats * d + c, lanes), Doubles), size);
+        S* to = &weighted[slot * between + c];
+        store_some(to, __builtin_convertvector(sums[kSumW] / size, Vec<T>), lanes);
+        store_some(to + d, __builtin_convertvector(sums[kSumWMu] / size, Vec<T>), lanes);
+        return Doubles{};
       });
-    } else if (need_y) {
-      for (int64_t c = 0; c < in.d; ++c) {
-        mean_w[c] = g[0] * scale * stat[kMeanW * in.d + c];
-        mean_wmu[c] = g[0] * scale * stat[kMeanWMu * in.d + c];
-      }
     }
     Rows<T> out_mu = need_mu ? Rows<T>(grad_mu) : Rows<T>(), out_y = need_y ? Rows<T>(grad_y) : Rows<T>();
     Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
-    for_each_row(in.n, in.d, [&](int64_t r) {
-      const Row<T> of(in, r);
-      const S row = g[r] * scale, *mean = stat, *w = mean_w.data(), *wmu = mean_wmu.data();
+    for_each_row(n, d, [&](int64_t i) {
+      const int64_t r = in.row(i);
+      const auto [slot, factor] = classes.of_row(r);
       T *to_mu = out_mu[r], *to_logvar = out_logvar[r], *to_y = out_y[r];
+      if (factor == 0) {
+        for (T* to : {to_mu, to_logvar, to_y})
+          if (to) std::fill_n(to, d, T(0));
+        return;
+      }
+      const Row<T> of(in, r);
+      const S row = S(g[r] * scale * factor), all = weighted ? S(1) : row;
+      const S *own = stat + slot * kStats * d, *w = means + slot * between, *wmu = w + d;
       for_each_lanes(of.d, [&](int64_t c, int lanes) {
-        Element<T> e(of, mean, c, lanes);
+        Element<T> e(of, own, c, lanes);
         if (to_y) {
           Vec<T> common = e.y * load_some(w + c, lanes) - load_some(wmu + c, lanes);
-          store_some(to_y + c, Vec<T>(row * e.w * (e.mu - e.y) + common), lanes);
+          store_some(to_y + c, Vec<T>(row * e.w * (e.mu - e.y) + all * common), lanes);
         }
         if (to_mu) store_some(to_mu + c, Vec<T>(row * e.w * e.centred), lanes);
         if (to_logvar) store_some(to_logvar + c, Vec<T>(S(-0.5) * row * e.value), lanes);
@@ -249,6 +332,27 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     });
   });
   return {grad_mu, grad_logvar, grad_y};
+}
+
+// Numbered as they are met; rows without a class first, then class by class, in their order.
+Tensor club_classes(const Tensor& given) {
+  const int64_t n = given.size(0), *ids = static_cast<const int64_t*>(given.data_ptr()), stride = given.stride(0);
+  Tensor classes = empty({3, n + 1}, ScalarType::Long);
+  int64_t *order = static_cast<int64_t*>(classes.data_ptr()), *index = order + n + 1, *begin = index + n + 1;
+  std::unordered_map<int64_t, int64_t> numbers;
+  std::vector<int64_t> next{0};  // of the rows in none, and of each class: how many, then where the next one goes
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t id = ids[r * stride];
+    index[r] = id < 0 ? -1 : numbers.try_emplace(id, numbers.size()).first->second;
+    if (index[r] == int64_t(next.size()) - 1) next.push_back(0);
+    ++next[index[r] + 1];
+  }
+  order[n] = n - next[0];
+  index[n] = numbers.size();
+  std::exclusive_scan(next.begin(), next.end(), next.begin(), int64_t(0));
+  std::fill(std::copy(next.begin() + 1, next.end(), begin), begin + n + 1, n);
+  for (int64_t r = 0; r < n; ++r) order[next[index[r] + 1]++] = r;
+  return classes;
 }
 
 Tensor club_nll_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
@@ -300,6 +404,7 @@ std::tuple<Tensor, Tensor, Tensor> club_nll_bwd(const Tensor& grad, const Tensor
 }
 
 STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
+  m.impl("club_classes", TORCH_BOX(&club_classes));
   m.impl("club_mi_fwd", TORCH_BOX(&club_mi_fwd));
   m.impl("club_mi_bwd", TORCH_BOX(&club_mi_bwd));
   m.impl("club_nll_fwd", TORCH_BOX(&club_nll_fwd));

@@ -9,18 +9,21 @@
 namespace udi {
 namespace {
 
+using MaybeTensor = std::optional<Tensor>;
+
 struct ClubMI : Function<ClubMI> {
   static const auto& fwd() {
-    static const auto fwd = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t)>(
-        "udi_kernels::club_mi_fwd");
+    static const auto fwd =
+        op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, int64_t)>(
+            "udi_kernels::club_mi_fwd");
     return fwd;
   }
 
   static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& y,
-                        int64_t reduction) {
+                        const MaybeTensor& classes, int64_t reduction) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, stats] = fwd().call(mu, logvar, y, reduction);
-    ctx->save_for_backward({mu, logvar, y, stats});
+    auto [loss, stats] = fwd().call(mu, logvar, y, classes, reduction);
+    ctx->save_for_backward({mu, logvar, y, classes.value_or(Tensor()), stats});
     ctx->saved_data["reduction"] = reduction;
     return loss;
   }
@@ -28,13 +31,15 @@ struct ClubMI : Function<ClubMI> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static const auto bwd =
         op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                              const Tensor&, int64_t, bool, bool, bool)>("udi_kernels::club_mi_bwd");
+                                              const MaybeTensor&, const Tensor&, int64_t, bool, bool, bool)>(
+            "udi_kernels::club_mi_bwd");
     auto saved = ctx->get_saved_variables();
+    MaybeTensor classes = saved[3].defined() ? MaybeTensor(saved[3]) : std::nullopt;
     BackwardMode mode;
     auto [mu, logvar, y] =
-        bwd.call(grad[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["reduction"].toInt(),
+        bwd.call(grad[0], saved[0], saved[1], saved[2], classes, saved[4], ctx->saved_data["reduction"].toInt(),
                  ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2));
-    return needed(ctx, 4, mu, logvar, y);
+    return needed(ctx, 5, mu, logvar, y);
   }
 };
 
@@ -71,16 +76,34 @@ at::ScalarType check_gaussian(const char* op, const Tensor& mu, const Tensor& lo
   return dtype;
 }
 
-Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, int64_t reduction) {
+void check_given(const Tensor& given, const Tensor& mu) {
+  const auto type = given.scalar_type();
+  TORCH_CHECK_TYPE(c10::isIntegralType(type, false) && !c10::isBarebonesUnsignedType(type),
+                   "club_mi: given must be of integers, got ", python(type), "; pass given.long()");
+  TORCH_CHECK_VALUE(given.sym_sizes() == mu.sym_sizes().slice(0, 1), "club_mi: given must have shape ",
+                    python(mu.sym_sizes().slice(0, 1)), ", one class per row of mu, got ", python(given.sym_sizes()));
+  TORCH_CHECK_VALUE(given.device() == mu.device(), "club_mi: given must be on ", mu.device(), " as mu is, got ",
+                    given.device(), "; pass given.to(mu.device)");
+}
+
+Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, const MaybeTensor& given, int64_t reduction) {
   const auto dtype = check_gaussian("club_mi", mu, logvar, y);
+  if (given) check_given(*given, mu);
   if (!kernels_serve<ClubMI>(dtype, {{"mu", mu}, {"logvar", logvar}, {"y", y}})) {
     static const auto reference =
-        op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("udi_kernels::club_mi_reference");
-    return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype), reduction);
+        op<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, int64_t)>(
+            "udi_kernels::club_mi_reference");
+    return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype), given, reduction);
+  }
+  MaybeTensor classes;
+  if (given) {
+    static const auto club_classes = op<Tensor(const Tensor&)>("udi_kernels::club_classes");
+    classes = club_classes.call(given->to(at::kLong));
   }
   const bool recorded = records({{"mu", mu}, {"logvar", logvar}, {"y", y}});
+  if (classes) classes = keepable(*classes, recorded);
   return ClubMI::apply(matrix(mu, dtype, recorded), matrix(logvar, dtype, recorded), matrix(y, dtype, recorded),
-                       reduction);
+                       classes, reduction);
 }
 
 Tensor club_nll(const Tensor& mu, const Tensor& logvar, const Tensor& y) {

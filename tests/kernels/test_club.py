@@ -169,11 +169,12 @@ def test_opcheck(device):
     leaves = [t.detach().requires_grad_() for t in inputs]
     torch.library.opcheck(ops.club_nll.default, tuple(leaves))
     for reduction in range(3):
-        torch.library.opcheck(ops.club_mi.default, (*leaves, reduction))
-        torch.library.opcheck(ops.club_mi_fwd.default, (*inputs, reduction))
-        loss, stats = ops.club_mi_fwd(*inputs, reduction)
+        torch.library.opcheck(ops.club_mi.default, (*leaves, None, reduction))
+        torch.library.opcheck(ops.club_mi_fwd.default, (*inputs, None, reduction))
+        loss, stats = ops.club_mi_fwd(*inputs, None, reduction)
         for needs in every:
-            torch.library.opcheck(ops.club_mi_bwd.default, (torch.ones_like(loss), *inputs, stats, reduction, *needs))
+            args = (torch.ones_like(loss), *inputs, None, stats, reduction, *needs)
+            torch.library.opcheck(ops.club_mi_bwd.default, args)
     torch.library.opcheck(ops.club_nll_fwd.default, tuple(inputs))
     for needs in every:
         torch.library.opcheck(ops.club_nll_bwd.default, (torch.ones((), device=device), *inputs, *needs))

@@ -1,5 +1,6 @@
 """club_mi of rows that are spread over processes, against one process with all rows."""
 
+import itertools
 import os
 
 import pytest
@@ -11,6 +12,9 @@ from udi_kernels import club_mi
 
 SHARES = (5, 1, 7)  # rows of each process
 REDUCTIONS = ("mean", "sum")
+# A class in all processes, one whose two rows are apart, one in a single process, one alone, and rows in none.
+CLASSES = torch.tensor([10**12, 4, -1, 10**12, 7, 10**12, 10**12, 5, 5, 5, -3, 4, 10**12])
+GIVEN = {"": None, "given": CLASSES, "none": torch.full_like(CLASSES, -1)}
 
 
 def rows(dtype):
@@ -23,9 +27,10 @@ def process(rank, file, dtype, folder):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(SHARES))
     ours = [t.to(dtype).split(SHARES)[rank].clone().requires_grad_() for t in rows(dtype)]
     kept = {}
-    for reduction in REDUCTIONS:
-        value = club_mi(*ours, reduction=reduction, process_group=dist.group.WORLD)
-        kept[reduction] = value.detach(), torch.autograd.grad(value, ours)
+    for name, reduction in itertools.product(GIVEN, REDUCTIONS):
+        given = GIVEN[name] if GIVEN[name] is None else GIVEN[name].split(SHARES)[rank]
+        value = club_mi(*ours, given=given, reduction=reduction, process_group=dist.group.WORLD)
+        kept[name, reduction] = value.detach(), torch.autograd.grad(value, ours)
     torch.save(kept, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -35,14 +40,14 @@ def test_bound_of_the_global_batch(tmp_path, dtype, tolerance):
     mp.spawn(process, (tmp_path / "meeting", dtype, tmp_path), nprocs=len(SHARES))
     kept = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(SHARES))]
     whole = [t.requires_grad_() for t in rows(dtype)]
-    for reduction in REDUCTIONS:
-        value = club_mi(*whole, reduction=reduction)
+    for name, reduction in itertools.product(GIVEN, REDUCTIONS):
+        value = club_mi(*whole, given=GIVEN[name], reduction=reduction)
         grads = torch.autograd.grad(value, whole)
-        for values, _ in (part[reduction] for part in kept):
+        for values, _ in (part[name, reduction] for part in kept):
             assert values.dtype == dtype
             torch.testing.assert_close(values.double(), value.detach(), rtol=tolerance, atol=tolerance)
         for i, grad in enumerate(grads):
-            ours = torch.cat([part[reduction][1][i] for part in kept]).double()
+            ours = torch.cat([part[name, reduction][1][i] for part in kept]).double()
             torch.testing.assert_close(
                 ours, len(SHARES) * grad, rtol=10 * tolerance, atol=10 * tolerance * grad.abs().max()
             )
@@ -56,5 +61,7 @@ def test_no_rows_of_a_group(tmp_path):
             club_mi(mu, logvar, y, reduction="none", process_group=dist.group.WORLD)
         with pytest.raises(ValueError, match="logvar must have mu's shape"):
             club_mi(mu, logvar[1:], y, process_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="given must have shape"):
+            club_mi(mu, logvar, y, given=CLASSES[1:], process_group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()

@@ -18,6 +18,11 @@ LOSSES = {
     ),
     "js_div, KL": (partial(js_div, beta=0), partial(reference.js_div, beta=0), 2),
     "club_mi": (club_mi, reference.club_mi, 3),
+    "club_mi, given": (
+        partial(club_mi, given=torch.tensor([3, 0, 3, 3])),
+        partial(reference.club_mi, given=torch.tensor([3, 0, 3, 3])),
+        3,
+    ),
     "club_nll": (club_nll, reference.club_nll, 3),
 }
 

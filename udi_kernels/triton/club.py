@@ -282,7 +282,9 @@ def _empty_loss(N, reduction):
     return lambda like: torch.full(shape, fill, dtype=torch.float32, device=like.device)
 
 
-def club_mi_fwd(mu, logvar, y, reduction):
+def club_mi_fwd(mu, logvar, y, classes, reduction):
+    if classes is not None:
+        raise NotImplementedError("club_mi: given is not served by Triton yet")
     with torch.cuda.device_of(mu):
         return _mi_fwd_plan(*_key(mu, logvar, y), reduction)(mu, logvar, y)
 
@@ -360,7 +362,7 @@ def _mi_bwd(
         _store(DY, row, D, V, col, dy, mask)
 
 
-def club_mi_bwd(grad, mu, logvar, y, stats, reduction, need_mu, need_logvar, need_y):
+def club_mi_bwd(grad, mu, logvar, y, classes, stats, reduction, need_mu, need_logvar, need_y):
     per_row, needs = reduction == 0, (need_mu, need_logvar, need_y)
     run = _mi_bwd_plan(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
     with torch.cuda.device_of(mu):

@@ -30,9 +30,9 @@ class TestClub:
         if grad is None:
             grad = torch.ones((mu.shape[0],) if reduction == NONE else ())
         mu, logvar, y, grad = on_device(mu, logvar, y, grad)
-        loss, stats = club.club_mi_fwd(mu, logvar, y, reduction)
+        loss, stats = club.club_mi_fwd(mu, logvar, y, None, reduction)
         assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (5, mu.shape[1])
-        return loss, *club.club_mi_bwd(grad, mu, logvar, y, stats, reduction, *needs)
+        return loss, *club.club_mi_bwd(grad, mu, logvar, y, None, stats, reduction, *needs)
 
     @staticmethod
     def run_nll(mu, logvar, y, *, grad=None, needs=(True, True, True)):
