@@ -91,8 +91,7 @@ class Follower(Unimodal):
             both = teacher_features, teacher_logits, features, logits, labels
             some = None
             if self.teacher.has is not None:  # what the teacher lacks, only the labels teach
-                rows, some = repeated(self.teacher.has[batch["index"][anyone]])
-                anyone = rows
+                anyone, some = repeated(self.teacher.has[batch["index"][anyone]])
             teacher_features, teacher_logits, features, logits, labels = (t[anyone] for t in both)
             con = js_div(logits, teacher_logits)
 
@@ -105,13 +104,7 @@ class Follower(Unimodal):
                 given, x = labels, torch.cat((x, (labels[:, None] == self.classes).to(x.dtype)), dim=1)
             mu, logvar = self.q(x)
             q_nll = club_nll(mu, logvar, y.detach())
-            bound = club_mi(
-                mu.detach(),
-                logvar.detach(),
-                y,
-                **({} if given is None else {"given": given}),
-                process_group=distributed.group(),
-            )
+            bound = club_mi(mu.detach(), logvar.detach(), y, given=given, process_group=distributed.group())
             bound = bound / self.width
             com = bound.relu() if fitted else 0 * bound
             if some is not None:
@@ -260,12 +253,15 @@ def fused_teachers(run: Run, tasks: Mapping[str, Unimodal], logits: dict[str, di
 
 
 def overfitted(anchor: Alone, val_acc: float) -> str | None:
-    """Why an anchor's training logits leave a residual follower too little, or None."""
+    """Why an anchor's logits leave a residual follower too little in training, or None.
+
+    Its accuracy there is more than two standard errors above that on validation.
+    """
     train, kept = anchor.run.data.train, anchor.run.data.train.labels.cpu() >= 0
     if (has := usable(train, anchor.modality)) is not None:
         kept &= has
     train_acc = accuracy(predict(anchor, anchor.run, train)[kept], train.labels.cpu()[kept])
-    if 1 - train_acc < 0.5 * (1 - val_acc):
+    if train_acc - val_acc > 2 * math.sqrt(val_acc * (1 - val_acc) / len(anchor.run.data.val)):
         return f"its accuracy is {train_acc:.3f} in training, {val_acc:.3f} on validation"
     return None
 

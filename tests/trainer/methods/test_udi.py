@@ -248,7 +248,7 @@ def test_fused_teacher():
     rule = LogLinear.fit(torch.stack([z["val"] for z in logits.values()]), run.labels["val"])
     each = {m: task.forward(batch) for m, task in tasks.items()}
     torch.testing.assert_close(features, each["right"][0])
-    torch.testing.assert_close(fused.softmax(-1).double(), rule(torch.stack([z for _, z in each.values()])))
+    torch.testing.assert_close(fused.softmax(-1), rule(torch.stack([z for _, z in each.values()])).float())
 
 
 def test_fused_teacher_needs_all_modalities(mixed):
@@ -270,9 +270,8 @@ def test_residual_followers(capsys):
     assert judged == pytest.approx(metrics["fused"]["val_acc"], abs=0.02)
     assert "joint" in metrics["baselines"] and "shifted_acc" in metrics["baselines"]["joint"]
     assert "overfitted" not in capsys.readouterr().err
-    assert (
-        main(["--dataset", "splitdigits", "--follower-loss", "residual", "--baselines", "none", "--out", "over"]) == 0
-    )
+    options = ["--dataset", "splitdigits", "--follower-loss", "residual", "--baselines", "none"]
+    assert main([*options, "--out", "over"]) == 0
     assert "anchor left is overfitted, which ruins residual followers: its accuracy is 0.9" in capsys.readouterr().err
 
 
