@@ -69,7 +69,7 @@ def cases():
     """(op, pass, shape, dtype, options in words, function that launches it) of all that is inspected."""
     import torch
 
-    from udi_kernels.triton import club, js_div
+    from udi_kernels.triton import certainty, club, duc, effective_dims, js_div
 
     scalar = torch.empty((), device="meta")
     for dtype in (torch.float32, torch.bfloat16):
@@ -126,6 +126,29 @@ def cases():
                 "",
                 functools.partial(club.club_nll_bwd, scalar, *inputs, True, True, False),
             )
+        student, teacher = torch.empty(1024, 512, **new), torch.empty(1024, 512, **new)
+        dims, features = torch.empty(512, dtype=torch.bool, device="meta"), torch.empty(10000, 512, **new)
+        labels, logits = torch.empty(10000, dtype=torch.int64, device="meta"), torch.empty(3, 8192, 101, **new)
+        losses = functools.partial(duc.duc_loss_fwd, student, teacher, dims, 10.0, 2, True)
+        yield "duc_loss", "forward", (1024, 1024), dtype, "", losses
+        yield (
+            "effective_dims",
+            "forward",
+            (10000, 512),
+            dtype,
+            "",
+            functools.partial(effective_dims.effective_dims_fwd, features, labels, 101),
+        )
+        fused = functools.partial(certainty.certainty_fusion_fwd, logits, 1.0)
+        yield "certainty_fusion", "forward", (3 * 8192, 101), dtype, "", fused
+        yield (
+            "certainty_fusion",
+            "backward",
+            (3 * 8192, 101),
+            dtype,
+            "",
+            functools.partial(certainty.certainty_fusion_bwd, torch.empty(8192, 101, **new), logits, 1.0, True),
+        )
 
 
 @functools.cache  # kernels do not travel between processes: each worker notes the launches itself
@@ -137,7 +160,7 @@ def launches():
 
     def note(kernel, *args, grid, warmup, **kwargs):
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        options = {k: values.pop(k) for k in list(values) if k not in kernel.arg_names}
+        options = {"num_warps": 4} | {k: values.pop(k) for k in list(values) if k not in kernel.arg_names}
         source = signature(kernel, values)
         found.setdefault((kernel.fn.__name__, repr(source), repr(options), grid), (kernel, source, options, grid, case))
 
@@ -155,7 +178,14 @@ def signature(kernel, values):
     """Types, constants and divisibility of the arguments, by the rules of Triton's own launch."""
     import torch
 
-    names = {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
+    names = {
+        "float32": "fp32",
+        "float64": "fp64",
+        "float16": "fp16",
+        "bfloat16": "bf16",
+        "int32": "i32",
+        "int64": "i64",
+    }
     types, constants, attributes = {}, {}, {}
 
     def describe(path, param, value):
@@ -193,7 +223,7 @@ def inspect_triton(index, arch):
     )
     (code,) = sass.read(binary.asm["cubin"]).values()
     named = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
-    sizes = [named[n] for n in ("ROWS", "LANES", "STEP", "BLOCK", "WIDTH") if n in named]
+    sizes = [named[n] for n in ("HEADS", "ROWS", "LANES", "STEP", "BLOCK", "WIDTH") if n in named]
     wanted = [n for n in ("DX", "DMU", "DLOGVAR", "DY") if n in types and types[n] != "constexpr"]
     label = [
         f"{op} {str(dtype)[6:]} {R}x{C}",

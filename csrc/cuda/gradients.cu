@@ -102,7 +102,7 @@ inline double& partial(const Sums& sums, int k, int i, int j, int block) {
 // The block that is the last of all to come here adds up what all have left, always in the same order:
 // gram[i, j] = gram[j, i], a warp a pair.
 inline void finish(const Sums& sums, int k) {
-  __shared__ bool last;
+  __shared__ int last;  // not bool: a byte's store
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // of the whole block: what the others stored is ordered before by the barrier

@@ -9,17 +9,17 @@ In base 2: lq = log2 q = (input - max) log2(e)/T - lse2, lp likewise; log(q/m) a
 d = lp - lq alone (`_log2_over_mixture`).  d comes from the logits, not from log(p) and log(q): logits of 1e4 lose
 nothing, and equal rows give exactly 0.
 
-The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 is KL(q || p).
+The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
 
-    KL(p || q): d input = (q - p)/T,    d target = p/T (log(p/q) - KL(p || q))    and its mirror image
+    KL(p || q): d input = (q - p)/T,    d target = p/T (log(p/q) - KL(p || q))
 
 Rows up to TILE_CLASSES are read once and stay in registers, several rows to a program where they are short.  Longer
 rows are read twice by one program, the second time backwards: what was read last is still in cache.  A few very long
 rows are split over programs.
 
-stats: (6, R) float32: max input, lse2 of the input, max target, lse2 of the target, KL(q || m), KL(p || m); at the
-ends the one divergence there is, and 0.  All but the maxima are in bits.  They are private to this file: the same
-backend runs forward and backward.
+stats: (6, R) float32: max input, lse2 of the input, max target, lse2 of the target, KL(q || m), KL(p || m); at the ends
+in place of the last two what rounding leaves of the sum of q - p, and the sum of p log2(p/q).  All but the maxima and
+that rest are in bits.  They are private to this file: the same backend runs forward and backward.
 """
 
 import math
@@ -48,9 +48,10 @@ from . import (
 FURTHEST = tl.constexpr(1e6)  # bound of |d|: exp2 is exactly 0 there
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(1 / math.log(2))
 
-# What is compiled in of beta: its ends, its default, which has shorter formulas, and all others
-HALF, BETWEEN, KL_PQ, KL_QP = (tl.constexpr(i) for i in range(4))
+# What is compiled in of beta: its default, which has shorter formulas, its ends, and all others
+HALF, BETWEEN, KL = (tl.constexpr(i) for i in range(3))
 
 TILE_CLASSES = 4096  # longest row held in registers: 16 classes a thread at 8 warps
 FEW_ROWS = 64  # fewer leave half of an A100 or H100 idle, so that very long rows are split
@@ -142,13 +143,28 @@ def _log2_over_mixture(d, beta, gamma, taylor, MIX: tl.constexpr, FAST: tl.const
 
 
 @triton.jit
+def _kl_term(d, q, p):
+    """p log2(p/q) + (q - p)/ln 2, a term of KL(p || q): never negative, of second order in d = log2(p/q).
+
+    The second part adds up to 0, but for the rounding of both rows' sums of exponentials, which so cancels.
+    """
+    P = -1.4683874211271451e-07
+    P = P * d + 1.9065917255074797e-06
+    P = P * d - 2.2005043419116583e-05
+    P = P * d + 0.0002222259691071407
+    P = P * d - 0.0019236258215256953
+    P = P * d + 0.013876027166205394
+    P = P * d - 0.08007550231970023
+    P = P * d + 0.34657359027997264
+    far = tl.where(p == 0, 0.0, p * d) + (q - p) * LOG2E
+    return tl.where(tl.abs(d) < 1.0, p * (d * d * P), far)
+
+
+@triton.jit
 def _summands(d, q, p, beta, gamma, taylor, MIX: tl.constexpr, FAST: tl.constexpr):
-    """What a class adds to KL(q || m) and KL(p || m), in bits; at the ends inf where the other one alone is 0."""
-    zero = tl.zeros_like(d)
-    if MIX == KL_PQ:
-        return zero, tl.where(p == 0, 0.0, p * d)
-    elif MIX == KL_QP:
-        return tl.where(q == 0, 0.0, -q * d), zero
+    """What a class adds to KL(q || m) and KL(p || m), in bits; for KL, to the sums of q - p and of p log2(p/q)."""
+    if MIX == KL:
+        return q - p, tl.where(p == 0, 0.0, p * d)
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, taylor, MIX, FAST)
         return q * over_q, p * over_p
@@ -178,13 +194,16 @@ def _store_stats(STATS, row, R, mask, peak_q, lse_q, peak_p, lse_p):
 
 
 @triton.jit
-def _losses(W, STATS, row, R, mask, kl_q, kl_p, w_stride, beta, gamma, factor, MIX: tl.constexpr):
-    """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask."""
-    if MIX == HALF or MIX == BETWEEN:  # a NaN in either row is one in both gradients, as in torch
+def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX: tl.constexpr):
+    """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask.
+
+    kl: KL(p || q), for KL.
+    """
+    if MIX == KL:
+        loss = kl * (factor * LN2)
+    else:  # a NaN in either row is one in both gradients, as in torch
         kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
         loss = (beta * kl_p + gamma * kl_q) * (factor * LN2)
-    else:
-        loss = (kl_q + kl_p) * (factor * LN2)
     S = STATS + R + R + R + R + row
     tl.store(S, kl_q, mask)
     tl.store(S + R, kl_p, mask)
@@ -223,11 +242,18 @@ def _fwd_tile(
         lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
         _store_stats(STATS, row, R, real, peak_q, lse_q, peak_p, lse_p)
 
-        d = (lp - lq) - (lse_p - lse_q)[:, None]
+        if MIX == KL:  # as in the backward pass, with the same rounding
+            lq, lp = lq - lse_q[:, None], lp - lse_p[:, None]
+            d, q, p = lp - lq, exp2(lq), exp2(lp)
+        else:
+            d = (lp - lq) - (lse_p - lse_q)[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
-        kl_q = tl.sum(add_q, 1) / sum_q
-        kl_p = tl.sum(add_p, 1) / sum_p
-        loss = _losses(W, STATS, row, R, real, kl_q, kl_p, w_stride, beta, gamma, factor, MIX)
+        kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
+        if MIX == KL:
+            kl = tl.sum(_kl_term(d, q, p), 1)
+        else:
+            kl_q, kl_p, kl = kl_q / sum_q, kl_p / sum_p, None
+        loss = _losses(W, STATS, row, R, real, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
         if REDUCE:
             sum += loss
         else:
@@ -273,19 +299,26 @@ def _divergences(
     X, Y, begin, end, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The part of KL(q || m) and KL(p || m) that columns [begin, end) add, last column first."""
+    """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) that columns [begin, end) add, last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
     sum_p = tl.zeros([LANES], tl.float32)
+    sum = tl.zeros([LANES], tl.float32)
     lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tiles = tl.cdiv(end - begin, LANES * WIDTH)
     for i in range(0, tiles):
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
         lq = _shifted(_load(X + col, col < end), peak_q, lse_q, scale)
         lp = _shifted(_load(Y + col, col < end), peak_p, lse_p, scale)
-        add_q, add_p = _summands(lp - lq, exp2(lq), exp2(lp), beta, gamma, taylor, MIX, FAST)
+        d, q, p = lp - lq, exp2(lq), exp2(lp)
+        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
         sum_q += tl.sum(add_q, 1)
         sum_p += tl.sum(add_p, 1)
-    return tl.sum(sum_q, 0), tl.sum(sum_p, 0)
+        if MIX == KL:
+            sum += tl.sum(_kl_term(d, q, p), 1)
+    if MIX == KL:
+        return tl.sum(sum_q, 0), tl.sum(sum_p, 0), tl.sum(sum, 0)
+    else:
+        return tl.sum(sum_q, 0), tl.sum(sum_p, 0), 0.0
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
@@ -301,17 +334,17 @@ def _fwd_row(
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
     lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
     _store_stats(STATS, row, R, True, peak_q, lse_q, peak_p, lse_p)
-    kl_q, kl_p = _divergences(
+    kl_q, kl_p, kl = _divergences(
         X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX, FAST
     )
-    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, w_stride, beta, gamma, factor, MIX))
+    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX))
 
 
 @triton.jit(do_not_specialize=["R", "S", "span"])
 def _fwd_split_lse(
     X, Y, PARTS, R, C, S, x_stride, y_stride, span, scale, V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """A part of one very long row, S parts of `span` tiles to the row.  PARTS: (6, R, S)."""
+    """A part of one very long row, S parts of `span` tiles to the row.  PARTS: (7, R, S)."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
@@ -342,12 +375,13 @@ def _fwd_split_div(
     peak_p, sum_p = _joined(tl.load(P + 2 * n, i < S, other=LOWEST), tl.load(P + 3 * n, i < S, other=0.0), scale)
     lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
     _store_stats(STATS, row, R, part == 0, peak_q, lse_q, peak_p, lse_p)
-    kl_q, kl_p = _divergences(
+    kl_q, kl_p, kl = _divergences(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
         peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX, FAST,
     )  # fmt: skip
     tl.store(PARTS + 4 * n + tl.program_id(0), kl_q)
     tl.store(PARTS + 5 * n + tl.program_id(0), kl_p)
+    tl.store(PARTS + 6 * n + tl.program_id(0), kl)
 
 
 @triton.jit(do_not_specialize=["R", "S", "w_stride"])
@@ -360,7 +394,8 @@ def _fwd_split_join(
     mask = (row < R)[:, None] & (i < S)[None, :]
     P = PARTS + 4 * R * S + row[:, None] * S + i[None, :]
     kl_q, kl_p = tl.sum(tl.load(P, mask, other=0.0), 1), tl.sum(tl.load(P + R * S, mask, other=0.0), 1)
-    loss = _losses(W, STATS, row, R, row < R, kl_q, kl_p, w_stride, beta, gamma, factor, MIX)
+    kl = tl.sum(tl.load(P + 2 * R * S, mask, other=0.0), 1)
+    loss = _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
     if REDUCE:
         tl.store(OUT, tl.sum(loss, 0))
     else:
@@ -368,6 +403,8 @@ def _fwd_split_join(
 
 
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
+    if beta == 1:  # KL(q || p) is KL(p || q) mirrored
+        input, target, beta = target, input, 0.0
     run = _fwd_plan(
         input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
@@ -387,7 +424,9 @@ def _fwd_plan(device, dtype, target_dtype, R, C, x_stride, y_stride, weight, bet
     # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
-    values |= dict(LANES=32 * num_warps, WIDTH=16 // dtype.itemsize)
+    # All but the default's formulas leave no registers for eight values at a time.
+    width = 16 // dtype.itemsize if values["MIX"] == HALF.value else 4
+    values |= dict(LANES=32 * num_warps, WIDTH=width)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:
         return _fwd_by_rows(R, reduction, values, num_warps)
@@ -417,7 +456,7 @@ def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
         gamma=1.0 - beta,
         taylor=_taylor(beta),
         V=V,
-        MIX={0: KL_PQ, 0.5: HALF, 1: KL_QP}.get(beta, BETWEEN).value,
+        MIX={0: KL, 0.5: HALF}.get(beta, BETWEEN).value,
         FAST=dtype.itemsize == 2,
     )
 
@@ -495,7 +534,7 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
     join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
     def run(input, target, weight):
-        stats, parts = _float32(input, 6, R), _float32(input, 6, R, S)
+        stats, parts = _float32(input, 6, R), _float32(input, 7, R, S)
         loss = _float32(input, *(() if reduction else (R,)))
         lse(input, target, parts)
         div(input, target, parts, stats)
@@ -532,12 +571,10 @@ def _bwd(
     lq = _shifted(x, tl.load(S, real)[:, None], tl.load(S + R, real)[:, None], scale)
     lp = _shifted(y, tl.load(S + 2 * R, real)[:, None], tl.load(S + 3 * R, real)[:, None], scale)
     q, p = exp2(lq), exp2(lp)
-    if MIX == KL_PQ:
-        dx = g[:, None] * (q - p)
-        dy = _gradient(p, tl.where(p == 0, 0.0, lp - lq), g, tl.load(S + 5 * R, real))
-    elif MIX == KL_QP:
-        dx = _gradient(q, tl.where(q == 0, 0.0, lq - lp), g, tl.load(S + 4 * R, real))
-        dy = g[:, None] * (p - q)
+    if MIX == KL:  # less what the sums of these very terms are off
+        add_q, add_p = _summands(lp - lq, q, p, beta, gamma, taylor, MIX, FAST)
+        dx = g[:, None] * (add_q - q * tl.load(S + 4 * R, real)[:, None])
+        dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + 5 * R, real)[:, None])
     else:
         over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, MIX, FAST)
         dx = _gradient(q, over_q, gamma * g, tl.load(S + 4 * R, real))
@@ -555,6 +592,9 @@ def _gradient(q, over, g, kl):
 
 
 def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target):
+    if beta == 1:
+        grads = js_div_bwd(grad, target, input, weight, stats, 0.0, temperature, reduction, need_target, need_input)
+        return grads[::-1]
     run = _bwd_plan(
         input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)),
