@@ -21,8 +21,16 @@ USUAL = {
     "gramian": "cat + matmul",
     "weighted_sum": "eager",
     "follower step": "NxNxD, cat + matmul",
+    "duc_loss": "sample by sample",
+    "effective_dims": "NxCxD",
+    "certainty_fusion": "eager",
 }
-FIGURES = {"js_div": ["js_div"], "club_mi": ["club_mi"], "gradients": ["gramian", "weighted_sum", "follower step"]}
+FIGURES = {
+    "js_div": ["js_div"],
+    "club_mi": ["club_mi"],
+    "gradients": ["gramian", "weighted_sum", "follower step"],
+    "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
+}
 COLORS = {
     "udi_kernels": "#d62728",
     "udi_kernels, stacked": "#ff9896",
@@ -31,6 +39,8 @@ COLORS = {
     "eager": "#7f7f7f",
     "liger-kernel": "#2ca02c",
     "NxNxD": "#bcbd22",
+    "NxCxD": "#bcbd22",
+    "sample by sample": "#bcbd22",
     "NxNxD, cat + matmul": "#bcbd22",
     "cat + matmul": "#bcbd22",
     "dot products": "#17becf",
@@ -71,7 +81,8 @@ def table(cases):
     """Per case the fastest of ours against the fastest of the peers."""
     on_gpu = any(r.host_us is not None for results in cases for r in results)
     columns = ["", "udi_kernels", "fastest peer", "speedup", "against usual code", "of copy speed", "extra memory"]
-    rows = [columns + ["host µs"] * on_gpu, ["---"] + ["---:"] * (len(columns) - 1 + on_gpu)]
+    columns.append("host µs" if on_gpu else "hot")
+    rows = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for results in cases:
         ours, peer = (min((r for r in results if r.ours == own), key=seconds, default=None) for own in (True, False))
         if ours is None:
@@ -84,25 +95,38 @@ def table(cases):
             name,
             duration(ours.seconds) + variant(ours) + note(ours),
             f"{duration(peer.seconds)} {peer.provider}{variant(peer)}{note(peer)}" if peer else "-",
-            ratio(ours, peer),
-            f"{ratio(ours, usual)} {usual.provider}" if usual else "-",
+            speedup(ours, peer),
+            f"{speedup(ours, usual)} {usual.provider}" if usual else "-",
             f"{ours.copy_fraction:.0%}" if ours.cold else "in cache",
             f"{size(ours.peak_memory)}, peer {size(peer.peak_memory)}" if peer else size(ours.peak_memory),
         ]
         if on_gpu:
             row.append(f"{ours.host_us:.0f}, peer {peer.host_us:.0f}" if peer else f"{ours.host_us:.0f}")
+        else:
+            row.append(hot(results))
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def hot(results):
+    """The same comparison where inputs are in cache and memory is at hand."""
+    if any(r.hot_us is None for r in results):
+        return "-"
+    ours, peer = (min((r.hot_us for r in results if r.ours == own), default=None) for own in (True, False))
+    text = duration(ours / 1e6)
+    return f"{text}, {ratio(ours, peer)}" if peer else text
 
 
 def seconds(result):
     return result.seconds
 
 
+def speedup(ours, other):
+    return ratio(ours.seconds, other.seconds) if other else "-"
+
+
 def ratio(ours, other):
-    if other is None:
-        return "-"
-    times = other.seconds / ours.seconds
+    times = other / ours
     text = f"{times:.0f}×" if times >= 20 else f"{times:.1f}×" if times >= 2 else f"{times:.2f}×"
     return text if times >= 1 else f"{text} (slower)"
 
@@ -133,6 +157,8 @@ def markdown(cases):
     copy = f"copy {first.copy_bandwidth / 1e9:.0f} GB/s, read {first.read_bandwidth / 1e9:.0f} GB/s"
     commit = f", commit {first.commit}" if first.commit else ""
     parts = [f"{first.device}; torch {first.torch}{commit}; {copy}. Medians, all providers interleaved."]
+    if first.hot_us is not None:
+        parts[0] += " Hot: right after calls with the same inputs, and the speedup over the fastest peer there."
     if any(note(r) for results in cases for r in results):
         parts[0] += " \\* cannot be captured in a CUDA graph: eager calls, launches included."
     if any(r.cold and r.copy_fraction > 1 for results in cases for r in results):

@@ -29,6 +29,7 @@ def test_pytest_benchmark_shows_the_samples(tmp_path):
         assert math.isclose(info["bandwidth"] * median, info["necessary_bytes"], rel_tol=1e-6)
         assert math.isclose(info["copy_fraction"] * info["copy_bandwidth"], info["bandwidth"], rel_tol=1e-6)
         assert info["necessary_bytes"] == 5 * 64 * 6 * 4 and 0 < median < 0.1
+        assert 0 < info["hot_us"] < 1e5
 
     assert "| `js_div` 64x6 float32 + backward |" in run(BENCHMARKS / "report.py", tmp_path / "results.json")
     if importlib.util.find_spec("matplotlib"):
@@ -36,6 +37,16 @@ def test_pytest_benchmark_shows_the_samples(tmp_path):
         assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md", "js_div.png"}
         again = run(BENCHMARKS / "report.py", tmp_path / "out" / "results.json")  # what it keeps is all that it needs
         assert again == (tmp_path / "out" / "table.md").read_text()
+
+
+def test_every_case_can_be_shown(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cases
+    import report
+
+    ops = {case.op for case in cases.CASES.values()}
+    assert ops == set(report.USUAL) == {op for figure in report.FIGURES.values() for op in figure}
+    assert {name for case in cases.CASES.values() for name in case.providers} == set(report.COLORS)
 
 
 def run(*command):
