@@ -112,6 +112,8 @@ def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
         config = distributed.on_first(lambda: read_config(Path(folder)))
     except UserError as error:
         raise UserError(f"--resume {folder}: no run to resume, {error}") from None
+    if distributed.world() == 1:
+        config.pop("shard", None)  # which needs several processes, and made no difference to the figures
     return Path(folder), resumed(str(folder), config, given)
 
 
@@ -129,6 +131,8 @@ class Plan:
         self.method = method if callable(method) else methods.find(options.method)
         self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
+        if options.shard and distributed.world() == 1:
+            raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
         data = data or offered(datasets.find(options.dataset), options.data_root, options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)

@@ -383,6 +383,13 @@ class Options:
     amp: str = option(MACHINE, "none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
     tf32: bool = option(MACHINE, False, flag, "float32 convolutions and matrix products by TF32 on a GPU")
     tensorboard: bool = option(MACHINE, False, flag, "write metrics as TensorBoard events, too, to the run folder")
+    shard: bool = option(
+        MACHINE,
+        False,
+        flag,
+        "spread parameters, gradients and optimizer state over the processes of torchrun (FSDP2), for models that do"
+        " not fit otherwise",
+    )
     compile: bool = option(MACHINE, False, flag, "encoders by torch.compile")
     out: str | None = option(
         MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
@@ -414,6 +421,8 @@ class Options:
             raise UserError("--teacher fused trains all modalities: leave out --anchor and --race")
         if self.teacher == "fused" and self.follower_loss == "residual":
             raise UserError("--follower-loss residual needs --teacher anchor: there must be one that stays as it is")
+        if self.shard and self.compile:
+            raise UserError("--shard leaves no room for --compile: compiled steps free what the controller's need")
         if self.weight_decay is None:
             self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
 
@@ -443,7 +452,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
 
 
 # These may differ when a run is resumed: it may have moved to another machine.
-MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "compile")
+MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "shard", "compile")
 
 
 def spelled(name: str) -> str:

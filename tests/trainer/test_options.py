@@ -117,9 +117,9 @@ def test_a_run_is_resumed_with_its_own_options():
 
 def test_it_may_have_moved_to_another_machine():
     moved = {"device": "cpu", "data_root": "elsewhere", "data": "host", "engine": "eager", "compile": True}
-    moved |= {"manifest": "elsewhere.csv", "cache_dir": "cache", "tensorboard": True}
+    moved |= {"manifest": "elsewhere.csv", "cache_dir": "cache", "tensorboard": True, "shard": False}
     assert set(moved) == set(MOVABLE)
-    options = resumed("run", saved(data_root="here"), moved)
+    options = resumed("run", saved(data_root="here", shard=True), moved)
     assert {name: getattr(options, name) for name in moved} == moved
 
 

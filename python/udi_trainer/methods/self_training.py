@@ -5,7 +5,6 @@ loss and weight with which UDI's followers learn from the anchor. What UDI gains
 modality.
 """
 
-import torch
 from torch.nn.functional import cross_entropy
 
 from udi_kernels import js_div
@@ -38,7 +37,7 @@ class Student(Task):
             cls = cross_entropy(logits[labelled], batch["labels"][labelled])
             con = js_div(logits[anyone], self.taught[batch["index"][anyone]])
             loss = cls + self.weight * con
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss, "cls": cls, "con": con}
 
 

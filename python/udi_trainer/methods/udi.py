@@ -28,7 +28,7 @@ from ..models.classifiers import ConditionalGaussian
 from ..registry import methods
 from ..run import Run
 from ..training.loop import best_epoch, fit, outputs, predict, usable
-from ..training.task import apply, update
+from ..training.task import update
 from .frozen import Frozen, Fused
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
@@ -62,11 +62,12 @@ class Follower(Unimodal):
         if teacher.random:
             self.reads, self.random = tuple({modality, *teacher.reads}), True
         if alone:
-            self.model.load_state_dict(alone.model.state_dict())
+            self.load(self.model, alone.model.state_dict())
         options = run.options
         self.classes = torch.arange(run.data.classes if options.club == "given-label" else 0, device=run.device)
         known = teacher.width + len(self.classes)
         self.q = ConditionalGaussian(known, self.width, options.q_width, options.q_depth).to(run.device)
+        self.shard(self.q.layers)  # whose output, other than q's, is no view, which FSDP2 warns of
         self.q_parameters = list(self.q.parameters())
         self.optimizer = run.optimizer(
             [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}]
@@ -112,18 +113,14 @@ class Follower(Unimodal):
 
         if align:
             # The gradients that set the weights make this step's update too.
-            grads = [
-                distributed.average(torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True))
-                for loss in (cls, con, com)
-            ]
+            grads = [self.gradients(loss, self.parameters, retain_graph=True) for loss in (cls, con, com)]
             alpha.copy_(alignment_weights(gramian(grads)))
-            q_grad = distributed.average(torch.autograd.grad(q_nll, self.q_parameters))
-            apply(self.optimizer, self.parameters + self.q_parameters, [*weighted_sum(grads, alpha), *q_grad])
+            q_grad = self.gradients(q_nll, self.q_parameters)
+            update(self.optimizer, self.parameters + self.q_parameters, [*weighted_sum(grads, alpha), *q_grad])
         else:
             one = alpha[0]
             parameters = self.parameters + self.q_parameters
-            grads = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
-            update(self.optimizer, parameters, grads)
+            update(self.optimizer, parameters, self.gradients((cls, con, com, q_nll), parameters, (*alpha, one)))
         for _ in range(self.run.options.q_steps - 1):
             self.fit_q(x, y.detach())
         loss = torch.stack((cls, con, com)).detach() @ alpha
@@ -135,7 +132,7 @@ class Follower(Unimodal):
         with self.run.autocast():
             mu, logvar = self.q(x)
             nll = club_nll(mu, logvar, y)
-        grad = [*[None] * len(self.parameters), *torch.autograd.grad(nll, self.q_parameters)]
+        grad = [*[None] * len(self.parameters), *self.gradients(nll, self.q_parameters)]
         update(self.optimizer, self.parameters + self.q_parameters, grad)
 
     def known(self, anchor_logits: torch.Tensor, batch: Batch) -> torch.Tensor:

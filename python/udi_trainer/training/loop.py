@@ -101,6 +101,7 @@ class Stage:
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
+        task.model = task.parts.get("model", task.model)  # sharded again, if it was trained to an earlier end
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
         self.usable = usable(run.data.train, task.modality)
@@ -133,7 +134,7 @@ class Stage:
         try:
             self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
             for name, part in self.task.parts.items():
-                part.load_state_dict(saved["parts"][name])
+                self.task.load(part, saved["parts"][name])
             if self.done:
                 self.engine.load_state_dict(saved["engine"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -142,10 +143,14 @@ class Stage:
             raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
 
     def save(self) -> None:
-        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
+        parts, best = {name: part.state_dict() for name, part in self.task.parts.items()}, self.best
+        if self.run.options.shard:
+            from .sharding import whole
+
+            parts, best = whole(parts), whole(best)
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
-        self.run.save(self.task.name, parts=parts, best=self.best, under_way=under_way, engine=engine)
+        self.run.save(self.task.name, parts=parts, best=best, under_way=under_way, engine=engine)
 
     @property
     def epoch(self) -> int:
@@ -223,7 +228,11 @@ class Stage:
         if self.stream:
             torch.cuda.current_stream(self.run.device).wait_stream(self.stream)
         assert self.best is not None
-        self.task.model.load_state_dict(self.best)
+        self.task.load(self.task.model, self.best)
+        if self.run.options.shard:
+            from .sharding import unsharded
+
+            self.task.model = unsharded(self.task.model)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
         kept, planned = best_epoch(self.history), self.task.epochs

@@ -13,6 +13,7 @@ from ..evaluation.scores import accuracy
 from ..run import Run
 
 Model = TypeVar("Model", bound=nn.Module)
+Gradients = Sequence[torch.Tensor | None]
 
 
 class Task:
@@ -43,10 +44,18 @@ class Task:
         return "-".join(filter(None, (cls.key, modality)))
 
     def place(self, model: Model) -> Model:
-        """The model on the run's device, compiled if the run wants that."""
+        """The model on the run's device, compiled and sharded if the run wants that."""
         model.to(self.run.device)
         if self.run.options.compile:
             model.compile()
+        return self.shard(model)
+
+    def shard(self, model: Model) -> Model:
+        """The model on the run's device, its parameters spread over the processes if the run wants that."""
+        if self.run.options.shard:
+            from .sharding import shard  # takes its time to import
+
+            shard(model, self.run.device)
         return model
 
     @property
@@ -70,6 +79,38 @@ class Task:
         """Trains on the batch; returns named scalars, left on the device."""
         raise NotImplementedError
 
+    def load(self, part: Any, state: dict) -> None:
+        """Takes up what a model or an optimizer was, from a state with whole tensors."""
+        if self.run.options.shard:
+            from .sharding import spread
+
+            state = spread(state, part)
+        part.load_state_dict(state)
+        if isinstance(part, torch.optim.Optimizer):  # fused ones walk through memory: states lie there as parameters do
+            for parameter, kept in part.state.items():
+                for name, t in kept.items():
+                    if isinstance(t, torch.Tensor) and t.shape == parameter.shape and t.stride() != parameter.stride():
+                        kept[name] = torch.empty_like(parameter).copy_(t)
+
+    def gradients(
+        self,
+        losses: torch.Tensor | Sequence[torch.Tensor],
+        parameters: Sequence[nn.Parameter],
+        weights: Sequence[torch.Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> Gradients:
+        """Of a loss, or of a weighted sum of losses, averaged over the processes that train together.
+
+        None for parameters that have no part in it. ``retain_graph``: others of the same graph follow.
+        """
+        if not self.run.options.shard:
+            grads = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
+            return distributed.average(grads)
+        for parameter in parameters:
+            parameter.grad = None
+        torch.autograd.backward(losses, weights, retain_graph)  # FSDP2's hooks, which average, see no autograd.grad
+        return [parameter.grad for parameter in parameters]
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""
         raise NotImplementedError
@@ -89,16 +130,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-Gradients = Sequence[torch.Tensor | None]
-
-
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
-    """A step with these gradients, averaged over the processes that train together."""
-    apply(optimizer, parameters, distributed.average(grads))
-
-
-def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
-    """A step with these gradients as they are."""
+    """A step with these gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
