@@ -16,12 +16,14 @@ import udi_kernels
 
 from . import distributed
 from .console import console, log
-from .data.check import check
+from .data.check import check, check_presence
 from .data.dataset import Dataset, Encoder, Modality, Split
+from .data.labels import hide
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
 from .evaluation.predictions import details, predictions_csv
 from .evaluation.report import draw, table
+from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .options import Options, resumed
 from .predictor import Predictor, imported
@@ -110,6 +112,8 @@ def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
         config = distributed.on_first(lambda: read_config(Path(folder)))
     except UserError as error:
         raise UserError(f"--resume {folder}: no run to resume, {error}") from None
+    if distributed.world() == 1:
+        config.pop("shard", None)  # which needs several processes, and made no difference to the figures
     return Path(folder), resumed(str(folder), config, given)
 
 
@@ -127,12 +131,19 @@ class Plan:
         self.method = method if callable(method) else methods.find(options.method)
         self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
+        if options.shard and distributed.world() == 1:
+            raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
         data = data or offered(datasets.find(options.dataset), options.data_root, options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
         if options.noise:
             data = corrupt(data, *options.noise)
-        self.data = labelled(data)
+        if options.labels is not None:
+            data = hide(data, options.labels, options.seed)
+            check_presence(data)
+        if unlabelled := int((data.train.labels < 0).sum()):
+            log.info("train: %d of %d samples have no label", unlabelled, len(data.train))
+        self.data = data
         if options.anchor != "auto":
             choose("anchor", options.anchor, data.modalities)
 
@@ -155,9 +166,14 @@ class Plan:
             outcome = self.method(run)
             metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
-            metrics["baselines"] = {name: method(run).metrics["fused"] for name, method in self.baselines.items()}
+            metrics["baselines"] = {}
+            for name, method in self.baselines.items():
+                other = method(run)
+                add_shifted(other.metrics, self.predictor(other), run.data)
+                metrics["baselines"][name] = other.metrics["fused"]
             metrics["seconds"] = seconds(run)
-            predictor = Predictor(self.data.modalities, outcome.models, outcome.rule, options.amp)
+            predictor = self.predictor(outcome)
+            add_shifted(metrics, predictor, run.data)
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
@@ -169,6 +185,9 @@ class Plan:
                 picture(metrics, run)
                 run.folder.write("metrics.json", as_json(metrics))
         return Result(metrics, run.history, predictor, folder)
+
+    def predictor(self, outcome: Outcome) -> Predictor:
+        return Predictor(self.data.modalities, outcome.models, outcome.rule, self.options.amp)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -228,13 +247,15 @@ def tf32(allowed: bool) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def labelled(data: Dataset) -> Dataset:
-    """Without the training samples that have no label: no method uses them."""
-    known = data.train.labels >= 0
-    if known.all():
-        return data
-    log.info("train: %d of %d samples have no label and are left out", int((~known).sum()), len(known))
-    return replace(data, train=data.train.take(known))
+def add_shifted(metrics: dict, predictor: Predictor, data: Dataset) -> None:
+    """To scores the accuracy on the shifted test split, if there is one."""
+    if data.shifted is None or not predictor.models:
+        return
+    labels = data.shifted.labels.cpu()
+    metrics["fused"]["shifted_acc"] = accuracy(predictor.predict(data.shifted), labels)
+    for m, logits in predictor.logits(data.shifted, shares=True).items():
+        if m in metrics["modalities"]:
+            metrics["modalities"][m]["shifted_acc"] = accuracy(logits, labels)
 
 
 def picture(metrics: dict, run: Run) -> None:

@@ -86,7 +86,7 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         folder = restarted(given)
     if folder is None:
-        return Options(**given), None
+        return Options.make(**given), None
     folder, options = restored(folder, given)
     return options, folder
 

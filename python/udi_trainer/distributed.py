@@ -163,6 +163,16 @@ def from_first(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def noise_like(t: torch.Tensor) -> torch.Tensor:
+    """From a normal distribution; the first process's, in all, or of sharded tensors a shard of that in each."""
+    if type(t) is torch.Tensor:
+        return from_first(torch.randn_like(t))
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(t, DTensor)
+    return distribute_tensor(torch.randn(t.shape, dtype=t.dtype, device=t.device), t.device_mesh, t.placements)
+
+
 def anyone(wish: bool) -> bool:
     """Whether any process wishes it."""
     if world() == 1:

@@ -62,6 +62,13 @@ def names(x: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(x)
 
 
+def count_or_fraction(x: Any) -> int | float:
+    """How many, or from 0 to 1 what fraction: 1 is one, 1.0 is all."""
+    if isinstance(x, str):
+        x = number(float if "." in x else int)(x)
+    return number(int, 1)(x) if isinstance(x, Integral) else number(float, above=0, below=1 + 1e-9)(x)
+
+
 def steps_or_epoch(x: Any) -> str | int:
     return x if x == "epoch" else number(int, 1)(x)
 
@@ -133,6 +140,30 @@ class Options:
         " inputs (a fraction of pixels' range), make this fraction of labels wrong; the same for all seeds",
         "INPUT,LABEL",
     )
+    labels: int | float | None = option(
+        WHAT,
+        None,
+        count_or_fraction,
+        "labels that the training split keeps: how many, or what fraction; drawn by the seed, of each class alike."
+        " UDI's L_con and L_com, and self-training, learn from the other samples too; the rest from the labelled ones,"
+        " in as many steps",
+        "N|F",
+        "all",
+    )
+    resplit: int | None = option(
+        WHAT,
+        None,
+        number(int, 1),
+        "of splitdigits, fewdigits and huedigits: draw training, so many samples of validation, and test by the seed",
+        "N",
+        "one split for all seeds",
+    )
+    rho: float = option(
+        WHAT,
+        0.95,
+        number(float, 0, below=1 + 1e-9),
+        "of huedigits: how often the hue is the label's own; in the shifted test split it is random",
+    )
     baselines: tuple[str, ...] | None = option(
         WHAT,
         None,
@@ -145,7 +176,8 @@ class Options:
         WHAT,
         "auto",
         text,
-        "fusion rule: {fusion_rules}; auto: certainty for dimml, else the best on validation of mean, sum, weighted",
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else the best on"
+        " validation of mean, sum, weighted",
     )
 
     encoder: dict[str, str] | None = option(
@@ -258,6 +290,23 @@ class Options:
         one_of("scratch", "anchor-phase"),
         "weights that followers start from: scratch, or anchor-phase (trained alone)",
     )
+    teacher: str = option(
+        UDI,
+        "anchor",
+        one_of("anchor", "fused"),
+        "whom followers learn from: anchor, or fused: the fused prediction of all, by all (co-training, no longer one"
+        " way)",
+    )
+    rounds: int = option(
+        UDI, 1, number(int, 1), "of --teacher fused: how often followers are trained, each time by the last ones"
+    )
+    follower_loss: str = option(
+        UDI,
+        "label",
+        one_of("label", "residual"),
+        "L_cls of a follower: of its own logits (label), or of their sum with the anchor's (residual), so that it"
+        " learns what the anchor does not know",
+    )
     controller: str = option(
         UDI,
         "static",
@@ -274,6 +323,13 @@ class Options:
     )
     align_every: str | int = option(
         UDI, "epoch", steps_or_epoch, "when the dynamic one measures: every epoch, or every N steps", "epoch|N"
+    )
+    club: str = option(
+        UDI,
+        "marginal",
+        one_of("marginal", "given-label"),
+        "information that L_com bounds: what anchor and follower share (marginal), or share beyond the label"
+        " (given-label)",
     )
     club_norm: str = option(
         UDI,
@@ -327,6 +383,13 @@ class Options:
     amp: str = option(MACHINE, "none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
     tf32: bool = option(MACHINE, False, flag, "float32 convolutions and matrix products by TF32 on a GPU")
     tensorboard: bool = option(MACHINE, False, flag, "write metrics as TensorBoard events, too, to the run folder")
+    shard: bool = option(
+        MACHINE,
+        False,
+        flag,
+        "spread parameters, gradients and optimizer state over the processes of torchrun (FSDP2), for models that do"
+        " not fit otherwise",
+    )
     compile: bool = option(MACHINE, False, flag, "encoders by torch.compile")
     out: str | None = option(
         MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
@@ -352,6 +415,14 @@ class Options:
             self._set("alpha", (1.0, 1.0))
         if self.race and self.anchor != "auto":
             raise UserError("--race chooses the anchor: it needs --anchor auto")
+        if self.teacher != "fused" and self.rounds > 1:
+            raise UserError("--rounds needs --teacher fused")
+        if self.teacher == "fused" and (self.race or self.anchor != "auto"):
+            raise UserError("--teacher fused trains all modalities: leave out --anchor and --race")
+        if self.teacher == "fused" and self.follower_loss == "residual":
+            raise UserError("--follower-loss residual needs --teacher anchor: there must be one that stays as it is")
+        if self.shard and self.compile:
+            raise UserError("--shard leaves no room for --compile: compiled steps free what the controller's need")
         if self.weight_decay is None:
             self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
 
@@ -360,11 +431,14 @@ class Options:
 
     @classmethod
     def make(cls, **given: Any) -> "Options":
-        """Of these; an error that names the nearest option for one that does not exist."""
+        """Of these, and what the dataset recommends; an error names the nearest option for one that does not exist."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             choose("option", name, known)
-        return cls(**given)
+        recommended = datasets.recommended.get(given.get("dataset", cls.dataset), {})
+        if given.get("controller") == "dynamic":  # which finds the weights itself
+            recommended = {name: value for name, value in recommended.items() if name != "alpha"}
+        return cls(**recommended | given)
 
 
 def checked(field: dataclasses.Field, value: Any) -> Any:
@@ -378,7 +452,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
 
 
 # These may differ when a run is resumed: it may have moved to another machine.
-MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "compile")
+MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "shard", "compile")
 
 
 def spelled(name: str) -> str:

@@ -17,12 +17,18 @@ class Registry(dict[str, Any]):
         super().__init__()
         self.kind = kind
         self._needs: dict[str, tuple[tuple[str, ...], str | None]] = {}
+        self.recommended: dict[str, dict[str, Any]] = {}
 
-    def register(self, name: str, needs: tuple[str, ...] = (), extra: str | None = None) -> Callable:
-        """``needs``: modules without which it is of no use, that this extra of the package installs."""
+    def register(
+        self, name: str, needs: tuple[str, ...] = (), extra: str | None = None, **recommended: Any
+    ) -> Callable:
+        """``needs``: modules without which it is of no use, that this extra of the package installs.
+
+        ``recommended``: options with it, where the user has not chosen others.
+        """
 
         def add(thing: T) -> T:
-            self[name], self._needs[name] = thing, (needs, extra)
+            self[name], self._needs[name], self.recommended[name] = thing, (needs, extra), recommended
             return thing
 
         return add

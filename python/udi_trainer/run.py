@@ -25,7 +25,7 @@ class Run:
         self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
     ) -> None:
         self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
-        self.engine = choose_engine(options.engine, device)
+        self.engine = choose_engine(options.engine, device, options.shard)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device if self.resident else torch.device("cpu"))
         self.labels = {"val": data.val.labels.cpu(), "test": data.test.labels.cpu()}
@@ -56,7 +56,8 @@ class Run:
         if options.optimizer == "adamw":
             on_gpu = self.device.type == "cuda"
             return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
-        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=True)
+        fused = not options.shard  # FSDP2's parameters have no fused SGD with a learning rate that is a tensor
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=fused)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -135,13 +136,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_engine(option: str, device: torch.device) -> str:
-    if device.type == "cuda":
+def choose_engine(option: str, device: torch.device, shard: bool = False) -> str:
+    if device.type == "cuda" and not shard:
         if option == "auto" and distributed.world() > 1:
             return "eager"  # messages inside of graphs are for those who ask for them
         return "eager" if option == "eager" else "graph"
     if option == "graph":
-        log.info("--engine graph: eager steps, for CUDA graphs need a GPU and this is %s", device)
+        reason = "hold no messages of sharded parameters" if shard else f"need a GPU and this is {device}"
+        log.info("--engine graph: eager steps, for CUDA graphs %s", reason)
     return "eager"
 
 

@@ -1,11 +1,14 @@
-"""Trains as one of several processes, and keeps what every step measured: ``processes.py DTYPE METHOD STEPS FILE``."""
+"""Trains as one of several processes, and keeps what every step measured: ``processes.py DTYPE METHOD STEPS FILE``.
+
+With ``shard`` behind these: sharded, where there are several.
+"""
 
 import os
 import sys
 
 import torch
 
-from udi_trainer import Dataset, Modality, Split, train
+from udi_trainer import Dataset, Modality, Split, distributed, train
 from udi_trainer.training.engine import Eager
 
 
@@ -23,7 +26,7 @@ def dataset(make):
     return Dataset(5, modalities, split(4 * 32), split(61), split(67))
 
 
-def main(dtype, method, steps, file):
+def main(dtype, method, steps, file, shard=""):
     torch.set_default_dtype(getattr(torch, dtype))
     measured, step = [], Eager.run
 
@@ -40,17 +43,21 @@ def main(dtype, method, steps, file):
         self.task.step = original
 
     Eager.run = run
+    several = torch.distributed.is_initialized()
     options = {"controller": "dynamic", "align_every": 2, "q_warmup": 3, "baselines": []} if method == "udi" else {}
+    if shard:  # small blocks; and no channels_last, which would lay the noise out otherwise
+        distributed.BUCKET = 4 * 128
+        options |= {"shard": several, "encoder": {"image": "mlp"} if method == "ogm-ge" else None}
     result = train(
         dataset(torch.Tensor.double if dtype == "float64" else torch.Tensor.float), method,
         epochs=int(steps) // 4, batch_size=32, lr=1e-3, progress=False, **options,
     )  # fmt: skip
     for row in measured:  # the mean over the processes, of what each measured on its part
         for x in row.values():
-            if torch.distributed.is_initialized() and isinstance(x, torch.Tensor):
+            if several and isinstance(x, torch.Tensor):
                 torch.distributed.all_reduce(x)
                 x /= torch.distributed.get_world_size()
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if not several or torch.distributed.get_rank() == 0:
         torch.save({"steps": measured, "metrics": result.metrics}, file)
 
 

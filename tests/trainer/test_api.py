@@ -155,16 +155,17 @@ def test_encoders_with_frozen_and_unused_parts(mixed, method):
             assert "frozen.weight" not in name or (parameter == 0.1).all()
 
 
-def test_unlabelled_samples_are_left_out(mixed, capsys):
-    """As if they were not there."""
+def test_unlabelled_samples(mixed, capsys):
+    """They change nothing for a method that needs labels, whatever they hold; followers learn from them."""
     labels = mixed.train.labels.clone()
     labels[::5] = -1
-    kept = labels >= 0
-    unlabelled = replace(mixed, train=Split(labels, mixed.train.stored))
-    labelled = replace(mixed, train=Split(labels[kept], {n: t[kept] for n, t in mixed.train.stored.items()}))
-    a, b = (train(data, epochs=2, baselines=[]) for data in (unlabelled, labelled))
-    assert without_times(a.metrics) == without_times(b.metrics)
-    assert capsys.readouterr().out.count("train: 21 of 101 samples have no label and are left out") == 1
+    other = {n: t.where((labels >= 0).view(-1, *[1] * (t.dim() - 1)), t.flip(0)) for n, t in mixed.train.stored.items()}
+    pair = [replace(mixed, train=Split(labels, stored)) for stored in (mixed.train.stored, other)]
+    for method, same in (("joint", True), ("ensemble", True), ("udi", False)):
+        a, b = (train(data, method, epochs=2, batch_size=16, baselines=[]).history for data in pair)
+        losses = [[row["loss"] for rows in log.values() for row in rows] for log in (a, b)]
+        assert (losses[0] == losses[1]) == same
+    assert capsys.readouterr().out.count("train: 21 of 101 samples have no label") == 6
 
 
 def test_resumes_where_it_was_interrupted(mixed, monkeypatch):

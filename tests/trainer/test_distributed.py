@@ -31,9 +31,9 @@ def finish(process):
     return out, err
 
 
-def steps(count, dtype, method):
+def steps(count, dtype, method, *shard):
     """What every step of a training measured, in the order of its stages, and the run's metrics."""
-    command = [PROCESSES, dtype, method, "20", f"{count}.pt"]
+    command = [PROCESSES, dtype, method, "20", f"{count}.pt", *shard]
     finish(torchrun(count, *command) if count > 1 else start(*command))
     saved = torch.load(f"{count}.pt", weights_only=True)
     return sorted(saved["steps"], key=lambda row: row["stage"]), saved["metrics"]
@@ -54,10 +54,29 @@ def steps(count, dtype, method):
 )
 def test_same_as_one_process(dtype, tolerance, counts, method):
     """Losses and weights of 20 steps of each stage, and the accuracy at the end."""
-    one, metrics = steps(1, dtype, method)
+    compare(dtype, tolerance, counts, method)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance, method",
+    [
+        ("float64", 1e-12, "udi"),
+        ("float32", 1e-5, "udi"),
+        ("float32", 1e-5, "joint"),
+        ("float32", 1e-5, "ogm-ge"),
+        ("float32", 1e-5, "dimml"),
+        pytest.param("float32", 1e-5, "gramian", marks=needs_torchjd),
+    ],
+)
+def test_sharded_same_as_one_process(dtype, tolerance, method):
+    compare(dtype, tolerance, (2,), method, "shard")
+
+
+def compare(dtype, tolerance, counts, method, *shard):
+    one, metrics = steps(1, dtype, method, *shard)
     assert len(one) % 20 == 0 and one
     for count in counts:
-        many, theirs = steps(count, dtype, method)
+        many, theirs = steps(count, dtype, method, *shard)
         for ours, row in zip(one, many, strict=True):
             assert ours.pop("stage") == row.pop("stage") if count == counts[-1] else ours["stage"] == row["stage"]
             for name, x in ours.items():

@@ -38,6 +38,14 @@ from udi_trainer.options import MOVABLE, resumed
         ({"controller": "dynamic", "alpha": (1, 1)}, "--alpha needs --controller static"),
         ({"align_every": 3}, "--align-every needs --controller dynamic"),
         ({"race": 0.5, "anchor": "gray"}, "--race chooses the anchor"),
+        ({"labels": 0}, "labels: 0 is not an integer of at least 1"),
+        ({"labels": 1.5}, "labels: 1.5 is not a number above 0"),
+        ({"labels": "few"}, "labels: 'few' is not an integer"),
+        ({"rho": 1.1}, "rho: 1.1 is not a number of at least 0"),
+        ({"rounds": 2}, "--rounds needs --teacher fused"),
+        ({"teacher": "fused", "anchor": "left"}, "--teacher fused trains all modalities"),
+        ({"teacher": "fused", "race": 0.5}, "--teacher fused trains all modalities"),
+        ({"teacher": "fused", "follower_loss": "residual"}, "--follower-loss residual needs --teacher anchor"),
     ],
 )
 def test_what_is_refused(given, wanted):
@@ -76,6 +84,22 @@ def test_published_protocols_can_be_said():
     assert Options(schedule="constant", epochs=1000, patience=20).patience == 20
 
 
+def test_counts_and_fractions():
+    kinds = [Options(labels=x).labels for x in ("100", "0.1", "1", "1.0", np.int64(5), 1.0)]
+    assert kinds == [100, 0.1, 1, 1.0, 5, 1.0] and [type(x) for x in kinds] == [int, float, int, float, int, float]
+
+
+def test_what_a_dataset_recommends():
+    """It gives way to what the user says, and is no business of other datasets."""
+    few = Options.make(dataset="fewdigits")
+    assert (few.labels, few.resplit, few.alpha, few.fusion) == (100, 100, (1, 0), "loglinear")
+    assert Options.make(dataset="fewdigits", labels=50, alpha=(1, 1)).alpha == (1, 1)
+    assert Options.make(dataset="fewdigits", controller="dynamic").alpha is None
+    assert Options.make(dataset="huedigits").anchor == "hue"
+    assert Options.make(dataset="splitdigits") == Options(dataset="splitdigits")
+    assert resumed("run", saved(dataset="fewdigits", labels=50), {}).labels == 50
+
+
 # --- resume ---
 
 
@@ -93,9 +117,9 @@ def test_a_run_is_resumed_with_its_own_options():
 
 def test_it_may_have_moved_to_another_machine():
     moved = {"device": "cpu", "data_root": "elsewhere", "data": "host", "engine": "eager", "compile": True}
-    moved |= {"manifest": "elsewhere.csv", "cache_dir": "cache", "tensorboard": True}
+    moved |= {"manifest": "elsewhere.csv", "cache_dir": "cache", "tensorboard": True, "shard": False}
     assert set(moved) == set(MOVABLE)
-    options = resumed("run", saved(data_root="here"), moved)
+    options = resumed("run", saved(data_root="here", shard=True), moved)
     assert {name: getattr(options, name) for name in moved} == moved
 
 

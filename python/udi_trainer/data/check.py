@@ -23,14 +23,19 @@ def check(data: Dataset) -> None:
     counts = torch.bincount(data.train.labels[data.train.labels >= 0].cpu(), minlength=data.classes)
     if absent := (counts == 0).nonzero().flatten().tolist():
         raise UserError(f"no training sample has label {', '.join(map(str, absent))}, of {data.classes} classes")
-    for m in data.modalities:
-        for name, split in data.splits().items():
-            if (has := split.has(m)) is not None and not has.any():
-                raise UserError(f"no {name} sample has {m}: leave the modality out")
+    check_presence(data)
     for m, modality in data.modalities.items():
         shapes = {name: tuple(modality.sample(split).shape[1:]) for name, split in data.splits().items()}
         if len(set(shapes.values())) > 1:
             raise UserError(f"inputs of {m} differ in shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
+
+
+def check_presence(data: Dataset) -> None:
+    """Each split has samples of each modality, with a label."""
+    for m in data.modalities:
+        for name, split in data.splits().items():
+            if (has := split.has(m)) is not None and not (has & (split.labels >= 0)).any():
+                raise UserError(f"no {name} sample has {m}: leave the modality out")
 
 
 def check_split(name: str, split: Split, data: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,6 +102,7 @@ class Dataset:
     """A dataset of two or more modalities; ``name`` stands in tables and run folders, ``class_names`` in predictions.
 
     ``checked``: stored tensors of these names are known to be finite, and are not read through before training.
+    ``shifted``: another test split, of another distribution, on which accuracies are reported too.
     """
 
     classes: int
@@ -111,12 +113,15 @@ class Dataset:
     name: str = "data"
     class_names: Sequence[str] | None = None
     checked: frozenset[str] = field(default_factory=frozenset)
+    shifted: Split | None = None
 
     def splits(self) -> dict[str, Split]:
-        return {"train": self.train, "val": self.val, "test": self.test}
+        further = {"shifted": self.shifted} if self.shifted else {}
+        return {"train": self.train, "val": self.val, "test": self.test, **further}
 
     def to(self, device: torch.device) -> "Dataset":
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+        splits: dict[str, Any] = {name: split.to(device) for name, split in self.splits().items()}
+        return replace(self, **splits)
 
     def nbytes(self) -> int:
         return sum(split.nbytes() for split in self.splits().values())

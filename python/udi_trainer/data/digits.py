@@ -1,20 +1,25 @@
-"""Handwritten digits as two modalities: scikit-learn's and MNIST's, colored-and-gray or in halves.
+"""Handwritten digits as two modalities: scikit-learn's and MNIST's, colored-and-gray, in halves, or with their hue.
 
 A new dataset is one function decorated with ``@datasets.register(name)`` that takes ``data_root`` (a path or None)
-and returns a :class:`Dataset`. Nothing here depends on the seed of a run: all seeds see the same samples.
+and returns a :class:`Dataset`. Nothing here depends on the seed of a run, unless --resplit asks for that: all seeds see
+the same samples.
 """
 
 import gzip
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..options import Options
 from ..registry import datasets
+from ..seeds import derive_seed
 from .dataset import Dataset, Modality, Split
+from .labels import stratified
 from .noise import noisy
 
 Part = tuple[torch.Tensor, torch.Tensor]  # pixels uint8 (N, H, W), labels (N,)
@@ -28,6 +33,7 @@ COLORS = torch.tensor(
 ) / 255  # fmt: skip
 COLOR_VARIANCE = 0.03
 LARGEST = 2**30  # bytes of an idx file's data; MNIST's largest has 47 million
+HUE_VARIANCE = 0.03  # of huedigits
 HALVES = {"left": 0.1, "right": 0.3}  # of splitdigits, and the noise of each: standard deviation, of pixels' range
 
 
@@ -46,16 +52,16 @@ def colored_and_gray(train: Part, val: Part, test: Part, mean: float, std: float
 
     modalities = {
         "gray": Modality("cnn", ("pixels",), lambda pixels: (pixels[:, None] / 255 - mean) / std),
-        "color": Modality("cnn", ("pixels", "color"), lambda x, color: x[:, None] * (color / 255)[:, :, None, None]),
+        "color": Modality("cnn", ("pixels", "color"), in_color),
     }
     return Dataset(10, modalities, split(*train, True), split(*val, False), split(*test, False))
 
 
-def split_in_halves(train: Part, val: Part, test: Part, mean: float, std: float) -> Dataset:
+def split_in_halves(train: Part, val: Part, test: Part, mean: float, std: float, seed: int = 0) -> Dataset:
     """The left and the right half of each digit, with independent noise, in all splits alike: each has what the other
     lacks.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def split(pixels, labels):
         halves = zip(HALVES.items(), pixels.chunk(2, dim=2), strict=True)
@@ -63,6 +69,33 @@ def split_in_halves(train: Part, val: Part, test: Part, mean: float, std: float)
 
     modalities = {name: Modality("cnn", (name,), lambda half: (half[:, None] / 255 - mean) / std) for name in HALVES}
     return Dataset(10, modalities, split(*train), split(*val), split(*test))
+
+
+def with_hue(train: Part, val: Part, test: Part, mean: float, std: float, rho: float, seed: int = 0) -> Dataset:
+    """A hue, and the digit in that very hue, so that both modalities have the same shortcut.
+
+    In training, validation and test the hue is the label's own with probability rho, else another's; in the shifted
+    test split it is drawn independently of the digit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(pixels, labels, rho):
+        other = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
+        own = torch.rand(len(labels), generator=generator) < rho
+        jitter = torch.randn(len(labels), 3, generator=generator) * HUE_VARIANCE**0.5
+        return Split(labels, {"pixels": pixels, "hue": (COLORS[labels.where(own, other)] + jitter).clamp(0, 1)})
+
+    modalities = {
+        "hue": Modality("mlp", ("hue",), lambda hue: (hue - 0.5) / 0.3),
+        "digit": Modality("cnn", ("pixels", "hue"), in_color),
+    }
+    like_training = (split(*part, rho) for part in (train, val, test))
+    data = Dataset(10, modalities, *like_training)
+    return replace(data, shifted=split(*test, 0.1))
+
+
+def in_color(pixels: torch.Tensor, color: torch.Tensor) -> torch.Tensor:
+    return pixels[:, None] * (color / 255)[:, :, None, None]
 
 
 @datasets.register("cgdigits")
@@ -80,9 +113,43 @@ def cgmnist(data_root: str | Path | None) -> Dataset:
 
 
 @datasets.register("splitdigits")
-def splitdigits(data_root: str | Path | None) -> Dataset:
+def splitdigits(data_root: str | Path | None, options: Options | None = None) -> Dataset:
     """The halves of scikit-learn's digits, 8x4, or with a data root of MNIST's, 28x14."""
-    return split_in_halves(**(mnist(data_root) if data_root else digits()))
+    return split_in_halves(**drawn(mnist(data_root) if data_root else digits(), options))
+
+
+@datasets.register("fewdigits", labels=100, resplit=100, alpha=(1.0, 0.0), fusion="loglinear")
+def fewdigits(data_root: str | Path | None, options: Options | None = None) -> Dataset:
+    """splitdigits of which few have labels: what consistency with the anchor is for."""
+    return splitdigits(data_root, options)
+
+
+@datasets.register("huedigits", anchor="hue")
+def huedigits(data_root: str | Path | None, options: Options | None = None) -> Dataset:
+    """Digits in a hue that mostly tells the label, and that hue; scikit-learn's, or with a data root MNIST's."""
+    parts = drawn(mnist(data_root) if data_root else digits(), options)
+    return with_hue(**parts, rho=options.rho if options else Options.rho)
+
+
+def drawn(parts: dict[str, Any], options: Options | None) -> dict[str, Any]:
+    """The splits as they are; or of --resplit redrawn by the seed.
+
+    Training is as large as before, validation as asked for, and the rest is for test.
+    """
+    if options is None or options.resplit is None:
+        return parts
+    names, seed = ("train", "val", "test"), derive_seed(options.seed, "resplit")
+    generator = torch.Generator().manual_seed(seed)
+    pixels, labels = (torch.cat([parts[name][i] for name in names]) for i in (0, 1))
+    size, free = len(parts["train"][1]), torch.ones(len(labels), dtype=torch.bool)
+    if options.resplit >= len(labels) - size:
+        raise UserError(f"--resplit {options.resplit}: of {len(labels)} digits training takes {size}, and test some")
+    for name, count in (("train", size), ("val", options.resplit), ("test", len(labels) - size - options.resplit)):
+        left = free.nonzero().flatten()
+        index = left[stratified(labels[left], count, generator)]
+        free[index] = False
+        parts[name] = pixels[index], labels[index]
+    return parts | {"seed": seed}
 
 
 def digits() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from udi_kernels import certainty_fusion
 
@@ -75,6 +76,41 @@ class Weighted(Rule):
         return Weighted((weights / total if total > 1e-6 else torch.full_like(weights, 1 / len(weights))).tolist())
 
 
+@fusion_rules.register("loglinear")
+class LogLinear(Rule):
+    """Softmax of the weighted sum of the logits, with weights >= 0 of the greatest likelihood on validation."""
+
+    @classmethod
+    def fit(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Rule":
+        logits, exponents = logits.double(), torch.zeros(len(logits), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([exponents], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            # Of what is never wrong on validation the likeliest weight is infinite, so weights have bounds.
+            nll = cross_entropy(torch.einsum("m,mnc->nc", exponents.clamp(*LOG_WEIGHTS).exp(), logits), labels)
+            nll.backward()
+            return nll
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        return cls(exponents.detach().clamp(*LOG_WEIGHTS).exp().tolist())
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return torch.einsum("m,mnc->nc", weights, logits.double()).softmax(-1)
+
+
+LOG_WEIGHTS = (-7.0, 3.0)
+
+
+def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """By which logits (N, C) are divided to be the likeliest: above 1 where they are too sure (arXiv 1706.04599)."""
+    kept = ~logits.isnan().any(-1)
+    (weight,) = LogLinear.fit(logits[None, kept], labels[kept]).weights or (1.0,)
+    return 1 / weight
+
+
 def combine(rule: Rule, logits: torch.Tensor) -> torch.Tensor:
     """The rule's probabilities (N, C) of logits (M, N, C), from those modalities that each sample has."""
     present = ~logits.isnan().any(-1)
@@ -133,6 +169,7 @@ def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) 
     metrics = {
         "rule": best,
         "weights": dict(zip(logits, weights, strict=True)) if weights else None,
+        "temperature": {m: temperature(z["val"], labels["val"]) for m, z in logits.items()},
         **scores(probabilities[best], labels),
         "without": without(fitted[best], dict(zip(logits, stacked["test"], strict=True)), labels["test"]),
         "by_rule": {name: scores(p, labels) for name, p in probabilities.items()},

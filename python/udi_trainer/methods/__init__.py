@@ -4,7 +4,7 @@ A new method is one file here with a function decorated with ``@methods.register
 that train the same stage share it: what is trained once in a run folder is loaded the next time.
 """
 
-from . import dimml, ensemble, gramian, joint, joint_sum, ogm_ge, udi
+from . import dimml, ensemble, gramian, joint, joint_sum, ogm_ge, self_training, udi
 from .outcome import Outcome
 
-__all__ = ["Outcome", "dimml", "ensemble", "gramian", "joint", "joint_sum", "ogm_ge", "udi"]
+__all__ = ["Outcome", "dimml", "ensemble", "gramian", "joint", "joint_sum", "ogm_ge", "self_training", "udi"]

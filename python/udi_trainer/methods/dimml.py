@@ -87,13 +87,14 @@ class Detached(Task):
     @torch.no_grad()
     def find_dimensions(self) -> torch.Tensor:
         train = self.run.data.train
+        labelled = (train.labels >= 0).nonzero().flatten()
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(distributed.part(len(train)), 1000):
+        for batch in feed.batches(labelled.cpu()[distributed.part(len(labelled))], 1000):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
-        labels = train.labels.to(self.run.device)
-        columns = (distributed.gather(torch.cat(parts), len(train)) for parts in zip(*features, strict=True))
+        labels = train.labels[labelled].to(self.run.device)
+        columns = (distributed.gather(torch.cat(parts), len(labelled)) for parts in zip(*features, strict=True))
         return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
 
     def flags(self, number: int) -> dict:
@@ -108,7 +109,7 @@ class Detached(Task):
             shared = [cross_entropy(self.model.shared(x), batch["labels"]) for x in features]
             contrast = self.contrast(features) if interact else 0 * own[0]
         loss = sum(own) + options.shared_weight * sum(shared) + options.contrast_weight * contrast
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         scalars = {"loss": loss, "contrast": contrast} | {f"cls_{m}": x for m, x in zip(self.views, own, strict=True)}
         return scalars | {f"shared_{m}": x for m, x in zip(self.views, shared, strict=True)}
 
@@ -148,8 +149,8 @@ class FusionHead(Task):
         super().__init__(run)
         self.phase, self.frozen = "fusion", frozen
         self.random = any(modality.cache is None for modality in frozen.values())
-        self.head = nn.Linear(sum(modality.width for modality in frozen.values()), run.data.classes).to(run.device)
-        self.model = self.head
+        width = sum(modality.width for modality in frozen.values())
+        self.model = self.shard(nn.Linear(width, run.data.classes).to(run.device))
         self.parameters = list(self.model.parameters())
         self.optimizer = run.optimizer(self.parameters)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
@@ -162,7 +163,7 @@ class FusionHead(Task):
         features = torch.cat([modality.outputs(batch)[0] for modality in self.frozen.values()], dim=1)
         with self.run.autocast():
             loss = cross_entropy(self.model(features.float()), batch["labels"])
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss}
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -174,7 +175,7 @@ class FusionHead(Task):
         """The head on these encoders, as one model."""
         widths = {name: modality.width for name, modality in self.frozen.items()}
         whole = ConcatClassifier(encoders, widths, self.run.data.classes)
-        whole.head, whole.arguments = self.head, {"features": next(iter(widths.values()))}  # brought there before
+        whole.head, whole.arguments = self.model, {"features": next(iter(widths.values()))}  # brought there before
         return whole
 
 

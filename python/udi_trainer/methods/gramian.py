@@ -7,15 +7,13 @@ nothing conflicts. UPGrad (arXiv 2406.16232) drops from each gradient what would
 conflict it is their mean.
 """
 
-import torch
 from torch.nn.functional import cross_entropy
 
 from udi_kernels import gramian, weighted_sum
 
-from .. import distributed
 from ..registry import methods
 from ..run import Run
-from ..training.task import apply
+from ..training.task import update
 from .joint import Joint, train_joint
 from .outcome import Outcome
 
@@ -35,12 +33,9 @@ class Gramian(Joint):
             features, logits = self.forward(batch, training=True)
             outputs = {"joint": logits, **self.model.shares(features)}
             losses = {name: cross_entropy(z, batch["labels"]) for name, z in outputs.items()}
-        grads = [
-            distributed.average(torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True))
-            for loss in losses.values()
-        ]
+        grads = [self.gradients(loss, self.parameters, retain_graph=True) for loss in losses.values()]
         weights = self.weighting(gramian(grads))
-        apply(self.optimizer, self.parameters, weighted_sum(grads, weights))
+        update(self.optimizer, self.parameters, weighted_sum(grads, weights))
         scalars = {f"loss_{name}": loss for name, loss in losses.items()}
         scalars |= {f"weight_{name}": weight for name, weight in zip(losses, weights, strict=True)}
         return {"loss": losses["joint"], **scalars}

@@ -44,7 +44,7 @@ class Joint(Task):
     def step(self, batch):
         with self.run.autocast():
             loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
-        update(self.optimizer, self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss}
 
     def logits(self, batch: Batch) -> torch.Tensor:

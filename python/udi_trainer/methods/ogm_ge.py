@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from .. import distributed
 from ..registry import methods
 from ..run import Run
-from ..training.task import apply
+from ..training.task import update
 from .joint import Joint, train_joint
 from .outcome import Outcome
 
@@ -47,14 +47,15 @@ class OGMGE(Joint):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
             loss = cross_entropy(logits, batch["labels"])
-        grads = distributed.average(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         k = dict.fromkeys(features, torch.ones_like(loss))
         if modulate:
             with torch.no_grad(), self.run.autocast():
                 k = coefficients(self.model.shares(features), batch["labels"])
+        grads = self.gradients(loss, self.parameters)
+        if modulate:
             pairs = zip(self.parameters, grads, strict=True)
             grads = [enhanced(g, k[self.owner[w]]) if w in self.owner and g is not None else g for w, g in pairs]
-        apply(self.optimizer, self.parameters, grads)
+        update(self.optimizer, self.parameters, grads)
         return {"loss": loss} | {f"k_{name}": x for name, x in k.items()}
 
 
@@ -67,7 +68,7 @@ def coefficients(shares: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[
 
 
 def enhanced(grad: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    return k * grad + grad.std() * distributed.from_first(torch.randn_like(grad))
+    return k * grad + grad.std() * distributed.noise_like(grad)
 
 
 @methods.register("ogm-ge")

@@ -2,7 +2,10 @@
 
 Anchor phase: every modality alone; the best is frozen. Follower phase: every other modality learns
     L = L_cls + a_con L_con + a_com L_com
-from its labels and from the anchor, which gets nothing back.
+from its labels and from the anchor, which gets nothing back. L_con and L_com need no labels: where few samples have
+one, a step has a batch of any samples for these, and a labelled one for L_cls.
+
+With --teacher fused all modalities follow the fused prediction of all, which is co-training, and no longer one way.
 """
 
 import math
@@ -16,15 +19,17 @@ from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, w
 
 from .. import distributed
 from ..console import log
-from ..evaluation.fusion import fuse
-from ..evaluation.scores import scores
+from ..data.dataset import Batch
+from ..errors import UserError
+from ..evaluation.fusion import LogLinear, fuse, temperature
+from ..evaluation.scores import accuracy, scores
 from ..evaluation.similarity import cross_prediction, linear_cka
 from ..models.classifiers import ConditionalGaussian
 from ..registry import methods
 from ..run import Run
-from ..training.loop import best_epoch, fit, outputs
-from ..training.task import apply, update
-from .frozen import Frozen
+from ..training.loop import best_epoch, fit, outputs, predict, usable
+from ..training.task import update
+from .frozen import Frozen, Fused
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
 
@@ -35,16 +40,34 @@ Q_WARMUP = 100  # steps in which q is only fitted: the bound of an unfitted q is
 class Follower(Unimodal):
     key = "follower"
 
-    def __init__(self, run: Run, modality: str, anchor: Frozen, alone: Alone | None = None):
-        """Starts from scratch, or from the parameters of ``alone``."""
+    def __init__(
+        self,
+        run: Run,
+        modality: str,
+        teacher: Frozen | Fused,
+        alone: Alone | None = None,
+        beside: torch.Tensor | None = None,
+        number: int = 1,
+    ):
+        """Starts from scratch, or from the parameters of ``alone``.
+
+        ``beside``: the anchor's logits of validation, with which a residual follower is judged. ``number``: of the
+        round.
+        """
         super().__init__(run, modality)
-        self.anchor = anchor
-        if anchor.cache is None:
-            self.reads, self.random = (modality, *anchor.reads), True
+        if number > 1:
+            self.name += f"-{number}"
+        self.teacher, self.beside = teacher, beside
+        self.semi_supervised = bool((run.data.train.labels < 0).any())
+        if teacher.random:
+            self.reads, self.random = tuple({modality, *teacher.reads}), True
         if alone:
-            self.model.load_state_dict(alone.model.state_dict())
+            self.load(self.model, alone.model.state_dict())
         options = run.options
-        self.q = ConditionalGaussian(anchor.width, self.width, options.q_width, options.q_depth).to(run.device)
+        self.classes = torch.arange(run.data.classes if options.club == "given-label" else 0, device=run.device)
+        known = teacher.width + len(self.classes)
+        self.q = ConditionalGaussian(known, self.width, options.q_width, options.q_depth).to(run.device)
+        self.shard(self.q.layers)  # whose output, other than q's, is no view, which FSDP2 warns of
         self.q_parameters = list(self.q.parameters())
         self.optimizer = run.optimizer(
             [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}]
@@ -58,43 +81,46 @@ class Follower(Unimodal):
 
     def step(self, batch, align, fitted):
         """``align``: measure the losses' weights anew; ``fitted``: q is good enough for its bound to be lowered."""
-        alpha = self.controller.alpha
+        alpha, labels = self.controller.alpha, batch["labels"]
+        anyone, labelled = self.rows(batch)
         with self.run.autocast():
-            anchor_features, anchor_logits = self.anchor.outputs(batch)
+            teacher_features, teacher_logits = self.teacher.outputs(batch)
             features, logits = self.forward(batch, training=True)
-            cls = cross_entropy(logits, batch["labels"])
+            judged = logits if self.beside is None else logits + self.known(teacher_logits, batch)
+            cls = cross_entropy(judged[labelled], labels[labelled])
+
+            both = teacher_features, teacher_logits, features, logits, labels
             some = None
-            if self.anchor.has is not None:  # what the anchor lacks, only the labels teach
-                rows, some = repeated(self.anchor.has[batch["index"]])
-                both = anchor_features, anchor_logits, features, logits
-                anchor_features, anchor_logits, features, logits = (t[rows] for t in both)
-            con = js_div(logits, anchor_logits)
+            if self.teacher.has is not None:  # what the teacher lacks, only the labels teach
+                anyone, some = repeated(self.teacher.has[batch["index"][anyone]])
+            teacher_features, teacher_logits, features, logits, labels = (t[anyone] for t in both)
+            con = js_div(logits, teacher_logits)
 
             # q(y|x) is fitted with the features fixed, the bound is lowered in the features with q fixed: a q that has
             # not just been fitted to this very batch, which would raise the bound. Taken per dimension the bound is of
             # the order of the other losses; below zero it bounds nothing.
-            x, y = self.normalise(anchor_features), self.normalise(features)
+            x, y = self.normalise(teacher_features), self.normalise(features)
+            given = None
+            if len(self.classes):  # of samples without a label q knows the features alone, and they bound nothing
+                given, x = labels, torch.cat((x, (labels[:, None] == self.classes).to(x.dtype)), dim=1)
             mu, logvar = self.q(x)
             q_nll = club_nll(mu, logvar, y.detach())
-            bound = club_mi(mu.detach(), logvar.detach(), y, process_group=distributed.group()) / self.width
+            bound = club_mi(mu.detach(), logvar.detach(), y, given=given, process_group=distributed.group())
+            bound = bound / self.width
             com = bound.relu() if fitted else 0 * bound
             if some is not None:
                 con, com, q_nll = con * some, com * some, q_nll * some
 
         if align:
             # The gradients that set the weights make this step's update too.
-            grads = [
-                distributed.average(torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True))
-                for loss in (cls, con, com)
-            ]
+            grads = [self.gradients(loss, self.parameters, retain_graph=True) for loss in (cls, con, com)]
             alpha.copy_(alignment_weights(gramian(grads)))
-            q_grad = distributed.average(torch.autograd.grad(q_nll, self.q_parameters))
-            apply(self.optimizer, self.parameters + self.q_parameters, [*weighted_sum(grads, alpha), *q_grad])
+            q_grad = self.gradients(q_nll, self.q_parameters)
+            update(self.optimizer, self.parameters + self.q_parameters, [*weighted_sum(grads, alpha), *q_grad])
         else:
             one = alpha[0]
             parameters = self.parameters + self.q_parameters
-            grads = torch.autograd.grad((cls, con, com, q_nll), parameters, (*alpha, one), allow_unused=True)
-            update(self.optimizer, parameters, grads)
+            update(self.optimizer, parameters, self.gradients((cls, con, com, q_nll), parameters, (*alpha, one)))
         for _ in range(self.run.options.q_steps - 1):
             self.fit_q(x, y.detach())
         loss = torch.stack((cls, con, com)).detach() @ alpha
@@ -106,8 +132,17 @@ class Follower(Unimodal):
         with self.run.autocast():
             mu, logvar = self.q(x)
             nll = club_nll(mu, logvar, y)
-        grad = [*[None] * len(self.parameters), *torch.autograd.grad(nll, self.q_parameters)]
+        grad = [*[None] * len(self.parameters), *self.gradients(nll, self.q_parameters)]
         update(self.optimizer, self.parameters + self.q_parameters, grad)
+
+    def known(self, anchor_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What a residual follower adds its logits to: the anchor's, 0 of samples that the anchor lacks."""
+        has = self.teacher.has
+        return anchor_logits if has is None else anchor_logits * has[batch["index"], None]
+
+    def validate(self, logits, labels):
+        """As it is trained: a residual follower together with the anchor."""
+        return super().validate(logits if self.beside is None else logits + self.beside, labels)
 
     def normalise(self, features: torch.Tensor) -> torch.Tensor:
         """LayerNorm without parameters: the bound has no minimum in features of free scale."""
@@ -206,26 +241,67 @@ def collapsed(history: list[dict], alone: float | None, classes: int) -> str | N
     return None
 
 
+def fused_teachers(run: Run, tasks: Mapping[str, Unimodal], logits: dict[str, dict]) -> dict[str, Fused]:
+    """For each modality: all of them fused by the log-linear rule, so that weights are fitted on validation."""
+    weights = LogLinear.fit(torch.stack([z["val"] for z in logits.values()]), run.labels["val"]).weights
+    scales = dict(zip(logits, weights or (), strict=True))
+    frozen = {m: Frozen(run, m, task.model, task.width, scales[m]) for m, task in tasks.items()}
+    return {m: Fused(frozen, m) for m in tasks}
+
+
+def overfitted(anchor: Alone, val_acc: float) -> str | None:
+    """Why an anchor's logits leave a residual follower too little in training, or None.
+
+    Its accuracy there is more than two standard errors above that on validation.
+    """
+    train, kept = anchor.run.data.train, anchor.run.data.train.labels.cpu() >= 0
+    if (has := usable(train, anchor.modality)) is not None:
+        kept &= has
+    train_acc = accuracy(predict(anchor, anchor.run, train)[kept], train.labels.cpu()[kept])
+    if train_acc - val_acc > 2 * math.sqrt(val_acc * (1 - val_acc) / len(anchor.run.data.val)):
+        return f"its accuracy is {train_acc:.3f} in training, {val_acc:.3f} on validation"
+    return None
+
+
 @methods.register("udi")
 def udi(run: Run) -> Outcome:
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
+    options, co_training = run.options, run.options.teacher == "fused"
+    if co_training and (lacking := [m for m in run.data.modalities if usable(run.data.train, m) is not None]):
+        raise UserError(f"--teacher fused fuses all modalities, and samples lack {', '.join(lacking)}")
     tasks, name, selection = anchor_phase(run)
     features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
     epochs = {m: len(run.history[task.name]) for m, task in tasks.items() if m != name}
-    unfinished = {m: n for m, n in epochs.items() if run.options.race and n < run.options.epochs}
+    unfinished = {m: n for m, n in epochs.items() if options.race and n < options.epochs}
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
-    anchor, warm = Frozen(run, name, tasks[name].model, tasks[name].width), run.options.follower_init == "anchor-phase"
-    warmup, steps = q_warmup(run), run.options.epochs * run.steps
+    warmup, steps = q_warmup(run), options.epochs * run.steps
     if warmup >= steps:
         log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)
-    modalities = [modality for modality in run.data.modalities if modality != name]
-    followers = {m: run.make(Follower, m, anchor, tasks[m] if warm else None) for m in modalities}
-    fit(list(followers.values()), run)
-    followed, trained = predictions(followers, run)
-    logits = {m: alone[m] if m == name else trained[m] for m in run.data.modalities}
+    warm = tasks if options.follower_init == "anchor-phase" else {}
+    if co_training:
+        followers, logits = tasks, alone
+        for number in range(1, options.rounds + 1):
+            teachers = fused_teachers(run, followers, logits)
+            followers = {m: run.make(Follower, m, teachers[m], warm.get(m), None, number) for m in tasks}
+            fit(list(followers.values()), run)
+            followed, logits = predictions(followers, run)
+    else:
+        residual = options.follower_loss == "residual"
+        if residual and (reason := overfitted(tasks[name], unimodal[name]["val_acc"])):
+            log.warning("anchor %s is overfitted, which ruins residual followers: %s", name, reason)
+        # Logits are calibrated where they teach samples without labels, or are added to a follower's.
+        calibrated = residual or bool((run.data.train.labels < 0).any())
+        scale = 1 / temperature(alone[name]["val"], run.labels["val"]) if calibrated else 1.0
+        anchor = Frozen(run, name, tasks[name].model, tasks[name].width, scale)
+        beside = scale * alone[name]["val"].nan_to_num(0) if residual else None
+        modalities = [m for m in run.data.modalities if m != name]
+        followers = {m: run.make(Follower, m, anchor, warm.get(m), beside) for m in modalities}
+        fit(list(followers.values()), run)
+        followed, trained = predictions(followers, run)
+        logits = {m: alone[m] if m == name else trained[m] for m in run.data.modalities}
     collapses = {}
     for modality, follower in followers.items():
         skill = unimodal[modality]["val_acc"] if modality in tasks else None
@@ -233,19 +309,21 @@ def udi(run: Run) -> Outcome:
         if reason:
             collapses[modality] = reason
             log.warning("follower %s collapsed: %s", modality, reason)
-    fused, rule = fuse(run.options.fusion, logits, run.labels)
+    auto = "loglinear" if options.follower_loss == "residual" else "auto"
+    fused, rule = fuse(auto if options.fusion == "auto" else options.fusion, logits, run.labels)
     metrics = {
-        "anchor": name,
+        "anchor": None if co_training else name,
+        "part": "follower",
         "anchor_selection": selection,
-        "controller": run.options.controller,
+        "controller": options.controller,
         "q_warmup": warmup,
         "modalities": {modality: scores(z, run.labels) for modality, z in logits.items()},
         "unimodal": unimodal,
         "collapsed": collapses,
-        "similarity": {modality: similarity(features[name], y) for modality, y in followed.items()},
+        "similarity": {modality: similarity(features[name], y) for modality, y in followed.items() if modality != name},
         "fused": fused,
     }
     if len(alone) == len(logits) and not unfinished:
-        metrics["ensemble"] = fuse(run.options.fusion, alone, run.labels)[0]
-    models = {m: (tasks if m == name else followers)[m].model for m in run.data.modalities}
+        metrics["ensemble"] = fuse(options.fusion, alone, run.labels)[0]
+    models: dict[str, nn.Module] = {m: {**tasks, **followers}[m].model for m in run.data.modalities}
     return Outcome(metrics, models, rule)

@@ -101,9 +101,12 @@ class Stage:
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
+        task.model = task.parts.get("model", task.model)  # sharded again, if it was trained to an earlier end
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
         self.usable = usable(run.data.train, task.modality)
+        labelled = run.data.train.labels.cpu() >= 0
+        self.labelled = labelled if self.usable is None else labelled & self.usable
         self.history: list[dict] = []
         self.done, self.seconds = 0, 0.0  # steps of the epoch under way, and what they took before they were resumed
         self.best: dict | None = None
@@ -131,7 +134,7 @@ class Stage:
         try:
             self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
             for name, part in self.task.parts.items():
-                part.load_state_dict(saved["parts"][name])
+                self.task.load(part, saved["parts"][name])
             if self.done:
                 self.engine.load_state_dict(saved["engine"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -140,10 +143,14 @@ class Stage:
             raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
 
     def save(self) -> None:
-        parts = {name: part.state_dict() for name, part in self.task.parts.items()}
+        parts, best = {name: part.state_dict() for name, part in self.task.parts.items()}, self.best
+        if self.run.options.shard:
+            from .sharding import whole
+
+            parts, best = whole(parts), whole(best)
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
-        self.run.save(self.task.name, parts=parts, best=self.best, under_way=under_way, engine=engine)
+        self.run.save(self.task.name, parts=parts, best=best, under_way=under_way, engine=engine)
 
     @property
     def epoch(self) -> int:
@@ -161,11 +168,10 @@ class Stage:
         """Trains an epoch, or the rest of one; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
-        order = torch.randperm(len(train), generator=shuffle)
-        if self.usable is not None:  # an epoch is as many steps for all: who has fewer samples sees them more often
-            order = order[self.usable[order]]
-            order = order.repeat(-(-steps * self.run.batch_size // len(order)))
-        order = order[: steps * self.run.batch_size]
+        kept = [self.labelled, self.usable] if self.task.semi_supervised else [self.labelled]
+        orders = [
+            cycled(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
+        ]
         with self.on_stream():
             if not self.done:
                 self.task.begin_epoch(self.epoch)
@@ -173,8 +179,9 @@ class Stage:
             for group in self.groups:
                 scale = group.get("lr_scale", 1)
                 group["lr"].fill_(learning_rate(self.run.options, self.epoch, scale, self.task.epochs))
-            ours = distributed.share(order[self.done * self.run.batch_size :], self.run.batch_size)
-            batches = iter(self.feed.batches(ours, self.run.batch_size // distributed.world()))
+            done, size = self.done * self.run.batch_size, self.run.batch_size // distributed.world()
+            shares = [distributed.share(order[done:], self.run.batch_size).view(-1, size) for order in orders[::-1]]
+            batches = iter(self.feed.batches(torch.cat(shares, dim=1).flatten(), len(shares) * size))
         while self.done < steps:
             with self.on_stream():
                 self.engine.step(next(batches), self.epoch * steps + self.done)
@@ -221,7 +228,11 @@ class Stage:
         if self.stream:
             torch.cuda.current_stream(self.run.device).wait_stream(self.stream)
         assert self.best is not None
-        self.task.model.load_state_dict(self.best)
+        self.task.load(self.task.model, self.best)
+        if self.run.options.shard:
+            from .sharding import unsharded
+
+            self.task.model = unsharded(self.task.model)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may lie in the memory of a graph, which it would keep
         kept, planned = best_epoch(self.history), self.task.epochs
@@ -244,6 +255,14 @@ def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int 
 def best_epoch(history: Sequence[dict]) -> dict:
     """The row of the highest validation accuracy, of the lowest loss among these; the first of equals."""
     return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
+
+
+def cycled(order: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
+    """So many of the samples that are kept, all in this order, again and again: an epoch is as many steps for all."""
+    if kept is not None and not kept.all():
+        order = order[kept[order]]
+        order = order.repeat(-(-count // len(order)))
+    return order[:count]
 
 
 def usable(split: Split, modality: str | None) -> torch.Tensor | None:

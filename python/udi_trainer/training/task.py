@@ -13,6 +13,7 @@ from ..evaluation.scores import accuracy
 from ..run import Run
 
 Model = TypeVar("Model", bound=nn.Module)
+Gradients = Sequence[torch.Tensor | None]
 
 
 class Task:
@@ -25,6 +26,7 @@ class Task:
 
     key = ""  # first part of its name, which seeds it and names its checkpoint
     capturable = True  # whether a CUDA graph can hold its steps: nothing in them waits for the GPU
+    semi_supervised = False  # whether its batches are of any samples, followed by as many that have a label
     random = True  # whether its steps may draw random numbers; those that do not can run beside others in threads
 
     model: nn.Module
@@ -42,16 +44,29 @@ class Task:
         return "-".join(filter(None, (cls.key, modality)))
 
     def place(self, model: Model) -> Model:
-        """The model on the run's device, compiled if the run wants that."""
+        """The model on the run's device, compiled and sharded if the run wants that."""
         model.to(self.run.device)
         if self.run.options.compile:
             model.compile()
+        return self.shard(model)
+
+    def shard(self, model: Model) -> Model:
+        """The model on the run's device, its parameters spread over the processes if the run wants that."""
+        if self.run.options.shard:
+            from .sharding import shard  # takes its time to import
+
+            shard(model, self.run.device)
         return model
 
     @property
     def epochs(self) -> int:
         """Its length, which the learning rate's schedule follows."""
         return self.run.options.epochs
+
+    def rows(self, batch: Batch) -> tuple[slice, slice]:
+        """Of a batch the rows of any samples, and those of labelled ones; the same rows where all have a label."""
+        first = len(batch["labels"]) // 2 if self.semi_supervised else 0
+        return slice(first or None), slice(first, None)
 
     def begin_epoch(self, epoch: int) -> None:
         """What comes before an epoch's steps, outside of any graph; epochs count from 0."""
@@ -63,6 +78,38 @@ class Task:
     def step(self, batch: Batch, **flags: Any) -> dict[str, torch.Tensor]:
         """Trains on the batch; returns named scalars, left on the device."""
         raise NotImplementedError
+
+    def load(self, part: Any, state: dict) -> None:
+        """Takes up what a model or an optimizer was, from a state with whole tensors."""
+        if self.run.options.shard:
+            from .sharding import spread
+
+            state = spread(state, part)
+        part.load_state_dict(state)
+        if isinstance(part, torch.optim.Optimizer):  # fused ones walk through memory: states lie there as parameters do
+            for parameter, kept in part.state.items():
+                for name, t in kept.items():
+                    if isinstance(t, torch.Tensor) and t.shape == parameter.shape and t.stride() != parameter.stride():
+                        kept[name] = torch.empty_like(parameter).copy_(t)
+
+    def gradients(
+        self,
+        losses: torch.Tensor | Sequence[torch.Tensor],
+        parameters: Sequence[nn.Parameter],
+        weights: Sequence[torch.Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> Gradients:
+        """Of a loss, or of a weighted sum of losses, averaged over the processes that train together.
+
+        None for parameters that have no part in it. ``retain_graph``: others of the same graph follow.
+        """
+        if not self.run.options.shard:
+            grads = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
+            return distributed.average(grads)
+        for parameter in parameters:
+            parameter.grad = None
+        torch.autograd.backward(losses, weights, retain_graph)  # FSDP2's hooks, which average, see no autograd.grad
+        return [parameter.grad for parameter in parameters]
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""
@@ -83,16 +130,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-Gradients = Sequence[torch.Tensor | None]
-
-
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
-    """A step with these gradients, averaged over the processes that train together."""
-    apply(optimizer, parameters, distributed.average(grads))
-
-
-def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
-    """A step with these gradients as they are."""
+    """A step with these gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from udi_trainer import Options, UserError
 from udi_trainer.command import main
-from udi_trainer.data.digits import COLORS, HALVES, cgdigits, cgmnist, splitdigits
+from udi_trainer.data.digits import COLORS, HALVES, cgdigits, cgmnist, fewdigits, huedigits, splitdigits
 
 from ..helpers import one_line, read_metrics, write_idx
 
@@ -82,3 +83,37 @@ def test_splitdigits(little_mnist):
     assert set(read_metrics("run")["modalities"]) == {"left", "right"}
     mnist = splitdigits(little_mnist)
     assert mnist.modalities["left"].sample(mnist.train).shape == (1, 1, 28, 14)
+
+
+def test_huedigits(little_mnist):
+    """The hue is the label's own as often as it should be; in the shifted split it tells nothing."""
+    digits = huedigits(None, Options(rho=0.8))
+
+    def own(split):
+        nearest = torch.cdist(split.stored["hue"], COLORS).argmin(1)
+        return (nearest == split.labels).double().mean().item()
+
+    always, never = (own(huedigits(None, Options(rho=rho)).train) for rho in (1, 0))  # jitter blurs hues
+    for split in (digits.train, digits.val, digits.test):
+        assert own(split) == pytest.approx(0.8 * always + 0.2 * never, abs=0.06)
+    assert own(digits.shifted) == pytest.approx(0.1, abs=0.06)
+    assert torch.equal(digits.shifted.stored["pixels"], digits.test.stored["pixels"])
+    assert digits.modalities["digit"].sample(digits.train).shape == (1, 3, 8, 8)
+    assert huedigits(little_mnist).modalities["digit"].sample(digits.test).shape[1] == 3
+    assert torch.equal(huedigits(None).train.stored["hue"], huedigits(None, Options(rho=0.95)).train.stored["hue"])
+
+
+def test_resplit():
+    """Another split for each seed: all digits once, classes alike."""
+    options = Options(resplit=100, seed=3)
+    split = splitdigits(None, options)
+    assert [len(part) for part in split.splits().values()] == [1077, 100, 620]
+    assert all(part.labels.bincount().min() >= len(part) // 10 - 4 for part in split.splits().values())
+    whole = torch.cat([part.labels for part in splitdigits(None).splits().values()])
+    assert torch.equal(torch.cat([part.labels for part in split.splits().values()]).bincount(), whole.bincount())
+    again, other = splitdigits(None, options), splitdigits(None, Options(resplit=100, seed=4))
+    assert torch.equal(split.train.stored["left"], again.train.stored["left"])
+    assert not torch.equal(split.train.stored["left"], other.train.stored["left"])
+    assert torch.equal(fewdigits(None, options).train.stored["left"], split.train.stored["left"])
+    with pytest.raises(UserError, match="--resplit 720: of 1797 digits training takes 1077"):
+        splitdigits(None, Options(resplit=720))

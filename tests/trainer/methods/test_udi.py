@@ -8,12 +8,25 @@ import pytest
 import torch
 
 import udi_kernels
+from udi_trainer import UserError, train
 from udi_trainer.command import main
+from udi_trainer.data.dataset import presence
+from udi_trainer.data.labels import hide
+from udi_trainer.evaluation.fusion import LogLinear
 from udi_trainer.methods import udi
-from udi_trainer.methods.unimodal import Alone
+from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets
+from udi_trainer.training.loop import best_epoch
 
-from ..helpers import ROOT, assert_same_training, make_run, read_log, read_metrics
+from ..helpers import (
+    ROOT,
+    assert_same_training,
+    make_run,
+    read_log,
+    read_metrics,
+    training_batch,
+    without_times,
+)
 
 
 def test_defaults_reach_what_they_promise():
@@ -192,3 +205,76 @@ def row(val_acc, epoch=1):
 )
 def test_what_counts_as_a_collapse(history, alone, wanted):
     assert udi.collapsed(history, alone, 10) == wanted
+
+
+# --- few labels, fused teachers, residual followers ---
+
+FEW = ["--dataset", "splitdigits", "--labels", "60", "--epochs", "4", "--batch-size", "32"]
+
+
+def test_few_labels():
+    """All methods train on few labels; followers on the other samples too, and better for it."""
+    assert main([*FEW, "--epochs", "8", "--alpha", "1,0", "--baselines", "joint,ogm-ge,dimml", "--out", "run"]) == 0
+    metrics = read_metrics("run")
+    assert metrics["modalities"]["right"]["test_acc"] > metrics["unimodal"]["right"]["test_acc"]
+    assert set(metrics["baselines"]) == {"joint", "ogm-ge", "dimml"}
+    rows = [row for row in read_log("run") if row["phase"] == "follower"]
+    assert rows[-1]["con"] < rows[0]["con"]
+
+
+@pytest.mark.parametrize("controller", ["static", "dynamic"])
+def test_co_training(controller):
+    """All modalities follow the fused prediction, again and again; none is the anchor."""
+    options = [*FEW, "--teacher", "fused", "--rounds", "2", "--controller", controller, "--baselines", "none"]
+    assert main([*options, "--out", "run"]) == 0
+    metrics = read_metrics("run")
+    assert metrics["anchor"] is None and metrics["part"] == "follower"
+    rows = [(row["modality"], row["epoch"]) for row in read_log("run") if row["phase"] == "follower"]
+    assert sorted(rows) == sorted([(m, epoch) for m in ("left", "right") for epoch in (1, 2, 3, 4)] * 2)
+    assert sorted(path.stem for path in Path("run/checkpoints").iterdir() if "follower" in path.stem) == [
+        "follower-left", "follower-left-2", "follower-right", "follower-right-2",
+    ]  # fmt: skip
+    assert main(["--resume", "run"]) == 0 and without_times(read_metrics("run")) == without_times(metrics)
+
+
+def test_fused_teacher():
+    """Its logits are the log-linear rule's, its features those of the others."""
+    run = make_run(hide(datasets["splitdigits"](None), 60, 0), epochs=1, teacher="fused")
+    tasks = train_alone(run)
+    _, logits = udi.predictions(tasks, run)
+    teacher = udi.fused_teachers(run, tasks, logits)["left"]
+    batch = training_batch(tasks["left"])
+    features, fused = teacher.outputs(batch)
+    rule = LogLinear.fit(torch.stack([z["val"] for z in logits.values()]), run.labels["val"])
+    each = {m: task.forward(batch) for m, task in tasks.items()}
+    torch.testing.assert_close(features, each["right"][0])
+    torch.testing.assert_close(fused.softmax(-1), rule(torch.stack([z for _, z in each.values()])).float())
+
+
+def test_fused_teacher_needs_all_modalities(mixed):
+    for split in mixed.splits().values():
+        split.stored[presence("audio")] = torch.arange(len(split)) % 3 > 0
+    with pytest.raises(UserError, match="--teacher fused fuses all modalities, and samples lack audio"):
+        train(mixed, teacher="fused", epochs=1, baselines=[], progress=False)
+
+
+def test_residual_followers(capsys):
+    """Where both have the same shortcut, what follows relies on it less; an overfitted anchor is told of."""
+    options = ["--dataset", "huedigits", "--rho", "0.99", "--epochs", "6"]
+    assert main([*options, "--method", "ensemble", "--out", "alone"]) == 0
+    assert main([*options, "--alpha", "0,0", "--follower-loss", "residual", "--out", "run"]) == 0
+    alone, metrics = read_metrics("alone"), read_metrics("run")
+    assert metrics["fused"]["rule"] == "loglinear" and metrics["fused"]["shifted_acc"] > 0.3
+    assert metrics["modalities"]["digit"]["shifted_acc"] > alone["modalities"]["digit"]["shifted_acc"]
+    judged = best_epoch([row for row in read_log("run") if row["phase"] == "follower"])["val_acc"]
+    assert judged == pytest.approx(metrics["fused"]["val_acc"], abs=0.02)
+    assert "joint" in metrics["baselines"] and "shifted_acc" in metrics["baselines"]["joint"]
+    assert "overfitted" not in capsys.readouterr().err
+    options = ["--dataset", "splitdigits", "--follower-loss", "residual", "--baselines", "none"]
+    assert main([*options, "--out", "over"]) == 0
+    assert "anchor left is overfitted, which ruins residual followers: its accuracy is 0.9" in capsys.readouterr().err
+
+
+def test_club_given_the_label():
+    assert main([*FEW, "--club", "given-label", "--baselines", "none", "--q-warmup", "3", "--out", "run"]) == 0
+    assert read_metrics("run")["fused"]["test_acc"] > 0.3

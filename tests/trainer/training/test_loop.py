@@ -7,12 +7,34 @@ import torch
 
 from udi_trainer import Options, Run
 from udi_trainer.command import main
+from udi_trainer.data.labels import hide
 from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets
 from udi_trainer.run_folder import RunFolder
 from udi_trainer.training.loop import Stage, best_epoch, fit, learning_rate
 
 from ..helpers import log_by_stage, make_run, read_log, read_metrics, without_times
+
+
+def test_batches_of_few_labels():
+    """All steps of an epoch have labelled samples, each as often; before them any, for tasks that want these."""
+    run = make_run(hide(datasets["splitdigits"](None), 50, 0), batch_size=64)
+    task, seen = Alone(run, "left"), []
+    task.step = lambda batch: seen.append(batch) or {"loss": torch.zeros(())}
+    for semi in (False, True):
+        task.semi_supervised = semi
+        stage = Stage(task, run)
+        stage.restore()
+        seen.clear()
+        assert sum(stage.epoch_steps()) == 16 == len(seen)
+        assert all(len(batch["labels"]) == 64 * (1 + semi) for batch in seen)
+        rows = [task.rows(batch) for batch in seen]
+        labelled = torch.cat([b["index"][r] for b, (_, r) in zip(seen, rows, strict=True)]).bincount(minlength=1077)
+        assert (
+            torch.equal(labelled > 0, run.data.train.labels >= 0) and labelled.max() - labelled[labelled > 0].min() <= 1
+        )
+        anyone = torch.cat([b["index"][r] for b, (r, _) in zip(seen, rows, strict=True)])
+        assert len(anyone.unique()) == (1024 if semi else 50)
 
 
 @pytest.mark.parametrize("random", [False, True])

@@ -1,0 +1,74 @@
+"""Self-training: a model learns from its own earlier predictions of samples without labels.
+
+Pseudo-labels are soft: the calibrated probabilities of the model that was trained on the labelled samples alone, by the
+loss and weight with which UDI's followers learn from the anchor. What UDI gains beyond this, it owes to the other
+modality.
+"""
+
+from torch.nn.functional import cross_entropy
+
+from udi_kernels import js_div
+
+from ..evaluation.fusion import fuse, temperature
+from ..evaluation.scores import scores
+from ..registry import methods
+from ..run import Run
+from ..training.loop import fit, outputs, predict
+from ..training.task import Task, update
+from .joint import Joint, train_joint
+from .outcome import Outcome
+from .unimodal import Alone, train_alone
+
+
+class Student(Task):
+    """In front of the class whose step it changes. ``teacher``: the trained task of the same kind."""
+
+    def __init__(self, run: Run, *args: str, teacher: Task) -> None:
+        super().__init__(run, *args)
+        self.phase, self.semi_supervised = "student", bool((run.data.train.labels < 0).any())
+        t = temperature(outputs(teacher, run)["val"], run.labels["val"])
+        self.taught = (predict(teacher, run, run.data.train) / t).to(run.device)
+        self.weight = run.options.alpha[0] if run.options.alpha else 1.0
+
+    def step(self, batch):
+        anyone, labelled = self.rows(batch)
+        with self.run.autocast():
+            logits = self.forward(batch, training=True)[1]
+            cls = cross_entropy(logits[labelled], batch["labels"][labelled])
+            con = js_div(logits[anyone], self.taught[batch["index"][anyone]])
+            loss = cls + self.weight * con
+        update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
+        return {"loss": loss, "cls": cls, "con": con}
+
+
+class AloneStudent(Student, Alone):
+    key = "student"
+
+
+class JointStudent(Student, Joint):
+    key = "joint-student"
+
+
+@methods.register("self-training")
+def self_training(run: Run) -> Outcome:
+    """Each modality learns from its own earlier predictions; outputs fused."""
+    teachers = train_alone(run)
+    tasks = {m: run.make(AloneStudent, m, teacher=teacher) for m, teacher in teachers.items()}
+    fit(list(tasks.values()), run)
+    logits = {m: outputs(task, run) for m, task in tasks.items()}
+    fused, rule = fuse(run.options.fusion, logits, run.labels)
+    metrics = {
+        "modalities": {m: scores(z, run.labels) for m, z in logits.items()},
+        "unimodal": {m: scores(outputs(teacher, run), run.labels) for m, teacher in teachers.items()},
+        "part": "student",
+        "fused": fused,
+    }
+    return Outcome(metrics, {m: task.model for m, task in tasks.items()}, rule)
+
+
+@methods.register("joint-self-training")
+def joint_self_training(run: Run) -> Outcome:
+    """The joint model learns from its own earlier predictions."""
+    teacher = run.make(Joint)
+    fit([teacher], run)
+    return train_joint(run.make(JointStudent, teacher=teacher))
