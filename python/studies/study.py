@@ -43,7 +43,7 @@ class Entry:
 class Study:
     """Its docstring is the question. ``records``: of its runs, as results.json keeps them."""
 
-    seeds = 5
+    seeds: int | range = 5
     program = Path(__file__).parents[1] / "train.py"
     movable = (*MOVABLE, "seed", "out")  # options that a finished run need not share with the command
     variants: Sequence[Variant] = ()

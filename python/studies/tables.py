@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from .summary import best_baseline, column, differences, gather, interval, is_baseline, spread, title
+from .summary import best_baseline, column, gather, is_baseline, paired, spread, title
 
 FOOTNOTE = """\
 Accuracies in percent: mean ± standard deviation over the seeds. Difference: in test accuracy to the best baseline,
@@ -41,11 +41,7 @@ def against(by_seed: dict, lines: dict, best: str | None, name: str) -> str:
     """The paired difference to the best baseline, as the table shows it."""
     if name == best:
         return "best baseline"
-    values = differences(column(by_seed, "test_acc"), column(lines[best], "test_acc")) if best else []
-    if not values:
-        return ""
-    mean, half = 100 * spread(values)[0], interval(values)
-    return f"{mean:+.2f}" + ("" if half is None else f" [{mean - 100 * half:+.2f}, {mean + 100 * half:+.2f}]")
+    return paired(by_seed, lines[best]) if best else ""
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

@@ -130,7 +130,7 @@ class Options:
     """
 
     method: str = option(WHAT, "udi", text, "what to train: {methods}")
-    dataset: str = option(WHAT, "cgdigits", text, "on what: {datasets}")
+    dataset: str = option(WHAT, "fewdigits", text, "on what: {datasets}")
     data_root: str | None = option(WHAT, None, path, "folder of the dataset's files, where it needs any", "DIR")
     noise: tuple[float, float] | None = option(
         WHAT,
