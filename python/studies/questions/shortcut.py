@@ -20,7 +20,7 @@ ORACLE = "random hue in training, too"
 
 @studies.register("shortcut")
 class Shortcut(Study):
-    """A hue that mostly tells the label is a modality, and colors the digit, the other: what keeps the digit from it?"""
+    """A hue that mostly tells the label is one modality, a digit in it the other: what frees the digit from the hue?"""
 
     variants = [
         Variant(name, f"--dataset huedigits --resplit 360 --rho {rho} {options}", f"rho {rho}")
