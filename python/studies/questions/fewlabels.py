@@ -6,7 +6,6 @@ from ..summary import column, gather, paired
 LABELS = (50, 100, 200)
 SETTINGS = {
     "udi": "--baselines joint,joint-self-training,self-training",
-    "udi, static 1,1": "--baselines none --alpha 1,1",
     "co-training": "--baselines none --teacher fused --rounds 2",
 }
 CLAIMS = [("udi", "ensemble"), ("udi", "joint"), ("udi", "self-training"), ("co-training", "udi")]
