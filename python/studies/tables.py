@@ -7,8 +7,7 @@ from .summary import best_baseline, column, gather, is_baseline, paired, spread,
 FOOTNOTE = """\
 Accuracies in percent: mean ± standard deviation over the seeds. Difference: in test accuracy to the best baseline,
 paired by seed, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
-validation accuracy. Seeds change initial weights and the order of samples, not the samples: the interval says nothing
-about other test samples. Collapsed runs are counted, and are part of the means."""
+validation accuracy. {seeding} Collapsed runs are counted, and are part of the means."""
 
 
 def tables(study, records: list[dict]) -> str:
@@ -28,7 +27,7 @@ def tables(study, records: list[dict]) -> str:
             for seed, entry in by_seed.items():
                 if entry.collapsed:
                     parts.append(f"Collapsed: {name}, seed {seed}: {entry.collapsed}.")
-    return "\n\n".join([*parts, FOOTNOTE])
+    return "\n\n".join([*parts, FOOTNOTE.format(seeding=study.seeding)])
 
 
 def show(values: Collection[float], scale: float = 1, digits: int = 2) -> str:

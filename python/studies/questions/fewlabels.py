@@ -1,6 +1,6 @@
 from ..plots import trend
 from ..registry import studies
-from ..study import Study, Variant
+from ..study import RESPLIT, Study, Variant
 from ..summary import column, gather, paired
 
 LABELS = (50, 100, 200)
@@ -16,7 +16,7 @@ LINES = ("co-training", "udi", "ensemble", "joint")
 class FewLabels(Study):
     """Of 1077 pairs of digits' halves few have labels: what is it worth that a follower learns from the others, too?"""
 
-    seeds = range(10, 20)
+    seeds, seeding = range(10, 20), RESPLIT
     variants = [
         Variant(name, f"--dataset fewdigits --labels {n} {options}", f"{n} labels")
         for n in LABELS
@@ -30,7 +30,7 @@ class FewLabels(Study):
             for ours, theirs in CLAIMS:
                 if gain := ours in found and theirs in found and paired(found[ours], found[theirs]):
                     lines.append(f"{n} labels: {ours} against {theirs}: {gain} points.")
-        return [*lines, "Each seed draws its own split, and which samples have a label."]
+        return lines
 
     def draw(self, records, folder):
         tables, scores = gather(self, records), {}

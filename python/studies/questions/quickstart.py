@@ -1,5 +1,5 @@
 from ..registry import studies
-from ..study import Study, Variant
+from ..study import RESPLIT, Study, Variant
 from ..summary import gather, paired
 
 OTHERS = ("left alone", "right alone", "joint", "ensemble")
@@ -9,6 +9,7 @@ OTHERS = ("left alone", "right alone", "joint", "ensemble")
 class Quickstart(Study):
     """What does train.py say without any options?"""
 
+    seeding = RESPLIT
     variants = [Variant("udi", "")]
 
     def notes(self, records):

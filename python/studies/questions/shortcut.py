@@ -1,6 +1,6 @@
 from ..plots import trend
 from ..registry import studies
-from ..study import Entry, Study, Variant
+from ..study import RESPLIT, Entry, Study, Variant
 from ..summary import column, gather, paired
 
 RHOS = (0.9, 0.95, 0.99)
@@ -22,6 +22,7 @@ ORACLE = "random hue in training, too"
 class Shortcut(Study):
     """A hue that mostly tells the label is one modality, a digit in it the other: what frees the digit from the hue?"""
 
+    seeding = RESPLIT
     variants = [
         Variant(name, f"--dataset huedigits --resplit 360 --rho {rho} {options}", f"rho {rho}")
         for rho in RHOS
