@@ -228,7 +228,7 @@ def test_options_of_the_command_are_those_of_python():
     """The same values from text, commas and dashes as from Python."""
     text = "--epochs 3 --baselines joint,ensemble --noise 0.1,0.2 --lr-step 5,0.5 --amp --tf32 --q-warmup 0"
     options, folder = parse(text.split())
-    assert folder is None and options == Options(
+    assert folder is None and options == Options.make(
         epochs=3, baselines=["joint", "ensemble"], noise=(0.1, 0.2), lr_step=[5, 0.5], amp="bf16", tf32=True, q_warmup=0
     )
-    assert parse([])[0] == Options()
+    assert parse([])[0] == Options.make()

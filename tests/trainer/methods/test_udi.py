@@ -194,11 +194,13 @@ def test_anchor_near_tie_goes_to_the_surer():
 def test_collapse_is_reported(monkeypatch, capsys):
     """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
     monkeypatch.setattr(udi, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
-    options = "--controller dynamic --align-every 1 --epochs 3 --baselines none --anchor right --out run"
+    options = (
+        "--dataset cgdigits --controller dynamic --align-every 1 --epochs 3 --baselines none --anchor color --out run"
+    )
     assert main(options.split()) == 0
     out, err = capsys.readouterr()
-    reason = read_metrics("run")["collapsed"]["left"]
-    assert f"collapsed: left: {reason}" in out and f"warning: follower left collapsed: {reason}" in err
+    reason = read_metrics("run")["collapsed"]["gray"]
+    assert f"collapsed: gray: {reason}" in out and f"warning: follower gray collapsed: {reason}" in err
     assert reason.endswith("no better than chance")
 
 

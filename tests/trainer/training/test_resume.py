@@ -86,6 +86,6 @@ def test_settings_of_q_and_optimizer_resume(options, monkeypatch):
     assert main(["--resume", "cut"]) == 0
     assert without_times(read_metrics("cut")) == without_times(read_metrics("whole"))
     assert read_log("cut") == read_log("whole")
-    saved = torch.load("cut/checkpoints/follower-color.pt", weights_only=True)["parts"]["optimizer"]
+    saved = torch.load("cut/checkpoints/follower-right.pt", weights_only=True)["parts"]["optimizer"]
     follower, q = (float(group["lr"]) for group in saved["param_groups"])
     assert q == pytest.approx(3 * follower) and follower > 0
