@@ -295,3 +295,13 @@ def test_residual_followers(capsys):
 def test_club_given_the_label():
     assert main([*FEW, "--club", "given-label", "--baselines", "none", "--q-warmup", "3", "--out", "run"]) == 0
     assert read_metrics("run")["fused"]["test_acc"] > 0.3
+
+
+def test_residual_followers_where_modalities_are_missing(mixed):
+    """What the anchor lacks is learned alone; what the follower lacks is not judged."""
+    for split in mixed.splits().values():
+        split.stored[presence("audio")] = torch.arange(len(split)) % 3 > 0
+        split.stored[presence("picture")] = torch.arange(len(split)) % 4 > 0
+    options = {"anchor": "audio", "follower_loss": "residual", "club": "given-label", "labels": 40}
+    metrics = train(mixed, epochs=2, baselines=[], progress=False, **options).metrics
+    assert metrics["fused"]["rule"] == "loglinear" and 0 <= metrics["fused"]["test_acc"] <= 1
