@@ -151,7 +151,7 @@ def test_shortcut_study(tmp_path):
     text = study.tables(records)
     shifted = text.split("### rho 0.9: digit, random hue in test")[1]
     assert (
-        line(shifted, "digit alone")[1] == "50.50 ± 0.71" and line(shifted, "residual")[3] == "+30.00 [+30.00, +30.00]"
+        line(shifted, "digit alone")[1] == "50.50 ± 0.71" and line(shifted, "residual")[2] == "+30.00 [+30.00, +30.00]"
     )
     assert line(text.split("### rho 0.9: prediction")[1], "CLUB")[1] == "90.00 ± 0.00"
     assert "rho 0.95, random hue in test: residual against CLUB given the label: +10.00 [+10.00, +10.00] points." in (
