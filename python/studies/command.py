@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             results = load(folder / "results.json")
         else:
             commit = describe()
-            seeds = options.seeds or list(range(study.seeds))
+            seeds = options.seeds or list(range(study.seeds) if isinstance(study.seeds, int) else study.seeds)
             jobs = [Job(study, v, seed, extra, folder / "runs") for v in study.variants for seed in seeds]
             slots = find_slots(jobs[0].settled.get("device"), options.jobs)
             failed = run_all([job for job in jobs if not job.finished()], slots, commit)

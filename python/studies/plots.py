@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
-from udi_trainer.evaluation.plotting import INK, MODALITY_COLORS, MUTED, finish, new_figure
+from udi_trainer.evaluation.plotting import INK, MODALITY_COLORS, MUTED, finish, label_ends, new_figure
 
 from .summary import best_baseline, column, differences, gather, interval, is_baseline, spread, title
 
@@ -30,6 +30,41 @@ def draw(study, records: list[dict], path: Path) -> str:
     question = textwrap.fill(study.__doc__, 130)
     how = "Dot: a seed (x: collapsed). Bar: mean and its 95% interval. Right: differences paired by seed, likewise."
     figure.suptitle(f"{question}\n{how}", x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=110)
+    return path.name
+
+
+def trend(
+    scores: dict[str, dict[str, dict[int, float]]], claims: list[tuple[str, str]], title: str, xlabel: str, path: Path
+) -> str:
+    """Left, mean scores {name: {x: {seed: score}}}, a line a name; right, what claims say: one against another."""
+    figure = new_figure(12, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    ticks = list(next(iter(scores.values())))
+    lines = []
+    for i, (name, by_x) in enumerate(scores.items()):
+        color = (*MODALITY_COLORS, MUTED)[i % (len(MODALITY_COLORS) + 1)]
+        values = [100 * spread(by_x[x].values())[0] for x in ticks]
+        lines.append((name, values[-1], color))
+        left.plot(range(len(ticks)), values, "o-", color=color, linewidth=2.2 if i < 2 else 1.3)
+    left.margins(x=0.03)
+    finish(left, title, xlabel)
+    label_ends(left, [(name, len(ticks) - 1, value, color) for name, value, color in lines])
+    kept = [(ours, theirs) for ours, theirs in claims if ours in scores and theirs in scores]
+    rows = [(ours, theirs, x) for ours, theirs in kept for x in ticks]
+    for y, (ours, theirs, x) in enumerate(rows):
+        mean, half = mean_and_interval([100 * d for d in differences(scores[ours][x], scores[theirs][x])])
+        color = COLOR if mean - half > 0 else MUTED
+        right.plot([mean - half, mean + half], [y, y], color=color, linewidth=2, solid_capstyle="butt")
+        right.plot(mean, y, "D", color=color, markersize=5)
+        right.text(1.02, y, f"{mean:+.1f}", transform=right.get_yaxis_transform(), va="center", fontsize=9)
+    right.set_yticks(range(len(rows)), [f"{ours} − {theirs}, {x}" for ours, theirs, x in rows], fontsize=9)
+    right.invert_yaxis()
+    right.axvline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    finish(right, "Paired differences, 95% intervals", "points")
+    for axes in (left, right):
+        axes.grid(axis="y" if axes is right else "x", visible=False)
+    left.set_xticks(range(len(ticks)), ticks)
     figure.savefig(path, dpi=110)
     return path.name
 

@@ -16,6 +16,11 @@ from . import plots, tables
 SCORES = ("val_acc", "test_acc", "test_macro_f1")
 NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # conditions: options
 
+SEEDING = """\
+Seeds change initial weights and the order of samples, not the samples: the interval says nothing
+about other test samples."""
+RESPLIT = "Seeds draw the split, too, and which samples have a label."
+
 
 @dataclass
 class Variant:
@@ -43,7 +48,8 @@ class Entry:
 class Study:
     """Its docstring is the question. ``records``: of its runs, as results.json keeps them."""
 
-    seeds = 5
+    seeds: int | range = 5
+    seeding = SEEDING  # what they change
     program = Path(__file__).parents[1] / "train.py"
     movable = (*MOVABLE, "seed", "out")  # options that a finished run need not share with the command
     variants: Sequence[Variant] = ()

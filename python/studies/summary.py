@@ -22,6 +22,15 @@ def differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
+def paired(ours: dict, theirs: dict) -> str:
+    """The mean difference of test accuracy in points and its interval, of entries by seed."""
+    values = [100 * x for x in differences(column(ours, "test_acc"), column(theirs, "test_acc"))]
+    if not values:
+        return ""
+    mean, half = spread(values)[0], interval(values)
+    return f"{mean:+.2f}" + ("" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]")
+
+
 def gather(study, records: list[dict]) -> dict:
     """{(condition, section): {name: {seed: Entry}}}, of an entry that several variants share the first one's."""
     tables = {}

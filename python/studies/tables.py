@@ -2,13 +2,12 @@
 
 from collections.abc import Collection, Sequence
 
-from .summary import best_baseline, column, differences, gather, interval, is_baseline, spread, title
+from .summary import best_baseline, column, gather, is_baseline, paired, spread, title
 
 FOOTNOTE = """\
 Accuracies in percent: mean ± standard deviation over the seeds. Difference: in test accuracy to the best baseline,
 paired by seed, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
-validation accuracy. Seeds change initial weights and the order of samples, not the samples: the interval says nothing
-about other test samples. Collapsed runs are counted, and are part of the means."""
+validation accuracy. {seeding} Collapsed runs are counted, and are part of the means."""
 
 
 def tables(study, records: list[dict]) -> str:
@@ -28,7 +27,7 @@ def tables(study, records: list[dict]) -> str:
             for seed, entry in by_seed.items():
                 if entry.collapsed:
                     parts.append(f"Collapsed: {name}, seed {seed}: {entry.collapsed}.")
-    return "\n\n".join([*parts, FOOTNOTE])
+    return "\n\n".join([*parts, FOOTNOTE.format(seeding=study.seeding)])
 
 
 def show(values: Collection[float], scale: float = 1, digits: int = 2) -> str:
@@ -41,11 +40,7 @@ def against(by_seed: dict, lines: dict, best: str | None, name: str) -> str:
     """The paired difference to the best baseline, as the table shows it."""
     if name == best:
         return "best baseline"
-    values = differences(column(by_seed, "test_acc"), column(lines[best], "test_acc")) if best else []
-    if not values:
-        return ""
-    mean, half = 100 * spread(values)[0], interval(values)
-    return f"{mean:+.2f}" + ("" if half is None else f" [{mean - 100 * half:+.2f}, {mean + 100 * half:+.2f}]")
+    return paired(by_seed, lines[best]) if best else ""
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

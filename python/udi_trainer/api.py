@@ -66,7 +66,7 @@ class Result:
 
 
 def train(
-    dataset: Dataset | str = "cgdigits",
+    dataset: Dataset | str = "fewdigits",
     method: Method = "udi",
     encoders: dict[str, Encoder] | None = None,
     *,

@@ -18,7 +18,7 @@ from .api import Plan, restored
 from .console import console
 from .data import scan
 from .errors import UserError
-from .options import Options, filled, spelled
+from .options import Options, as_text, filled, spelled
 from .stop import Stop
 
 
@@ -97,10 +97,6 @@ def restarted(given: dict) -> str | None:
         raise UserError("torchrun --max-restarts needs --out DIR, to find the run again")
     begun = distributed.on_first(lambda: (Path(given["out"]) / "config.json").exists())
     return given.pop("out") if begun else None
-
-
-def as_text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Parser(argparse.ArgumentParser):

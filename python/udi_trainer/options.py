@@ -130,7 +130,9 @@ class Options:
     """
 
     method: str = option(WHAT, "udi", text, "what to train: {methods}")
-    dataset: str = option(WHAT, "cgdigits", text, "on what: {datasets}")
+    dataset: str = option(
+        WHAT, "fewdigits", text, "on what: {datasets}; what they recommend counts unless given: {recommended}"
+    )
     data_root: str | None = option(WHAT, None, path, "folder of the dataset's files, where it needs any", "DIR")
     noise: tuple[float, float] | None = option(
         WHAT,
@@ -463,7 +465,17 @@ def spelled(name: str) -> str:
 def filled(help: str) -> str:
     """A help text with the names that can be chosen."""
     lists = {"methods": methods, "datasets": datasets, "fusion_rules": fusion_rules, "encoders": encoders}
-    return help.format(**{kind: ", ".join(names) for kind, names in lists.items()})
+    recommended = [
+        f"for {name} {' '.join(f'{spelled(option)} {as_text(value)}' for option, value in options.items())}"
+        for name, options in datasets.recommended.items()
+        if options
+    ]
+    return help.format(recommended="; ".join(recommended), **{kind: ", ".join(names) for kind, names in lists.items()})
+
+
+def as_text(value: object) -> str:
+    """As the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def resumed(folder: str, config: dict, given: dict) -> Options:

@@ -9,8 +9,9 @@ import scipy.stats
 from studies.command import main, studies
 from studies.questions import gaussian
 from studies.questions.features import follower_features
+from udi_trainer import Options
 
-from .helpers import ROOT, line, metrics, record, results, table
+from .helpers import ROOT, SCORES, line, metrics, record, results, table
 
 
 def test_options_of_all_studies():
@@ -109,3 +110,72 @@ def test_fitted_club_is_right_on_gaussians(dim):
     cell = gaussian.estimate(dim, 0.3, options)
     assert cell["estimate"] == pytest.approx(cell["club"], rel=0.05)
     assert cell["estimate"] > cell["information"]
+
+
+# --- where UDI wins ---
+
+
+def scored(test_acc, val_acc=0.5):
+    return SCORES | {"val_acc": val_acc, "test_acc": test_acc}
+
+
+def test_fewlabels_study(tmp_path):
+    """Differences are paired by seed, at each number of labels."""
+    study, records, gains = studies["fewlabels"](), [], [0.01, 0.03, 0.02]
+    for n in (50, 100, 200):
+        for seed, gain in enumerate(gains, 10):
+            found = metrics("left", 0.8 + gain) | {"ensemble": scored(0.8), "baselines": {"joint": scored(0.7 + gain)}}
+            records.append(record("udi", seed, f"{n} labels", metrics=found))
+            records.append(record("co-training", seed, f"{n} labels", metrics=metrics(None, 0.9)))
+    low, high = scipy.stats.ttest_1samp([100 * gain for gain in gains], 0).confidence_interval(0.95)
+    notes = study.notes(records)
+    assert f"100 labels: udi against ensemble: +2.00 [{low:+.2f}, {high:+.2f}] points." in notes
+    assert "50 labels: udi against joint: +10.00 [+10.00, +10.00] points." in notes
+    assert study.draw(records, tmp_path) == ["labels.png", "accuracy.png"] and (tmp_path / "labels.png").exists()
+    assert list(study.seeds) == list(range(10, 20))
+
+
+def test_shortcut_study(tmp_path):
+    """What counts is the digit's own classifier where hues are random; its predictions stand beside."""
+    study, records = studies["shortcut"](), []
+    shifts = {"ensemble": 0.5, "consistency": 0.4, "CLUB": 0.6, "CLUB given the label": 0.7, "residual": 0.8}
+    for v in study.variants:
+        for seed in (0, 1):
+            found = metrics(None if v.name == "ensemble" else "hue", 0.9)
+            found["modalities"] = {
+                m: scored(0.9) | {"shifted_acc": shifts[v.name] + seed / 100} for m in ("hue", "digit")
+            }
+            found["fused"]["shifted_acc"] = 0.3
+            found["baselines"] = {"joint": scored(0.95) | {"shifted_acc": 0.2}} if v.name == "ensemble" else {}
+            records.append(record(v.name, seed, v.condition, **study.keep(found, [])))
+    text = study.tables(records)
+    shifted = text.split("### rho 0.9: digit, random hue in test")[1]
+    assert (
+        line(shifted, "digit alone")[1] == "50.50 ± 0.71" and line(shifted, "residual")[2] == "+30.00 [+30.00, +30.00]"
+    )
+    assert line(text.split("### rho 0.9: prediction")[1], "CLUB")[1] == "90.00 ± 0.00"
+    assert "rho 0.95, random hue in test: residual against CLUB given the label: +10.00 [+10.00, +10.00] points." in (
+        study.notes(records)
+    )
+    assert study.draw(records, tmp_path) == ["shift.png", "accuracy.png"]
+
+
+def test_speakers_study():
+    """A fold counts once, by the mean of its seeds."""
+    study, records = studies["speakers"](), []
+    for fold in range(6):
+        for seed, gain in ((0, 0.0), (1, 0.02)):
+            found = metrics("image", 0.8 + gain + fold / 1000) | {"ensemble": scored(0.8)}
+            records.append(record("udi", seed, f"fold {fold}", metrics=found))
+    low, high = scipy.stats.ttest_1samp([1 + fold / 10 for fold in range(6)], 0).confidence_interval(0.95)
+    assert study.notes(records)[0] == f"udi against ensemble: +1.25 [{low:+.2f}, {high:+.2f}] points."
+    assert line(study.tables(records), "udi")[-2] == "6"
+
+
+def test_quickstart_study():
+    study = studies["quickstart"]()
+    assert Options.make() == Options.make(**study.settle([]))
+    found = metrics("left", 0.9) | {"ensemble": scored(0.8)}
+    assert study.notes([record("udi", seed, metrics=found) for seed in (0, 1)]) == [
+        "udi against ensemble: +10.00 [+10.00, +10.00] points."
+    ]

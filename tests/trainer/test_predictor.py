@@ -138,7 +138,7 @@ def test_many_samples_are_predicted_in_pieces(mixed):
 
 
 def test_a_finished_folder_of_the_command():
-    assert main(["--epochs", "1", "--method", "ensemble", "--amp", "--out", "run"]) == 0
+    assert main(["--dataset", "cgdigits", "--epochs", "1", "--method", "ensemble", "--amp", "--out", "run"]) == 0
     test = datasets["cgdigits"](None).test
     scored = (load("run").predict(test).argmax(1) == test.labels).double().mean().item()
     assert scored == json.loads(Path("run/metrics.json").read_text())["fused"]["test_acc"]

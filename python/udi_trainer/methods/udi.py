@@ -57,7 +57,8 @@ class Follower(Unimodal):
         super().__init__(run, modality)
         if number > 1:
             self.name += f"-{number}"
-        self.teacher, self.beside = teacher, beside
+        self.teacher, kept = teacher, usable(run.data.val, modality)
+        self.beside = beside if beside is None or kept is None else beside[kept]
         self.semi_supervised = bool((run.data.train.labels < 0).any())
         if teacher.random:
             self.reads, self.random = tuple({modality, *teacher.reads}), True
@@ -65,8 +66,8 @@ class Follower(Unimodal):
             self.load(self.model, alone.model.state_dict())
         options = run.options
         self.classes = torch.arange(run.data.classes if options.club == "given-label" else 0, device=run.device)
-        known = teacher.width + len(self.classes)
-        self.q = ConditionalGaussian(known, self.width, options.q_width, options.q_depth).to(run.device)
+        width = teacher.width + len(self.classes)
+        self.q = ConditionalGaussian(width, self.width, options.q_width, options.q_depth).to(run.device)
         self.shard(self.q.layers)  # whose output, other than q's, is no view, which FSDP2 warns of
         self.q_parameters = list(self.q.parameters())
         self.optimizer = run.optimizer(

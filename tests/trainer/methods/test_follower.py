@@ -178,6 +178,8 @@ def test_plain_pytorch_trains_the_same(align):
 
     options = {"epochs": 3, "controller": "dynamic", "align_every": align, "baselines": [], "q_warmup": 5}
     argv = [
+        "--dataset",
+        "cgdigits",
         "--controller",
         "dynamic",
         "--align-every",

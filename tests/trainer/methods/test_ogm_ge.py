@@ -55,5 +55,5 @@ def test_first_half_is_modulated(monkeypatch):
     assert main(["--method", "ogm-ge", "--epochs", "4", "--out", "run"]) == 0
     assert calls == [True] * 2 * 16 + [False] * 2 * 16
     rows = read_log("run")
-    assert all(min(row["k_gray"], row["k_color"]) < 1 for row in rows[:2])
-    assert all(row["k_gray"] == row["k_color"] == 1 for row in rows[2:])
+    assert all(min(row["k_left"], row["k_right"]) < 1 for row in rows[:2])
+    assert all(row["k_left"] == row["k_right"] == 1 for row in rows[2:])

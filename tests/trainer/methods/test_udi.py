@@ -30,14 +30,28 @@ from ..helpers import (
 
 
 def test_defaults_reach_what_they_promise():
-    assert main(["--out", "run"]) == 0
-    metrics = read_metrics("run")
-    assert metrics["anchor"] == "gray"
-    assert metrics["fused"]["test_acc"] >= 0.95
-    assert metrics["fused"]["test_acc"] > metrics["baselines"]["joint"]["test_acc"] + 0.2
-    assert metrics["collapsed"] == {}
+    """In the mean of 5 seeds UDI is ahead of joint training and of either modality, and not behind the ensemble."""
+    committed = json.loads((ROOT / "python" / "results" / "quickstart" / "results.json").read_text())
+    theirs = {run["seed"]: run["metrics"] for run in committed["runs"]}
+    reached = {}
+    for seed in range(5):
+        assert main(["--seed", str(seed), "--out", str(seed)]) == 0
+        metrics = read_metrics(str(seed))
+        assert metrics["collapsed"] == {}
+        paths = {"udi": ("fused",), "joint": ("baselines", "joint"), "ensemble": ("ensemble",)}
+        for name, path in (paths | {m: ("unimodal", m) for m in ("left", "right")}).items():
+            ours, there = (functools.reduce(dict.get, path, m)["test_acc"] for m in (metrics, theirs[seed]))
+            # The same run as committed: equal on the same torch and processor, elsewhere rounding moves a few samples.
+            assert ours == pytest.approx(there, abs=0.05)
+            reached.setdefault(name, []).append(ours)
+    mean = {name: sum(accuracies) / len(accuracies) for name, accuracies in reached.items()}
+    assert mean["udi"] > mean["joint"] + 0.02 and mean["udi"] > mean["left"] + 0.02 and mean["udi"] >= mean["ensemble"]
 
-    # The same run as committed: equal on the same torch and processor, elsewhere rounding may move a few samples.
+
+def test_figures_of_cgdigits_stay():
+    assert main(["--dataset", "cgdigits", "--out", "run"]) == 0
+    metrics = read_metrics("run")
+    assert metrics["anchor"] == "gray" and metrics["collapsed"] == {}
     committed = json.loads((ROOT / "python" / "results" / "cgdigits" / "results.json").read_text())
     runs = {(run["variant"], run["seed"]): run["metrics"] for run in committed["runs"]}
     for path in (("fused",), ("unimodal", "gray"), ("baselines", "joint"), ("modalities", "color")):
@@ -57,7 +71,8 @@ def test_three_modalities(three_views, options):
 
 def test_uncached_anchor(register):
     """An anchor whose input is augmented runs in every step; where augmenting changes nothing, so must that."""
-    options = ["--epochs", "4", "--controller", "dynamic", "--align-every", "1", "--baselines", "none"]
+    options = ["--dataset", "cgdigits", "--epochs", "4", "--baselines", "none"]
+    options += ["--controller", "dynamic", "--align-every", "1"]
     assert main([*options, "--out", "cached"]) == 0
     runs = []
 
@@ -139,7 +154,7 @@ def test_warmup_follows_the_length_of_the_run(options, warmup):
 
 def test_no_complementary_weight_before_q_is_fitted(capsys):
     """Not in the epochs of the warm-up, which metrics.json names; a warning where there are no others."""
-    options = "--epochs 3 --controller dynamic --align-every 1 --baselines none --anchor gray".split()
+    options = "--epochs 3 --controller dynamic --align-every 1 --baselines none --anchor left".split()
     for warmup in ("32", "48"):
         assert main([*options, "--q-warmup", warmup, "--out", warmup]) == 0
         rows = [row for row in read_log(warmup) if row["phase"] == "follower"]
@@ -179,7 +194,9 @@ def test_anchor_near_tie_goes_to_the_surer():
 def test_collapse_is_reported(monkeypatch, capsys):
     """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
     monkeypatch.setattr(udi, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
-    options = "--controller dynamic --align-every 1 --epochs 3 --baselines none --anchor color --out run"
+    options = (
+        "--dataset cgdigits --controller dynamic --align-every 1 --epochs 3 --baselines none --anchor color --out run"
+    )
     assert main(options.split()) == 0
     out, err = capsys.readouterr()
     reason = read_metrics("run")["collapsed"]["gray"]
@@ -278,3 +295,13 @@ def test_residual_followers(capsys):
 def test_club_given_the_label():
     assert main([*FEW, "--club", "given-label", "--baselines", "none", "--q-warmup", "3", "--out", "run"]) == 0
     assert read_metrics("run")["fused"]["test_acc"] > 0.3
+
+
+def test_residual_followers_where_modalities_are_missing(mixed):
+    """What the anchor lacks is learned alone; what the follower lacks is not judged."""
+    for split in mixed.splits().values():
+        split.stored[presence("audio")] = torch.arange(len(split)) % 3 > 0
+        split.stored[presence("picture")] = torch.arange(len(split)) % 4 > 0
+    options = {"anchor": "audio", "follower_loss": "residual", "club": "given-label", "labels": 40}
+    metrics = train(mixed, epochs=2, baselines=[], progress=False, **options).metrics
+    assert metrics["fused"]["rule"] == "loglinear" and 0 <= metrics["fused"]["test_acc"] <= 1

@@ -75,7 +75,7 @@ def test_augmentation_depends_on_seed_and_step_alone(three_views, register, monk
 )
 def test_settings_of_q_and_optimizer_resume(options, monkeypatch):
     """q's own learning rate, its shape and its steps are those of an uninterrupted run, and so are the alphas."""
-    options = f"--epochs 4 --anchor gray --baselines none --controller dynamic --align-every 7 {options}".split()
+    options = f"--epochs 4 --anchor left --baselines none --controller dynamic --align-every 7 {options}".split()
     assert main([*options, "--out", "whole"]) == 0
     logits = Follower.logits
     with monkeypatch.context() as patch:
@@ -86,6 +86,6 @@ def test_settings_of_q_and_optimizer_resume(options, monkeypatch):
     assert main(["--resume", "cut"]) == 0
     assert without_times(read_metrics("cut")) == without_times(read_metrics("whole"))
     assert read_log("cut") == read_log("whole")
-    saved = torch.load("cut/checkpoints/follower-color.pt", weights_only=True)["parts"]["optimizer"]
+    saved = torch.load("cut/checkpoints/follower-right.pt", weights_only=True)["parts"]["optimizer"]
     follower, q = (float(group["lr"]) for group in saved["param_groups"])
     assert q == pytest.approx(3 * follower) and follower > 0

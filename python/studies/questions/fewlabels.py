@@ -1,0 +1,49 @@
+from ..plots import trend
+from ..registry import studies
+from ..study import RESPLIT, Study, Variant
+from ..summary import column, gather, paired
+
+LABELS = (50, 100, 200)
+SETTINGS = {
+    "udi": "--baselines joint,joint-self-training,self-training",
+    "co-training": "--baselines none --teacher fused --rounds 2",
+}
+CLAIMS = [
+    ("udi", "ensemble"),
+    ("udi", "joint"),
+    ("co-training", "ensemble"),
+    ("co-training", "udi"),
+    ("udi", "self-training"),
+]
+LINES = ("co-training", "udi", "ensemble", "joint")
+
+
+@studies.register("fewlabels")
+class FewLabels(Study):
+    """Of 1077 pairs of digits' halves few have labels: what is it worth that a follower learns from the others, too?"""
+
+    seeds, seeding = range(10, 20), RESPLIT
+    variants = [
+        Variant(name, f"--dataset fewdigits --labels {n} {options}", f"{n} labels")
+        for n in LABELS
+        for name, options in SETTINGS.items()
+    ]
+
+    def notes(self, records):
+        tables, lines = gather(self, records), []
+        for n in LABELS:
+            found = tables.get((f"{n} labels", "prediction"), {})
+            for ours, theirs in CLAIMS:
+                if gain := ours in found and theirs in found and paired(found[ours], found[theirs]):
+                    lines.append(f"{n} labels: {ours} against {theirs}: {gain} points.")
+        return lines
+
+    def draw(self, records, folder):
+        tables, scores = gather(self, records), {}
+        for n in LABELS:
+            for name, by_seed in tables.get((f"{n} labels", "prediction"), {}).items():
+                scores.setdefault(name, {})[str(n)] = column(by_seed, "test_acc")
+        shown = {name: scores[name] for name in LINES if name in scores}
+        title = "Halves of digits, few of 1077 pairs with a label: test accuracy, %"
+        path = folder / "labels.png"
+        return [trend(shown, CLAIMS[:3], title, "labels", path), *super().draw(records, folder)]
