@@ -54,5 +54,6 @@ def by_fold(records: list[dict]) -> list[dict]:
 def mean(values: list):
     """Of numbers in dicts of the same keys; what is no number is the first one's."""
     if isinstance(values[0], dict):
-        return {key: mean([value[key] for value in values if key in value]) for key in values[0]}
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: mean([value[key] for value in values if key in value]) for key in keys}
     return statistics.fmean(values) if isinstance(values[0], float) else values[0]
