@@ -141,8 +141,6 @@ class Plan:
         if options.labels is not None:
             data = hide(data, options.labels, options.seed)
             check_presence(data)
-        if unlabelled := int((data.train.labels < 0).sum()):
-            log.info("train: %d of %d samples have no label", unlabelled, len(data.train))
         self.data = data
         if options.anchor != "auto":
             choose("anchor", options.anchor, data.modalities)
@@ -162,6 +160,8 @@ class Plan:
             where = f", {distributed.world()} processes" if distributed.world() > 1 else ""
             where += f"; run folder {folder}" if folder else ""
             log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
+            if unlabelled := int((self.data.train.labels < 0).sum()):
+                log.info("train: %d of %d samples have no label", unlabelled, len(self.data.train))
             run = Run(options, self.data, self.device, RunFolder(ours), stop)
             outcome = self.method(run)
             metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}

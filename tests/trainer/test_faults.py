@@ -334,7 +334,7 @@ def test_python_without_docstrings():
     process = start("-OO", "-c", code)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "color alone" in out and "--epochs N" in out
+    assert "left alone" in out and "--epochs N" in out
 
 
 # --- losses and memory ---

@@ -264,6 +264,39 @@ def overfitted(anchor: Alone, val_acc: float) -> str | None:
     return None
 
 
+def follow(run: Run, tasks: Mapping[str, Alone], name: str, alone: dict[str, dict]) -> dict[str, Follower]:
+    """Trains the anchor's followers. ``alone``: the logits of each task."""
+    residual = run.options.follower_loss == "residual"
+    val, labels = alone[name]["val"], run.labels["val"]
+    if residual and (reason := overfitted(tasks[name], accuracy(val, labels))):
+        log.warning("anchor %s is overfitted, which ruins residual followers: %s", name, reason)
+    # Logits are calibrated where they teach samples without labels, or are added to a follower's.
+    calibrated = residual or bool((run.data.train.labels < 0).any())
+    scale = 1 / temperature(val, labels) if calibrated else 1.0
+    anchor = Frozen(run, name, tasks[name].model, tasks[name].width, scale)
+    beside = scale * val.nan_to_num(0) if residual else None
+    modalities = [m for m in run.data.modalities if m != name]
+    followers = {m: run.make(Follower, m, anchor, start(run, tasks, m), beside) for m in modalities}
+    fit(list(followers.values()), run)
+    return followers
+
+
+def co_train(run: Run, tasks: Mapping[str, Alone], logits: dict[str, dict]) -> dict[str, Follower]:
+    """Trains all modalities to follow the fused prediction, round by round that of the last ones."""
+    teachers = fused_teachers(run, tasks, logits)
+    for number in range(1, run.options.rounds + 1):
+        followers = {m: run.make(Follower, m, teachers[m], start(run, tasks, m), None, number) for m in tasks}
+        fit(list(followers.values()), run)
+        if number < run.options.rounds:
+            teachers = fused_teachers(run, followers, predictions(followers, run)[1])
+    return followers
+
+
+def start(run: Run, tasks: Mapping[str, Alone], modality: str) -> Alone | None:
+    """What a follower's parameters start from, if not from scratch."""
+    return tasks[modality] if run.options.follower_init == "anchor-phase" else None
+
+
 @methods.register("udi")
 def udi(run: Run) -> Outcome:
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
@@ -281,28 +314,9 @@ def udi(run: Run) -> Outcome:
     warmup, steps = q_warmup(run), options.epochs * run.steps
     if warmup >= steps:
         log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)
-    warm = tasks if options.follower_init == "anchor-phase" else {}
-    if co_training:
-        followers, logits = tasks, alone
-        for number in range(1, options.rounds + 1):
-            teachers = fused_teachers(run, followers, logits)
-            followers = {m: run.make(Follower, m, teachers[m], warm.get(m), None, number) for m in tasks}
-            fit(list(followers.values()), run)
-            followed, logits = predictions(followers, run)
-    else:
-        residual = options.follower_loss == "residual"
-        if residual and (reason := overfitted(tasks[name], unimodal[name]["val_acc"])):
-            log.warning("anchor %s is overfitted, which ruins residual followers: %s", name, reason)
-        # Logits are calibrated where they teach samples without labels, or are added to a follower's.
-        calibrated = residual or bool((run.data.train.labels < 0).any())
-        scale = 1 / temperature(alone[name]["val"], run.labels["val"]) if calibrated else 1.0
-        anchor = Frozen(run, name, tasks[name].model, tasks[name].width, scale)
-        beside = scale * alone[name]["val"].nan_to_num(0) if residual else None
-        modalities = [m for m in run.data.modalities if m != name]
-        followers = {m: run.make(Follower, m, anchor, warm.get(m), beside) for m in modalities}
-        fit(list(followers.values()), run)
-        followed, trained = predictions(followers, run)
-        logits = {m: alone[m] if m == name else trained[m] for m in run.data.modalities}
+    followers = co_train(run, tasks, alone) if co_training else follow(run, tasks, name, alone)
+    followed, trained = predictions(followers, run)
+    logits = {m: (trained if m in followers else alone)[m] for m in run.data.modalities}
     collapses = {}
     for modality, follower in followers.items():
         skill = unimodal[modality]["val_acc"] if modality in tasks else None
