@@ -131,7 +131,9 @@ def test_js_div(examples):
         plain = evaluate(oracle(wide), (x, y), needs, seed)
         truth = evaluate(oracle(torch.float64), (x.double(), y.double()), needs, seed)
         got = evaluate(ours, (x, y), needs, seed)
-        scale = 1.0 if weight is None or options["reduction"] == "mean" else max(1.0, *weight.double().reshape(-1).tolist(), 1.0)
+        scale = (
+            1.0 if weight is None or options["reduction"] == "mean" else max([1.0, *weight.double().flatten().tolist()])
+        )
         scale *= max(1, math.prod(x.shape[:-1])) if options["reduction"] == "sum" else 1
         assert_right(got, plain, truth, scale * max(1.0, 1 / options["temperature"]))
         if how == "func" and options["reduction"] != "none":
