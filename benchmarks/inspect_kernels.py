@@ -31,8 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "kernels.csv"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 RISE = 1.05
-# Kernel name: the reason why it may spill or use local memory.
-ACCEPTED: dict[str, str] = {}
+# (Kernel, architecture): why it may spill 16 bytes at most.
+ACCEPTED = {
+    ("js_div._fwd_row", "sm_100"): "any beta but 1/2: a register more would halve the warps that read the next rows",
+    ("gramian_few<BFloat16, 8", "sm_100"): "K = 8: the same, of three blocks one would have to go",
+    ("gramian_few<Half, 8", "sm_100"): "likewise",
+}
 COLUMNS = (
     "kernel", "configuration", "arch", "compiler", "instructions", "fma", "alu", "xu", "memory", "registers", "warps",
     "flight", "load", "store", "shared", "local", "spills", "bytes",
@@ -291,7 +295,8 @@ def faults(rows, committed):
     """Sentences about what must not be; `committed`: rows by KEY."""
     for row in rows:
         where = f"{row['kernel']} ({row['configuration']}, {row['arch']})"
-        if (row["spills"] or row["local"]) and row["kernel"] not in ACCEPTED:
+        accepted = any(row["kernel"].startswith(name) and row["arch"] == arch for name, arch in ACCEPTED)
+        if (row["spills"] or row["local"]) and not (accepted and int(row["local"]) <= 16):
             yield f"{where} spills: {row['spills']} local loads and stores, {row['local']} bytes"
         if row["bytes"]:
             yield f"{where} has {row['bytes']} stores of single bytes"
