@@ -28,7 +28,7 @@ USUAL = {
 }
 FIGURES = {
     "js_div": ["js_div"],
-    "club_mi": ["club_mi"],
+    "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
 }
