@@ -18,6 +18,7 @@ takes over 5% more instructions than in the committed table, where that is by th
 import argparse
 import csv
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -75,6 +76,9 @@ def cases():
 
     from udi_kernels.triton import certainty, club, duc, effective_dims, js_div
 
+    def case(op, way, shape, words, launch, *args):
+        return op, way, shape, dtype, words, functools.partial(launch, *args)
+
     scalar = torch.empty((), device="meta")
     for dtype in (torch.float32, torch.bfloat16):
         new = dict(dtype=dtype, device="meta")
@@ -82,89 +86,33 @@ def cases():
             x, y = torch.empty(R, C, **new), torch.empty(R, C, **new)
             stats = torch.empty(6, R, device="meta")
             for beta in (0.5, *(BETAS if (R, C) in BETA_SHAPES else ())):
-                words = "" if beta == 0.5 else f"beta {beta}"
-                yield (
-                    "js_div",
-                    "forward",
-                    (R, C),
-                    dtype,
-                    words,
-                    functools.partial(js_div.js_div_fwd, x, y, None, beta, 1.0, 2),
-                )
+                words, options = "" if beta == 0.5 else f"beta {beta}", (beta, 1.0, 2)
+                yield case("js_div", "forward", (R, C), words, js_div.js_div_fwd, x, y, None, *options)
                 for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
-                    yield (
-                        "js_div",
-                        "backward",
-                        (R, C),
-                        dtype,
-                        words,
-                        functools.partial(js_div.js_div_bwd, scalar, x, y, None, stats, beta, 1.0, 2, *needs),
-                    )
-        for N, D in (shape for shape in CLUB_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
+                    backward = js_div.js_div_bwd, scalar, x, y, None, stats, *options, *needs
+                    yield case("js_div", "backward", (R, C), words, *backward)
+        for shape in (shape for shape in CLUB_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
+            N, D = shape
             inputs, stats = [torch.empty(N, D, **new) for _ in range(3)], torch.empty(5, D, device="meta")
-            for reduction, words in ((0, "each row"), (2, "")):
+            classes = torch.empty(3, N + 1, dtype=torch.int64, device="meta")
+            for reduction, given in itertools.product((0, 2), (None, classes)):
                 grad = torch.empty((N,) if reduction == 0 else (), device="meta")
-                yield (
-                    "club_mi",
-                    "forward",
-                    (N, D),
-                    dtype,
-                    words,
-                    functools.partial(club.club_mi_fwd, *inputs, None, reduction),
-                )
+                words = " ".join(filter(None, ("" if given is None else "given", "" if reduction else "each row")))
+                yield case("club_mi", "forward", shape, words, club.club_mi_fwd, *inputs, given, reduction)
                 for needs in ((False, False, True), (True, True, True)):
-                    yield (
-                        "club_mi",
-                        "backward",
-                        (N, D),
-                        dtype,
-                        words,
-                        functools.partial(club.club_mi_bwd, grad, *inputs, None, stats, reduction, *needs),
-                    )
-                given = (*inputs, torch.empty(3, N + 1, dtype=torch.int64, device="meta"))
-                words = f"given {words}".strip()
-                yield "club_mi", "forward", (N, D), dtype, words, functools.partial(club.club_mi_fwd, *given, reduction)
-                for needs in ((False, False, True), (True, True, True)):
-                    yield (
-                        "club_mi",
-                        "backward",
-                        (N, D),
-                        dtype,
-                        words,
-                        functools.partial(club.club_mi_bwd, grad, *given, stats, reduction, *needs),
-                    )
-            yield "club_nll", "forward", (N, D), dtype, "", functools.partial(club.club_nll_fwd, *inputs)
-            yield (
-                "club_nll",
-                "backward",
-                (N, D),
-                dtype,
-                "",
-                functools.partial(club.club_nll_bwd, scalar, *inputs, True, True, False),
-            )
+                    backward = club.club_mi_bwd, grad, *inputs, given, stats, reduction, *needs
+                    yield case("club_mi", "backward", shape, words, *backward)
+            yield case("club_nll", "forward", shape, "", club.club_nll_fwd, *inputs)
+            yield case("club_nll", "backward", shape, "", club.club_nll_bwd, scalar, *inputs, True, True, False)
         student, teacher = torch.empty(1024, 512, **new), torch.empty(1024, 512, **new)
         dims, features = torch.empty(512, dtype=torch.bool, device="meta"), torch.empty(10000, 512, **new)
         labels, logits = torch.empty(10000, dtype=torch.int64, device="meta"), torch.empty(3, 8192, 101, **new)
-        losses = functools.partial(duc.duc_loss_fwd, student, teacher, dims, 10.0, 2, True)
-        yield "duc_loss", "forward", (1024, 1024), dtype, "", losses
-        yield (
-            "effective_dims",
-            "forward",
-            (10000, 512),
-            dtype,
-            "",
-            functools.partial(effective_dims.effective_dims_fwd, features, labels, 101),
-        )
-        fused = functools.partial(certainty.certainty_fusion_fwd, logits, 1.0)
-        yield "certainty_fusion", "forward", (3 * 8192, 101), dtype, "", fused
-        yield (
-            "certainty_fusion",
-            "backward",
-            (3 * 8192, 101),
-            dtype,
-            "",
-            functools.partial(certainty.certainty_fusion_bwd, torch.empty(8192, 101, **new), logits, 1.0, True),
-        )
+        grad, heads = torch.empty(8192, 101, **new), (3 * 8192, 101)
+        yield case("duc_loss", "forward", (1024, 1024), "", duc.duc_loss_fwd, student, teacher, dims, 10.0, 2, True)
+        centroids = effective_dims.effective_dims_fwd, features, labels, 101
+        yield case("effective_dims", "forward", (10000, 512), "", *centroids)
+        yield case("certainty_fusion", "forward", heads, "", certainty.certainty_fusion_fwd, logits, 1.0)
+        yield case("certainty_fusion", "backward", heads, "", certainty.certainty_fusion_bwd, grad, logits, 1.0, True)
 
 
 @functools.cache  # kernels do not travel between processes: each worker notes the launches itself

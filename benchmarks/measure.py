@@ -224,8 +224,8 @@ def measure(case, names, device):
         samples = interleave([sample for *_, sample, _ in running], device.seconds)
         hot = [None] * len(running)
         if device.hot_sampler:
-            hot = map(_median, interleave([device.hot_sampler(call) for _, _, call, *_ in running], device.seconds / 2))
-        hot = list(hot)
+            samplers = [device.hot_sampler(call) for _, _, call, *_ in running]
+            hot = [1e6 * _median(s) for s in interleave(samplers, device.seconds / 2)]
     finally:
         gc.enable()
 
@@ -237,7 +237,7 @@ def measure(case, names, device):
     for name, i in best.items():
         _, variant, call, _, how = running[i]
         info = _extra_info(case, name, variant, how, len(sets), call, samples[i], device)
-        results[name] = samples[i], info | {"hot_us": hot[i] and hot[i] * 1e6}
+        results[name] = samples[i], info | {"hot_us": hot[i]}
     # A variant that cannot be had is no matter beside one that can; one that is wrong is.
     return results | {n: e for n, e in failed.items() if n not in results or not isinstance(e, Unavailable)}
 

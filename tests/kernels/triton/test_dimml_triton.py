@@ -4,30 +4,19 @@ Without a GPU they run in Triton's interpreter, which must be chosen before Trit
 runs this file again in a process of its own.  With a GPU they run there, in this process.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import DEVICE, INTERPRETED, REDUCTION, RUNS_HERE, assert_replays, run_again
 
 from udi_kernels import reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-RUNS_HERE = INTERPRETED or DEVICE == "cuda"
-REDUCTIONS = ("none", "sum", "mean")
 # Beside float32's rounding, of sums of a few hundred terms: that of 16-bit coefficients and results.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 if not RUNS_HERE:
 
     def test_interpreter():
-        pytest.importorskip("triton", reason="triton is not installed")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-        assert " passed" in run.stdout
+        run_again(__file__)
 
 else:
     pytest.importorskip("triton", reason="triton is not installed")
@@ -66,7 +55,7 @@ class TestDUC:
     def check(self, student, teacher, dims, temperature=1.0, reduction=0):
         grad = torch.rand(len(student)) if reduction == 0 else torch.rand(())
         leaves = [t.double().requires_grad_() for t in (student, teacher)]
-        value = reference.duc_loss(*leaves, dims, temperature=temperature, reduction=REDUCTIONS[reduction])
+        value = reference.duc_loss(*leaves, dims, temperature=temperature, reduction=REDUCTION[reduction])
         truth = value.detach(), *torch.autograd.grad(value, leaves, grad.double())
         ours = self.run(student, teacher, dims, grad, temperature, reduction)
         for i, (a, b) in enumerate(zip(ours, truth, strict=True)):
@@ -205,22 +194,4 @@ def test_graph_capture_without_synchronisation():
         torch.randn(3, 64, 10, device=DEVICE),
     )
     dims, labels = torch.rand(64, device=DEVICE) < 0.5, torch.randint(10, (300,), device=DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        for t in captured:
-            t.zero_() if t.dtype == torch.bool else t.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+    assert_replays(step)
