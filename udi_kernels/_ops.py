@@ -60,7 +60,11 @@ def launched_by_triton(module: str, names: Sequence[str]) -> None:
     """Registers launchers of udi_kernels.triton, imported at their first call: that is slow, and may be missing."""
 
     def launcher(name: str) -> Callable:
-        return lambda *args: getattr(importlib.import_module(f"udi_kernels.triton.{module}"), name)(*args)
+        @functools.cache
+        def load() -> Callable:
+            return getattr(importlib.import_module(f"udi_kernels.triton.{module}"), name)
+
+        return lambda *args: load()(*args)
 
     for name in names if find_spec("triton") else ():
         LIBRARY.impl(name, launcher(name), "CUDA")

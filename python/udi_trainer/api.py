@@ -17,7 +17,7 @@ import udi_kernels
 from . import distributed
 from .console import console, log
 from .data.check import check, check_presence
-from .data.dataset import Dataset, Encoder, Modality, Split
+from .data.dataset import Dataset, Encoder, Modality, Split, presence
 from .data.labels import hide
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
@@ -170,10 +170,12 @@ class Plan:
             for name, method in self.baselines.items():
                 other = method(run)
                 add_shifted(other.metrics, self.predictor(other), run.data)
+                add_without(other.metrics, self.predictor(other), run.data)
                 metrics["baselines"][name] = other.metrics["fused"]
             metrics["seconds"] = seconds(run)
             predictor = self.predictor(outcome)
             add_shifted(metrics, predictor, run.data)
+            add_without(metrics, predictor, run.data)
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
@@ -256,6 +258,16 @@ def add_shifted(metrics: dict, predictor: Predictor, data: Dataset) -> None:
     for m, logits in predictor.logits(data.shifted, shares=True).items():
         if m in metrics["modalities"]:
             metrics["modalities"][m]["shifted_acc"] = accuracy(logits, labels)
+
+
+def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
+    """To scores the accuracy without each modality, in turn, where a model reads them all: its features are then 0."""
+    if predictor.models.keys() <= data.modalities.keys():
+        return  # fusion has told, from the logits that it has
+    labels, absent = data.test.labels.cpu(), torch.zeros(len(data.test), dtype=torch.bool)
+    metrics["fused"]["without"] = {
+        m: accuracy(predictor.predict(data.test.stored | {presence(m): absent}), labels) for m in data.modalities
+    }
 
 
 def picture(metrics: dict, run: Run) -> None:

@@ -242,6 +242,9 @@ class Options:
         "N",
         "0; of cremad none, its customary split",
     )
+    labelled_speakers: int | None = option(
+        FILES, None, number(int, 1), "of spokendigits' training speakers: how many have labels", "N", "all"
+    )
     image_noise: float = option(
         FILES, 0.6, number(float, 0), "of spokendigits' images: standard deviation, of pixels' range"
     )

@@ -9,6 +9,7 @@ import scipy.stats
 from studies.command import main, studies
 from studies.questions import gaussian
 from studies.questions.features import follower_features
+from studies.questions.speakers import by_fold, missing
 from udi_trainer import Options
 
 from .helpers import ROOT, SCORES, line, metrics, record, results, table
@@ -166,10 +167,15 @@ def test_speakers_study():
     for fold in range(6):
         for seed, gain in ((0, 0.0), (1, 0.02)):
             found = metrics("image", 0.8 + gain + fold / 1000) | {"ensemble": scored(0.8)}
+            found["without"] = {"": {"image": 0.3 + gain, "speech": 0.7}, "ensemble": {"image": 0.25, "speech": 0.7}}
             records.append(record("udi", seed, f"fold {fold}", metrics=found))
     low, high = scipy.stats.ttest_1samp([1 + fold / 10 for fold in range(6)], 0).confidence_interval(0.95)
-    assert study.notes(records)[0] == f"udi against ensemble: +1.25 [{low:+.2f}, {high:+.2f}] points."
+    assert study.notes(records)[0] == f"All labelled: udi against ensemble: +1.25 [{low:+.2f}, {high:+.2f}] points."
     assert line(study.tables(records), "udi")[-2] == "6"
+    assert [line(missing(by_fold(records)), name) for name in ("udi", "ensemble")] == [
+        ["31.00 ± 0.00", "70.00 ± 0.00"],
+        ["25.00 ± 0.00", "70.00 ± 0.00"],
+    ]
 
 
 def test_quickstart_study():

@@ -11,6 +11,7 @@ from torch import nn
 
 from udi_trainer import Outcome, Split, UserError, train
 from udi_trainer.command import main
+from udi_trainer.evaluation.fusion import combine
 from udi_trainer.evaluation.scores import accuracy, scores
 from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets
@@ -61,6 +62,24 @@ def test_every_method_on_data_and_encoders_of_one_s_own(mixed, method, tmp_path)
         followed = result.metrics["anchor"] != "audio"
         assert Recurrent.made == 1 + followed + 2 + 1  # alone, as a follower, the two baselines; ours above
         assert {row["phase"] for row in result.history["anchor-audio"]} == {"anchor"}  # the ensemble has it from there
+
+
+@pytest.mark.parametrize("method", ["joint", "dimml"])
+def test_a_model_of_all_modalities_is_judged_without_each(three_views, method):
+    """Features of what is missing are 0; DI-MML's own head of it says nothing, and its fusion head less."""
+    result = train(three_views, method, epochs=2, baselines=[], progress=False)
+    test = datasets[three_views](None).test
+    whole, joint = result.predictor.logits(test), result.models[{"joint": "joint", "dimml": "fusion head"}[method]]
+    for i, m in enumerate(test.stored):
+        with torch.no_grad():
+            features = joint({name: x.float() for name, x in test.stored.items()})[0]
+            z = joint.fuse({name: f * (name != m) for name, f in features.items()})
+        if method == "dimml":
+            own = [whole[name] for name in test.stored]
+            own[i] = torch.full_like(z, torch.nan)
+            z = combine(result.predictor.rule, torch.stack([*own, z]))
+        assert result.metrics["fused"]["without"][m] == accuracy(z, test.labels)
+    assert result.metrics["fused"]["without"].keys() == test.stored.keys()
 
 
 def test_the_same_figures_as_the_command(three_views):

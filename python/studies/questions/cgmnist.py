@@ -9,4 +9,5 @@ class CGMNIST(Study):
     variants = [
         Variant("udi", "--dataset cgmnist --epochs 8 --baselines joint,joint-sum,ogm-ge,gramian"),
         Variant("udi, dynamic", "--dataset cgmnist --epochs 8 --baselines none --controller dynamic"),
+        Variant("dimml", "--dataset cgmnist --epochs 8 --method dimml --baselines none"),
     ]

@@ -7,6 +7,11 @@ SETTINGS = {
     "udi, static 0.5,0.5": "--alpha 0.5,0.5",
     "udi, static 1,0": "--alpha 1,0",
     "udi, followers warm": "--follower-init anchor-phase",
+    "udi, CLUB given the label": "--club given-label",
+    "udi, residual": "--follower-loss residual",
+    "udi, loglinear fusion": "--fusion loglinear",
+    "co-training, loglinear fusion": "--teacher fused --rounds 2 --fusion loglinear",
+    "dimml": "--method dimml",
 }
 
 

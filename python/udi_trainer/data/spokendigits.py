@@ -3,7 +3,7 @@
 Speakers of validation and test are never heard in training: a fold holds out one speaker for validation and the next
 two, in the alphabet's circle, for test. Every recording gets one image of its digit, training recordings from MNIST's
 training images, the others from its test images, with noise that makes reading about as hard as listening. Pairs and
-noise are drawn by a fixed seed: all runs of a fold see the same.
+noise are drawn by the fold: all its runs see the same. Some training speakers may come without labels.
 """
 
 import re
@@ -41,13 +41,16 @@ def spokendigits(data_root, options: Options) -> Dataset:
         raise UserError(f"--data-root {root}: recordings of {len(speakers)} speakers, a fold needs four or more")
     place = {speaker: (i - (options.fold or 0)) % len(speakers) for i, speaker in enumerate(speakers)}
     part = ["val" if place[s] == 0 else "test" if place[s] <= 2 else "train" for _, s, _ in names]
+    labelled = options.labelled_speakers or len(speakers) - 3
+    if labelled > len(speakers) - 3:
+        raise UserError(f"--labelled-speakers {labelled}: {len(speakers) - 3} speakers are for training")
 
     column = Column("speech", [[p] for p in files], options, Cache(options.cache_dir), {})
     kind, keys, sound = load(Audio(column))
     if column.bad:
         raise UserError(next(iter(column.bad.values())))
     labels = torch.tensor([int(digit) for digit, *_ in names])
-    written, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(0)
+    written, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(options.fold or 0)
     heard = [i for i, name in enumerate(part) if name == "train"]
     speech = kind.modality("speech", sound[heard], [keys[i] for i in heard])
 
@@ -64,6 +67,7 @@ def spokendigits(data_root, options: Options) -> Dataset:
         return Split(labels[index], {"image": image, "speech": sound[index]}, ids)
 
     train, test = split("train", *written["train"]), written["test"]
+    train.labels[torch.tensor([place[names[i][1]] > 2 + labelled for i in heard])] = -1
     half = len(test[0]) // 2  # no image in both
     val = split("val", test[0][:half], test[1][:half])
     test = split("test", test[0][half:], test[1][half:])

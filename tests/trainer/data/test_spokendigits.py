@@ -47,6 +47,18 @@ def test_pairs_are_the_same_again_and_noise_is_an_option(spoken, options):
     assert a.modalities["speech"].sample(a.train).shape[1] == 1
 
 
+def test_speakers_without_labels(spoken, options):
+    whole, few = dataset(spoken, options, fold=1), dataset(spoken, options, fold=1, labelled_speakers=1)
+    hidden = few.train.labels < 0
+    speakers = [i.split("_")[1] for i in few.train.ids]
+    assert {s for s, is_hidden in zip(speakers, hidden.tolist(), strict=True) if not is_hidden} == {"emil"}
+    assert torch.equal(few.train.labels[~hidden], whole.train.labels[~hidden]) and hidden.sum() == 40
+    assert torch.equal(few.train.stored["image"], whole.train.stored["image"])
+    assert torch.equal(few.val.labels, whole.val.labels)
+    with pytest.raises(UserError, match="--labelled-speakers 4: 3 speakers are for training"):
+        dataset(spoken, options, labelled_speakers=4)
+
+
 def test_it_trains(spoken, options, tmp_path):
     result = train("spokendigits", data_root=spoken, epochs=1, batch_size=20, out=tmp_path / "run", **options)
     assert result.metrics["modalities"].keys() == {"image", "speech"}
