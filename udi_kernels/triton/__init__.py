@@ -10,7 +10,6 @@ the results and calls one `Launch` a kernel.  Plans are kept (`plan`), so that a
 import functools
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -55,10 +54,10 @@ class Launch:
         return self.kernel[self.grid](*tensors, *self.rest, **self.options)
 
 
-def gradients(shape, dtypes, needs):
-    """A function that allocates gradients on its argument's device, those not needed empty."""
-    sizes = [(shape if need else (0,), dtype) for dtype, need in zip(dtypes, needs, strict=True)]
-    return lambda x: tuple([torch.empty(size, dtype=dtype, device=x.device) for size, dtype in sizes])
+def gradients(shape, needs):
+    """A function that allocates gradients of its argument's dtype, which all inputs have; those not needed empty."""
+    sizes = [shape if need else (0,) for need in needs]
+    return lambda x: tuple([x.new_empty(size) for size in sizes])
 
 
 def wanted(grads, needs):

@@ -260,7 +260,7 @@ def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
 
     def run(g, mu, logvar, y, out):
         buffer = torch.empty((parts, 5, D), dtype=torch.float64, device=y.device)
-        sums = torch.empty((tiles,), dtype=torch.float64, device=y.device)
+        sums = buffer.new_empty(tiles)
         stats = torch.empty((5, D), dtype=torch.float32, device=y.device)
         done = torch.empty((), dtype=torch.int32, device=y.device)
         first(g, mu, logvar, y, buffer, stats, done)
@@ -272,8 +272,7 @@ def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
 
 def _key(mu, logvar, y):
     """Everything of the inputs that a plan depends on."""
-    dtypes, strides = (mu.dtype, logvar.dtype, y.dtype), (mu.stride(0), logvar.stride(0), y.stride(0))
-    return mu.get_device(), dtypes, mu.shape, strides
+    return mu.get_device(), mu.dtype, mu.shape, (mu.stride(0), logvar.stride(0), y.stride(0))
 
 
 def _empty_loss(N, reduction):
@@ -290,12 +289,12 @@ def club_mi_fwd(mu, logvar, y, classes, reduction):
 
 
 @plan
-def _mi_fwd_plan(device, dtypes, size, strides, reduction):
+def _mi_fwd_plan(device, dtype, size, strides, reduction):
     N, D = size
     if N == 0 or D == 0:
         empty = _empty_loss(N, reduction)
         return lambda mu, logvar, y: (empty(mu), mu.new_zeros((5, D), dtype=torch.float32))
-    shape = _Shape(dtypes[0], N, D, *strides)
+    shape = _Shape(dtype, N, D, *strides)
     return _values_of_rows(shape) if reduction == 0 else _sum_of_rows(shape, 1.0 / N if reduction == 2 else 1.0)
 
 
@@ -317,8 +316,8 @@ def _values_of_rows(shape):
     launch = Launch(_values, (cdiv(shape.N, rows),), values, num_warps=4)
 
     def run(mu, logvar, y):
-        loss = torch.empty((shape.N,), dtype=torch.float32, device=mu.device)
         stats = column_stats(None, mu, logvar, y, None)
+        loss = stats.new_empty(shape.N)
         stats[3:].zero_()
         launch(mu, logvar, y, stats, loss)
         return loss, stats
@@ -374,14 +373,14 @@ def club_mi_bwd(grad, mu, logvar, y, classes, stats, reduction, need_mu, need_lo
 
 
 @plan
-def _mi_bwd_plan(device, dtypes, size, strides, grad_dtype, g_stride, reduction, needs):
+def _mi_bwd_plan(device, dtype, size, strides, grad_dtype, g_stride, reduction, needs):
     N, D = size
-    allocate = gradients(size, dtypes, needs)
+    allocate = gradients(size, needs)
     if N * D == 0 or not any(needs):
         return lambda grad, mu, logvar, y, stats: allocate(mu)
     if N == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
         return lambda grad, mu, logvar, y, stats: tuple(g.zero_() for g in allocate(mu))
-    shape = _Shape(dtypes[0], N, D, *strides)
+    shape = _Shape(dtype, N, D, *strides)
     per_row, factor = reduction == 0, 1.0 / N if reduction == 2 else 1.0
     launch = _elementwise(_mi_bwd, shape, g_stride=g_stride, factor=factor, PER_ROW=per_row)
     column_stats = (
@@ -498,9 +497,9 @@ def _given_total(PARTS, CLASSES, OUT, N, parts, BLOCK: tl.constexpr, MEAN: tl.co
     tl.store(OUT, total.to(tl.float32))
 
 
-def _given_shape(dtypes, size, strides):
+def _given_shape(dtype, size, strides):
     """Sizes of the tiles, 1024 elements whatever the dtype (more spill), and the grid."""
-    shape = _Shape(dtypes[0], *size, *strides)
+    shape = _Shape(dtype, *size, *strides)
     shape.values |= dict(ROWS=1024 // shape.block)
     return shape, (shape.tiles, max(1, min(shape.N // 2, cdiv(PROGRAMS, shape.tiles))))
 
@@ -512,12 +511,12 @@ def _given_fwd(mu, logvar, y, classes, reduction):
 
 
 @plan
-def _given_fwd_plan(device, dtypes, size, strides, reduction):
+def _given_fwd_plan(device, dtype, size, strides, reduction):
     N, D = size
     if N * D == 0:
         shape = (N,) if reduction == 0 else ()
         return lambda mu, logvar, y, classes: mu.new_zeros(shape, dtype=torch.float32)
-    shape, grid = _given_shape(dtypes, size, strides)
+    shape, grid = _given_shape(dtype, size, strides)
     launch = Launch(_given_values, grid, shape.values | dict(PER_ROW=reduction == 0), num_warps=4)
     if reduction == 0:
 
@@ -580,11 +579,11 @@ def _given_bwd(
 
 
 @plan
-def _given_bwd_plan(device, dtypes, size, strides, grad_dtype, g_stride, reduction, needs):
-    allocate = gradients(size, dtypes, needs)
+def _given_bwd_plan(device, dtype, size, strides, grad_dtype, g_stride, reduction, needs):
+    allocate = gradients(size, needs)
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y, classes: allocate(mu)
-    shape, grid = _given_shape(dtypes, size, strides)
+    shape, grid = _given_shape(dtype, size, strides)
     launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == 2), num_warps=4)
 
     def run(grad, mu, logvar, y, classes):
@@ -624,12 +623,12 @@ def club_nll_fwd(mu, logvar, y):
 
 
 @plan
-def _nll_fwd_plan(device, dtypes, size, strides):
+def _nll_fwd_plan(device, dtype, size, strides):
     N, D = size
     if N == 0 or D == 0:
         empty = _empty_loss(N, reduction=2)
         return lambda mu, logvar, y: empty(mu)
-    shape = _Shape(dtypes[0], N, D, *strides)
+    shape = _Shape(dtype, N, D, *strides)
     parts, rows = shape.parts()
     programs = shape.tiles * parts
     launch = Launch(_nll_fwd, (shape.tiles, parts), shape.values | dict(rows=rows, factor=1.0 / N), num_warps=4)
@@ -667,11 +666,11 @@ def club_nll_bwd(grad, mu, logvar, y, need_mu, need_logvar, need_y):
 
 
 @plan
-def _nll_bwd_plan(device, dtypes, size, strides, grad_dtype, needs):
-    allocate = gradients(size, dtypes, needs)
+def _nll_bwd_plan(device, dtype, size, strides, grad_dtype, needs):
+    allocate = gradients(size, needs)
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y: allocate(mu)
-    shape = _Shape(dtypes[0], *size, *strides)
+    shape = _Shape(dtype, *size, *strides)
     launch = _elementwise(_nll_bwd, shape, factor=1.0 / shape.N)
 
     def run(grad, mu, logvar, y):

@@ -406,7 +406,7 @@ def js_div_fwd(input, target, weight, beta, temperature, reduction):
     if beta == 1:  # KL(q || p) is KL(p || q) mirrored
         input, target, beta = target, input, 0.0
     run = _fwd_plan(
-        input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
+        input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
     )  # fmt: skip
     with torch.cuda.device_of(input):
@@ -414,7 +414,7 @@ def js_div_fwd(input, target, weight, beta, temperature, reduction):
 
 
 @plan
-def _fwd_plan(device, dtype, target_dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
+def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
     if R == 0:
         return _fwd_empty(reduction)
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
@@ -478,17 +478,20 @@ def _fwd_by_tiles(R, C, reduction, values):
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
     def each(input, target, weight):
-        stats, losses = _float32(input, 6, R), _float32(input, R)
+        stats = _stats(input, R)
+        losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
         return losses, stats
 
     def at_once(input, target, weight):
-        stats, loss = _float32(input, 6, R), _float32(input)
+        stats = _stats(input, R)
+        loss = stats.new_empty(())
         launch(input, target, weight, stats, loss)
         return loss, stats
 
     def in_two_stages(input, target, weight):
-        stats, parts = _float32(input, 6, R), _float32(input, programs)
+        stats = _stats(input, R)
+        parts = stats.new_empty(programs)
         launch(input, target, weight, stats, parts)
         return total(parts), stats
 
@@ -512,7 +515,8 @@ def _fwd_by_rows(R, reduction, values, num_warps):
     launch = Launch(_fwd_row, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
 
     def run(input, target, weight):
-        stats, losses = _float32(input, 6, R), _float32(input, R)
+        stats = _stats(input, R)
+        losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
         return losses if reduction == 0 else total(losses), stats
 
@@ -534,8 +538,8 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
     join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
     def run(input, target, weight):
-        stats, parts = _float32(input, 6, R), _float32(input, 7, R, S)
-        loss = _float32(input, *(() if reduction else (R,)))
+        stats = _stats(input, R)
+        parts, loss = stats.new_empty(7, R, S), stats.new_empty(() if reduction else R)
         lse(input, target, parts)
         div(input, target, parts, stats)
         join(parts, weight, stats, loss)
@@ -544,8 +548,9 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
     return run
 
 
-def _float32(like, *shape):
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+def _stats(input, R):
+    """Also what other results are allocated by: torch takes half as long where dtype and device are not named."""
+    return torch.empty((6, R), dtype=torch.float32, device=input.device)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -596,7 +601,7 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
         grads = js_div_bwd(grad, target, input, weight, stats, 0.0, temperature, reduction, need_target, need_input)
         return grads[::-1]
     run = _bwd_plan(
-        input.get_device(), input.dtype, target.dtype, *input.shape, input.stride(0), target.stride(0),
+        input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
         beta, temperature, reduction, (need_input, need_target),
@@ -607,10 +612,10 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
 
 @plan
 def _bwd_plan(
-    device, dtype, target_dtype, R, C, x_stride, y_stride, weight, grad_dtype, g_stride,
+    device, dtype, R, C, x_stride, y_stride, weight, grad_dtype, g_stride,
     beta, temperature, reduction, needs,
 ):  # fmt: skip
-    allocate = gradients((R, C), (dtype, target_dtype), needs)
+    allocate = gradients((R, C), needs)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
     # Tiles of 1024, two 16-byte loads of each input a thread; narrower where over an eighth of the columns would idle.

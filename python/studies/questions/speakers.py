@@ -29,8 +29,8 @@ class Speakers(Study):
     seeds = 2
     variants = [
         Variant(name, f"{DATA} --fold {fold} {options}", f"{condition}, fold {fold}".removeprefix(", "))
-        for fold in FOLDS
         for condition, settings in SETTINGS.items()
+        for fold in FOLDS
         for name, options in settings.items()
     ]
 
