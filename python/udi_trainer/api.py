@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 import udi_kernels
@@ -196,7 +197,12 @@ class Plan:
         """torch as the options want it, and afterwards as it was."""
         gpus = [self.device] if self.device.type == "cuda" else []
         threads = torch.get_num_threads()
-        with torch.random.fork_rng(gpus), tf32(self.options.tf32) if gpus else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(gpus))
+            if gpus:
+                stack.enter_context(tf32(self.options.tf32))
+            if self.options.compile:  # else a compiled graph serves one of its losses' gradients alone
+                stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
             try:
                 if self.small():
                     torch.set_num_threads(1)

@@ -18,11 +18,15 @@ def test_samples_from_the_host(three_views, device):
     assert losses("host") == losses("device")
 
 
-def test_compiled_encoders(monkeypatch):
-    """By a quick backend: what a slow one would make of the same graphs is torch's affair."""
+@pytest.mark.parametrize("method", ["joint", "udi"])
+def test_compiled_encoders(monkeypatch, method):
+    """By a quick backend: what a slow one would make of the same graphs is torch's affair.
+
+    The dynamic controller takes the gradients of several losses from one compiled graph.
+    """
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
-    options = ["--epochs", "1", "--method", "joint"]
+    options = ["--epochs", "1", "--method", method, "--controller", "dynamic", "--baselines", "none"]
     assert main([*options, "--out", "plain"]) == 0
     torch._dynamo.utils.counters.clear()
     assert main([*options, "--compile", "--out", "compiled"]) == 0
