@@ -426,8 +426,6 @@ class Options:
             raise UserError("--teacher fused trains all modalities: leave out --anchor and --race")
         if self.teacher == "fused" and self.follower_loss == "residual":
             raise UserError("--follower-loss residual needs --teacher anchor: there must be one that stays as it is")
-        if self.shard and self.compile:
-            raise UserError("--shard leaves no room for --compile: compiled steps free what the controller's need")
         if self.weight_decay is None:
             self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
 

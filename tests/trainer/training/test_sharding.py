@@ -129,6 +129,28 @@ def test_goes_on_without_and_again():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3), ours
 
 
+COMPILED = """
+import sys
+import torch
+
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager")  # a quick one
+from udi_trainer.command import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_compiled():
+    Path("compiled.py").write_text(COMPILED)
+    options = "--epochs 1 --batch-size 32 --controller dynamic --align-every 4 --baselines none --device cpu".split()
+    assert main([*options, "--out", "plain"]) == 0
+    finish(torchrun(2, "compiled.py", *options, "--shard", "--compile", "--out", "compiled"))
+    for ours, theirs in zip(log_by_stage("compiled"), log_by_stage("plain"), strict=True):
+        for name in ("loss", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3), ours
+
+
 def stopped(options, count, lines):
     """Runs the command, and stops it when its log has so many lines."""
     process = torchrun(count, TRAIN, *options)
@@ -148,8 +170,6 @@ def test_one_process_shards_nothing(capsys):
     assert not Path("run").exists()
     with pytest.raises(UserError, match="--shard needs several processes"):
         train(shard=True, progress=False)
-    with pytest.raises(UserError, match="--shard leaves no room for --compile"):
-        train(shard=True, compile=True, progress=False)
 
 
 def test_blocks():
