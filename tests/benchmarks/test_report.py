@@ -3,8 +3,8 @@
 import importlib.util
 import json
 import math
-import statistics
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
