@@ -6,10 +6,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../enums.h"
 #include "../stable.h"
 #include "vec.h"
@@ -48,17 +44,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
 
 // A gradient, or an empty tensor where none is asked for.
 inline Tensor empty_grad(const Tensor& like, bool needed) {
-  auto sizes = needed ? std::vector<int64_t>{like.size(0), like.size(1)} : std::vector<int64_t>{0};
-  Tensor grad = empty(sizes, like.scalar_type());
-#if defined(__linux__)
-  // From 32 MB on malloc always maps fresh memory; faults of 4 KB pages would take longer than the gradient itself.
-  constexpr uintptr_t kHuge = 2 << 20;
-  if (size_t size = grad.numel() * grad.element_size(); size >= size_t(32) << 20) {
-    auto begin = (reinterpret_cast<uintptr_t>(grad.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-    madvise(reinterpret_cast<void*>(begin), size - kHuge, MADV_HUGEPAGE);
-  }
-#endif
-  return grad;
+  return empty(needed ? std::vector<int64_t>{like.size(0), like.size(1)} : std::vector<int64_t>{0}, like.scalar_type());
 }
 
 // Rows of a matrix whose elements lie side by side; rows may lie anywhere, even on top of each other.
