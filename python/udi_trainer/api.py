@@ -26,6 +26,7 @@ from .evaluation.predictions import details, predictions_csv
 from .evaluation.report import draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
+from .models.classifiers import JointClassifier
 from .options import Options, resumed
 from .predictor import Predictor, imported
 from .registry import datasets, methods, offered
@@ -170,8 +171,9 @@ class Plan:
             metrics["baselines"] = {}
             for name, method in self.baselines.items():
                 other = method(run)
-                add_shifted(other.metrics, self.predictor(other), run.data)
-                add_without(other.metrics, self.predictor(other), run.data)
+                predictor = self.predictor(other)
+                add_shifted(other.metrics, predictor, run.data)
+                add_without(other.metrics, predictor, run.data)
                 metrics["baselines"][name] = other.metrics["fused"]
             metrics["seconds"] = seconds(run)
             predictor = self.predictor(outcome)
@@ -267,9 +269,13 @@ def add_shifted(metrics: dict, predictor: Predictor, data: Dataset) -> None:
 
 
 def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
-    """To scores the accuracy without each modality, in turn, where a model reads them all: its features are then 0."""
-    if predictor.models.keys() <= data.modalities.keys():
-        return  # fusion has told, from the logits that it has
+    """To scores the accuracy without each modality, in turn, where a model reads them all: its features are then 0.
+
+    Of models by modality fusion has told, from their logits; one of the user's own class may not know what is missing.
+    """
+    joint = [model for name, model in predictor.models.items() if name not in data.modalities]
+    if not joint or not all(isinstance(model, JointClassifier) for model in joint):
+        return
     labels, absent = data.test.labels.cpu(), torch.zeros(len(data.test), dtype=torch.bool)
     metrics["fused"]["without"] = {
         m: accuracy(predictor.predict(data.test.stored | {presence(m): absent}), labels) for m in data.modalities

@@ -148,6 +148,7 @@ def test_a_model_of_one_s_own_reads_all_modalities(mixed):
     result = train(mixed, Both(), epochs=1, progress=False)
     each = [result.models["both"].parts[m](v.sample(mixed.test, 41))[1] for m, v in mixed.modalities.items()]
     torch.testing.assert_close(result.predict(mixed.test), torch.stack(each).mean(0).softmax(-1))
+    assert "without" not in result.metrics["fused"]  # it may not know what is missing
 
 
 class Pretrained(nn.Module):

@@ -549,7 +549,7 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
 
 
 def _stats(input, R):
-    """Also what other results are allocated by: torch takes half as long where dtype and device are not named."""
+    """Other results are allocated from it: new_empty takes half as long where dtype and device are not named."""
     return torch.empty((6, R), dtype=torch.float32, device=input.device)
 
 

@@ -62,7 +62,7 @@ def missing(records: list[dict]) -> str:
         for name, without in record["metrics"]["without"].items() if not record["condition"] else ():
             for m, accuracy in without.items():
                 found.setdefault(name or record["variant"], {}).setdefault(m, {})[record["seed"]] = accuracy
-    modalities = list(next(iter(found.values())))
+    modalities = list(next(iter(found.values()), ()))
     rows = [[name, *(show(by[m].values(), 100) for m in modalities)] for name, by in found.items()]
     return markdown([["", *(f"without {m}" for m in modalities)], *rows])
 
