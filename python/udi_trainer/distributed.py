@@ -7,6 +7,8 @@ Messages on the CPU go by gloo, between GPUs by nccl.
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -25,7 +27,7 @@ def joined() -> Iterator[None]:
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join(*next(dist.rendezvous("env://")))
     try:
         yield
     except RuntimeError as error:
@@ -34,6 +36,27 @@ def joined() -> Iterator[None]:
         raise UserError(f"process {rank()} lost another one ({str(error).splitlines()[0]})") from error
     finally:
         dist.destroy_process_group()
+
+
+def join(store: dist.Store, rank: int, world: int) -> None:
+    """Begins the group, in a part of torchrun's store where nobody has written yet.
+
+    torchrun keeps the store when it starts its processes anew, with the addresses of those that are gone, and its count
+    of restarts differs from node to node (pytorch#135712). So nobody believes what may be old: the first process names
+    a part to each of the others until that has said it was told.
+    """
+    part = uuid.uuid4().hex
+    if rank == 0:
+        for other in range(1, world):
+            while not store.check([f"{part}/{other}"]):
+                store.set(f"part of {store.get(f'who/{other}').decode()}", part)
+                time.sleep(0.01)
+    else:
+        store.set(f"who/{rank}", part)
+        part = store.get(f"part of {part}").decode()
+        store.set(f"{part}/{rank}", "told")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=rank, world_size=world)
 
 
 def world() -> int:

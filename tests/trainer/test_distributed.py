@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from udi_trainer import UserError, distributed
 from udi_trainer.command import main
@@ -118,6 +120,25 @@ def test_killed_process_is_replaced():
     os.kill(workers[-1], signal.SIGKILL)
     finish(process)
     assert without_times(read_metrics("cut")) == without_times(read_metrics("whole"))
+
+
+def test_store_that_dead_processes_have_written(monkeypatch):
+    """torchrun keeps it over restarts: the processes of now find each other all the same."""
+    store, parts = HashStore(), {}
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, store, rank, world_size: parts.update({rank: store})
+    )
+    for _ in range(3):
+        threads = [threading.Thread(target=distributed.join, args=(store, rank, 3)) for rank in (0, 2, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(parts) == [0, 1, 2]
+        assert not any(part.check(["address"]) for part in parts.values())  # none is one of before
+        parts.pop(2).set("address", "here")
+        assert all(part.check(["address"]) for part in parts.values())
+        parts.clear()
 
 
 def test_restarts_need_a_folder(monkeypatch, capsys):
