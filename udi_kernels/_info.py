@@ -12,7 +12,11 @@ from . import _build
 from ._nvrtc import fill_cache
 from ._ops import backend
 
-OPS = {"losses": ("js_div", "club_mi", "club_nll"), "gradients": ("gramian", "weighted_sum")}
+OPS = {
+    "losses": ("js_div", "club_mi", "club_nll", "duc_loss", "certainty_fusion"),
+    "statistics": ("effective_dims",),
+    "gradients": ("gramian", "weighted_sum"),
+}
 
 
 def build_info() -> dict[str, Any]:
@@ -70,8 +74,8 @@ def main() -> None:
     print()
     columns = list(next(iter(info["backends"].values())))
     width = max(map(len, columns)) + 2
-    print(" " * 14 + "".join(c.ljust(width) for c in columns))
+    print(" " * 18 + "".join(c.ljust(width) for c in columns).rstrip())
     for op, served in info["backends"].items():
-        print(op.ljust(14) + "".join(served[c].ljust(width) for c in columns).rstrip())
+        print(op.ljust(18) + "".join(served[c].ljust(width) for c in columns).rstrip())
     if "reference" in {b for served in info["backends"].values() for b in served.values()}:
         print("\nreference: plain torch, right but not fast")

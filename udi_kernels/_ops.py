@@ -45,13 +45,14 @@ def _load_cuda() -> bool:
 
 
 def backend(family: str, device_type: str, dtype: torch.dtype) -> str:
-    """What serves this family of ops ("losses" or "gradients") there."""
+    """What serves this family of ops ("losses", "statistics" or "gradients") there."""
     if device_type == "cpu" and native():
         return "C++"
     if device_type == "cuda" and family == "gradients" and _load_cuda():
         return "CUDA"
-    # Triton kernels compute in float32, so float64 is left to the reference. What makes them differentiable is C++.
-    if device_type == "cuda" and family == "losses" and dtype != torch.float64 and find_spec("triton") and native():
+    # Triton's losses compute in float32, so float64 is left to the reference. What makes them differentiable is C++.
+    by_triton = family == "statistics" or (family == "losses" and dtype != torch.float64)
+    if device_type == "cuda" and by_triton and find_spec("triton") and native():
         return "Triton"
     return "reference"
 

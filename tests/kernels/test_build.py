@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import udi_kernels
 from udi_kernels import _build
 
 HEAD = """
@@ -150,3 +151,11 @@ f(x, x.detach().roll(1)).backward()
         UDI_KERNELS_CACHE=os.environ.get("UDI_KERNELS_CACHE", ""),
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_info_has_every_op():
+    """By name: what is public but no class, nor arithmetic on a few numbers."""
+    backends = udi_kernels.build_info()["backends"]
+    public = {name for name in udi_kernels.__all__ if not isinstance(getattr(udi_kernels, name), type)}
+    assert backends.keys() == public - {"build_info", "alignment_weights"}
+    assert {by for served in backends.values() for by in served.values()} <= {"C++", "CUDA", "Triton", "reference"}
