@@ -145,7 +145,7 @@ LIBRARY.define("club_mi_reference(Tensor mu, Tensor logvar, Tensor y, Tensor? gi
 # given: int64; returns (3, N + 1) of int64, as `reference.club_classes`.
 LIBRARY.define("club_classes(Tensor given) -> Tensor")
 # Of kernels: the inputs have one dtype. stats: (5, D) column statistics of the shifted data, the shift first. With
-# classes (N // 32, 5, D) on a CPU, those of a class of more than 32 rows that begins at b in b // 32, and else none.
+# classes (N // 48, 5, D) on a CPU, those of a class of more than 48 rows that begins at b in b // 48, and else none.
 LIBRARY.define(
     "club_mi_fwd(Tensor mu, Tensor logvar, Tensor y, Tensor? classes, int reduction) -> (Tensor loss, Tensor stats)"
 )
@@ -170,7 +170,7 @@ def _(given):
 @register_fake("udi_kernels::club_mi_fwd", lib=LIBRARY)
 def _(mu, logvar, y, classes, reduction):
     rows, columns = mu.shape
-    stats = (5, columns) if classes is None else (rows // 32 if mu.device.type == "cpu" else 0, 5, columns)
+    stats = (5, columns) if classes is None else (rows // 48 if mu.device.type == "cpu" else 0, 5, columns)
     return loss_like(mu, reduction, rows), loss_like(mu, 0, 0).new_empty(stats)
 
 

@@ -20,12 +20,18 @@ constexpr int64_t kMinRows = 64;    // of a chunk
 constexpr int64_t kColumns = 256;   // columns of a task: five accumulators each stay in the first-level cache
 constexpr int64_t kGroup = 8;       // rows summed in one float before they join the double
 constexpr double kScale = 256;      // w is summed over this: e^87 times some rows times mu overflows
-constexpr int64_t kFew = 32;        // rows of a class up to which nothing is kept for its gradient
+constexpr int64_t kFew = 48;        // rows of a class up to which nothing is kept for its gradient
 constexpr int64_t kGrain = 16384;   // below this many elements a second thread does not pay
 
 // Rows of `stats`, all but the first relative to it: sums over rows, divided by N in the end.
 enum Stat { kShift, kMeanY, kVarY, kMeanW, kMeanWMu, kStats };
 enum Sum { kY, kYY, kSumW, kSumWMu, kCross, kSums };
+
+// One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
+template <class T>
+struct Row {
+  const T *mu, *logvar, *y;
+};
 
 template <class T>
 struct Inputs {
@@ -36,6 +42,12 @@ struct Inputs {
   Inputs(const Tensor& mu, const Tensor& logvar, const Tensor& y, const int64_t* order = nullptr)
       : mu(mu), logvar(logvar), y(y), n(mu.size(0)), d(mu.size(1)), order(order) {}
   int64_t row(int64_t i) const { return order ? order[i] : i; }
+  Row<T> at(int64_t r) const { return {mu[r], logvar[r], y[r]}; }
+
+  // The rows from `begin` on in the order, and behind these as many that follow, to be fetched ahead.
+  void rows(int64_t begin, int64_t count, Row<T>* to) const {
+    for (int64_t i = 0; i < 2 * count; ++i) to[i] = at(row(std::min(begin + i, n - 1)));
+  }
 };
 
 // The rows by class, those in none first: `club_classes` as the kernels use it. Without classes all rows are in one,
@@ -62,15 +74,6 @@ struct Classes {
   bool alone(int64_t k) const { return k < 0 || (order && size(k) == 1); }
   double factor(int64_t k) const { return order ? double(size(k)) / double(size(k) - 1) : 1; }
   int64_t slot(int64_t k) const { return order ? begin[k] / kFew : 0; }  // statistics of a class of more than few
-};
-
-// One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
-template <class T>
-struct Row {
-  const T *mu, *logvar, *y;
-  int64_t d;
-
-  Row(const Inputs<T>& in, int64_t r) : mu(in.mu[r]), logvar(in.logvar[r]), y(in.y[r]), d(in.d) {}
 };
 
 template <class F>
@@ -219,8 +222,8 @@ template <class T>
 struct Element {
   Vec<T> y, mu, centred, w, value;
 
-  Element(Row<T> row, const compute_t<T>* stats, int64_t c, int lanes) {
-    auto stat = [&](Stat s) { return load_some(stats + s * row.d + c, lanes); };
+  Element(Row<T> row, const compute_t<T>* stats, int64_t d, int64_t c, int lanes) {
+    auto stat = [&](Stat s) { return load_some(stats + s * d + c, lanes); };
     Vec<T> shift = stat(kShift), mean = stat(kMeanY);
     y = load_some(row.y + c, lanes) - shift;
     mu = load_some(row.mu + c, lanes) - shift;
@@ -236,18 +239,18 @@ template <class T>
 struct Few {
   Vec<T> y[kFew], mu[kFew], w[kFew], var{};
 
-  Few(const Inputs<T>& in, int64_t begin, int64_t rows, int64_t c, int lanes) {
+  // Inlined, for else the exponential's constants are loaded anew for each.
+  [[gnu::always_inline]] Few(const Row<T>* own, const Row<T>* next, int64_t rows, int64_t c, int lanes) {
     const compute_t<T> share = compute_t<T>(1) / rows;
-    Vec<T> first = load_some(in.y[in.row(begin)] + c, lanes), sum{};
-    for (int64_t i = 1; i < rows; ++i) sum += load_some(in.y[in.row(begin + i)] + c, lanes) - first;
+    Vec<T> first = load_some(own->y + c, lanes), sum{};
+    for (int64_t i = 1; i < rows; ++i) sum += load_some(own[i].y + c, lanes) - first;
     const Vec<T> shift = first + share * sum, mean = (first - shift) + share * sum;  // the mean in two parts
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t r = in.row(begin + i), ahead = in.row(std::min(begin + rows + i, in.n - 1));
-      for (auto* of : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*of)[ahead] + c, 0, 2);
-      y[i] = load_some(in.y[r] + c, lanes) - shift - mean;
+      for (const T* of : {next[i].mu, next[i].logvar, next[i].y}) __builtin_prefetch(of + c, 0, 2);
+      y[i] = load_some(own[i].y + c, lanes) - shift - mean;
       var += y[i] * y[i];
-      mu[i] = load_some(in.mu[r] + c, lanes) - shift - mean;
-      w[i] = exp(-load_some(in.logvar[r] + c, lanes));
+      mu[i] = load_some(own[i].mu + c, lanes) - shift - mean;
+      w[i] = exp(-load_some(own[i].logvar + c, lanes));
     }
     var *= share;
   }
@@ -282,9 +285,11 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
     double total = n ? statistics(in, classes, stat) : 0.;
     std::vector<double> values(classes.count);
     for_each_few(classes, d, [&](int64_t k, int64_t begin, int64_t rows) {
+      Row<T> own[2 * kFew];
+      in.rows(begin, rows, own);
       Vec<T> sums[kFew] = {};
       for_each_lanes(d, [&](int64_t c, int lanes) {  // lanes beyond the end hold 0
-        Few<T> few(in, begin, rows, c, lanes);
+        Few<T> few(own, own + rows, rows, c, lanes);
         for (int64_t i = 0; i < rows; ++i) sums[i] += few.value(i);
       });
       for (int64_t i = 0; i < rows; ++i) {
@@ -298,15 +303,15 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
       *out = S(reduction == kMean ? total / classes.divisor : total);
       return;
     }
-    for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t i) {
-      const int64_t r = in.row(i), k = classes.of(r);
+    for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t r) {
+      const int64_t k = classes.of(r);
       if (classes.alone(k)) out[r] = 0;
       if (classes.alone(k) || classes.few(k)) return;
-      const Row<T> of(in, r);
+      const Row<T> of = in.at(r);
       const S* own = stat + classes.slot(k) * kStats * d;
       Vec<T> row{};
       for_each_lanes(d, [&](int64_t c, int lanes) {
-        Vec<T> value = Element<T>(of, own, c, lanes).value;
+        Vec<T> value = Element<T>(of, own, d, c, lanes).value;
         for (int i = lanes; i < kLanes; ++i) value[i] = 0;
         row += value;
       });
@@ -341,24 +346,28 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
     for_each_few(classes, d, [&](int64_t k, int64_t begin, int64_t rows) {
       const S share = S(1) / rows;
-      S own[kFew];
-      for (int64_t i = 0; i < rows; ++i) own[i] = S(g[in.row(begin + i)] * scale * classes.factor(k));
+      Row<T> own[2 * kFew];
+      in.rows(begin, rows, own);
+      S weight[kFew];
+      T *to_mu[kFew], *to_logvar[kFew], *to_y[kFew];
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t r = in.row(begin + i);
+        weight[i] = S(g[r] * scale * classes.factor(k));
+        to_mu[i] = out_mu[r], to_logvar[i] = out_logvar[r], to_y[i] = out_y[r];
+      }
       for_each_lanes(d, [&](int64_t c, int lanes) {
-        Few<T> few(in, begin, rows, c, lanes);
+        Few<T> few(own, own + rows, rows, c, lanes);
         Vec<T> mean_w{}, mean_wmu{};
         for (int64_t i = 0; i < rows; ++i) {
-          const int64_t r = in.row(begin + i), ahead = in.row(std::min(begin + rows + i, n - 1));
-          for (auto* to : {&out_mu, &out_logvar, &out_y})
-            if (*to) __builtin_prefetch((*to)[ahead] + c, 1, 2);
-          if (need_logvar) store_some(out_logvar[r] + c, Vec<T>(S(-0.5) * own[i] * few.value(i)), lanes);
-          few.w[i] *= own[i];
+          if (need_logvar) store_some(to_logvar[i] + c, Vec<T>(S(-0.5) * weight[i] * few.value(i)), lanes);
+          few.w[i] *= weight[i];
           mean_w += share * few.w[i];
           mean_wmu += share * few.w[i] * few.mu[i];
-          if (need_mu) store_some(out_mu[r] + c, Vec<T>(few.w[i] * few.y[i]), lanes);
+          if (need_mu) store_some(to_mu[i] + c, Vec<T>(few.w[i] * few.y[i]), lanes);
         }
         for (int64_t i = 0; i < (need_y ? rows : 0); ++i) {
           Vec<T> dy = few.w[i] * (few.mu[i] - few.y[i]) + (few.y[i] * mean_w - mean_wmu);
-          store_some(out_y[in.row(begin + i)] + c, dy, lanes);
+          store_some(to_y[i] + c, dy, lanes);
         }
       });
     });
@@ -380,18 +389,19 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
         return Doubles{};
       });
     }
-    for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t i) {
-      const int64_t r = in.row(i), k = classes.of(r);
+    // As the rows lie in memory: class by class it takes twice as long.
+    for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t r) {
+      const int64_t k = classes.of(r);
       T *to_mu = out_mu[r], *to_logvar = out_logvar[r], *to_y = out_y[r];
       if (classes.alone(k))
         for (T* to : {to_mu, to_logvar, to_y})
           if (to) std::fill_n(to, d, T(0));
       if (classes.alone(k) || classes.few(k)) return;
-      const Row<T> of(in, r);
+      const Row<T> of = in.at(r);
       const S row = S(g[r] * scale * classes.factor(k)), all = weighted ? S(1) : row;
       const S *own = stat + classes.slot(k) * kStats * d, *w = means + classes.slot(k) * between, *wmu = w + d;
-      for_each_lanes(of.d, [&](int64_t c, int lanes) {
-        Element<T> e(of, own, c, lanes);
+      for_each_lanes(d, [&](int64_t c, int lanes) {
+        Element<T> e(of, own, d, c, lanes);
         if (to_y) {
           Vec<T> common = e.y * load_some(w + c, lanes) - load_some(wmu + c, lanes);
           store_some(to_y + c, Vec<T>(row * e.w * (e.mu - e.y) + all * common), lanes);

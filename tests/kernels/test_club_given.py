@@ -56,7 +56,9 @@ def test_brute_force(n, d, classes, reduction, device, backend):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, d, classes", [(1, 5, 1), (64, 512, 10), (300, 7, 100), (1000, 130, 3), (70, 1271, 20)])
+@pytest.mark.parametrize(
+    "n, d, classes", [(1, 5, 1), (64, 512, 10), (300, 7, 100), (1000, 130, 3), (200, 33, 4), (70, 1271, 20)]
+)
 def test_accuracy(n, d, classes, dtype, reduction, device):
     given = draw_classes(n, classes, device)
     ours, plain = partial(club_mi, given=given), partial(reference.club_mi, given=given)
