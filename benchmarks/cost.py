@@ -18,7 +18,7 @@ BATCH = 64
 
 
 def training(method, data):
-    """Parameters that optimizers step, operations of a sample in one step of each stage, and the trained result."""
+    """Parameters that optimizers step, operations of a sample in the first step of each stage, and the result."""
     trained, operations, run = {}, {}, Eager.run
 
     def counted(self, batch, number, flags):
@@ -27,9 +27,7 @@ def training(method, data):
             run(self, batch, number, flags)
         groups = self.task.optimizer.param_groups
         trained[name] = sum(p.numel() for group in groups for p in group["params"])
-        operations.setdefault(
-            name, counter.get_total_flops() / BATCH
-        )  # of the first step, the controller's if it has one
+        operations.setdefault(name, counter.get_total_flops() / BATCH)
 
     Eager.run = counted
     try:
@@ -43,7 +41,7 @@ def table(data):
     rows = ["| method | trained | kept | training, a sample | inference, a sample |", "|---|---:|---:|---:|---:|"]
     for method in methods:
         trained, operations, result = training(method, data)
-        kept = sum(p.numel() for model in result.models.values() for p in model.parameters())
+        kept = sum(p.numel() for p in {p for model in result.models.values() for p in model.parameters()})
         stored = {name: t[:BATCH] for name, t in data.test.stored.items()}
         with FlopCounterMode(display=False) as counter:
             result.predict(stored)
