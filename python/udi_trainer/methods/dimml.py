@@ -209,7 +209,7 @@ def dimml(run: Run) -> Outcome:
     )
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
-    fused, rule = fuse("certainty" if run.options.fusion == "auto" else run.options.fusion, heads, run.labels)
+    fused, rule = fuse(run.fusion("certainty"), heads, run.labels)
     metrics = {
         "modalities": {name: scores(z, run.labels) for name, z in own.items()},
         "part": "own head",
