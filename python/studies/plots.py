@@ -28,8 +28,8 @@ def draw(study, records: list[dict], path: Path) -> str:
             axes.grid(axis="y", visible=False)
             axes.locator_params(axis="x", nbins=6)
     question = textwrap.fill(study.__doc__, 130)
-    how = "Dot: a seed (x: collapsed). Bar: mean and its 95% interval. Right: differences paired by seed, likewise."
-    figure.suptitle(f"{question}\n{how}", x=0.01, ha="left", fontsize=11)
+    how = "Dot: a {0} (x: collapsed). Bar: mean and its 95% interval. Right: differences paired by {0}, likewise."
+    figure.suptitle(f"{question}\n{how.format(study.unit)}", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=110)
     return path.name
 
@@ -37,21 +37,25 @@ def draw(study, records: list[dict], path: Path) -> str:
 def trend(
     scores: dict[str, dict[str, dict[int, float]]], claims: list[tuple[str, str]], title: str, xlabel: str, path: Path
 ) -> str:
-    """Left, mean scores {name: {x: {seed: score}}}, a line a name; right, what claims say: one against another."""
+    """Left, mean scores {name: {x: {seed: score}}}, a line a name; right, what claims say: one against another.
+
+    The first name has all x, the others have the last one.
+    """
     figure = new_figure(12, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     ticks = list(next(iter(scores.values())))
     lines = []
     for i, (name, by_x) in enumerate(scores.items()):
         color = (*MODALITY_COLORS, MUTED)[i % (len(MODALITY_COLORS) + 1)]
-        values = [100 * spread(by_x[x].values())[0] for x in ticks]
+        places = [place for place, x in enumerate(ticks) if x in by_x]
+        values = [100 * spread(by_x[ticks[place]].values())[0] for place in places]
         lines.append((name, values[-1], color))
-        left.plot(range(len(ticks)), values, "o-", color=color, linewidth=2.2 if i < 2 else 1.3)
+        left.plot(places, values, "o-", color=color, linewidth=2.2 if i < 2 else 1.3)
     left.margins(x=0.03)
     finish(left, title, xlabel)
     label_ends(left, [(name, len(ticks) - 1, value, color) for name, value, color in lines])
     kept = [(ours, theirs) for ours, theirs in claims if ours in scores and theirs in scores]
-    rows = [(ours, theirs, x) for ours, theirs in kept for x in ticks]
+    rows = [(ours, theirs, x) for ours, theirs in kept for x in ticks if x in scores[theirs]]
     for y, (ours, theirs, x) in enumerate(rows):
         mean, half = mean_and_interval([100 * d for d in differences(scores[ours][x], scores[theirs][x])])
         color = COLOR if mean - half > 0 else MUTED

@@ -50,6 +50,7 @@ class Study:
 
     seeds: int | range = 5
     seeding = SEEDING  # what they change
+    unit = "seed"  # what a dot of the plots is, and intervals are over
     program = Path(__file__).parents[1] / "train.py"
     movable = (*MOVABLE, "seed", "out")  # options that a finished run need not share with the command
     variants: Sequence[Variant] = ()

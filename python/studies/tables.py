@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from .summary import best_baseline, column, gather, is_baseline, paired, spread, title
 
 FOOTNOTE = """\
-Accuracies in percent: mean ± standard deviation over the seeds. Difference: in test accuracy to the best baseline,
-paired by seed, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
+Accuracies in percent: mean ± standard deviation over the {unit}s. Difference: in test accuracy to the best baseline,
+paired by {unit}, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
 validation accuracy. {seeding} Collapsed runs are counted, and are part of the means."""
 
 
@@ -16,7 +16,7 @@ def tables(study, records: list[dict]) -> str:
     for (condition, section), lines in gather(study, records).items():
         best = best_baseline(lines)
         columns = {head: c for head, c in study.columns.items() if any(column(b, c[0]) for b in lines.values())}
-        cells = [["", *columns, "difference", "seeds", "collapsed"]]
+        cells = [["", *columns, "difference", f"{study.unit}s", "collapsed"]]
         for name, by_seed in lines.items():
             scores = [(column(by_seed, key).values(), scale) for key, scale in columns.values()]
             shown = [show(values, scale) if values else "" for values, scale in scores]
@@ -27,7 +27,7 @@ def tables(study, records: list[dict]) -> str:
             for seed, entry in by_seed.items():
                 if entry.collapsed:
                     parts.append(f"Collapsed: {name}, seed {seed}: {entry.collapsed}.")
-    return "\n\n".join([*parts, FOOTNOTE.format(seeding=study.seeding)])
+    return "\n\n".join([*parts, FOOTNOTE.format(unit=study.unit, seeding=study.seeding)])
 
 
 def show(values: Collection[float], scale: float = 1, digits: int = 2) -> str:

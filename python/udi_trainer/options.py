@@ -178,8 +178,8 @@ class Options:
         WHAT,
         "auto",
         text,
-        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else the best on"
-        " validation of mean, sum, weighted",
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else what the"
+        " dataset recommends, else the best on validation of mean, sum, weighted",
     )
 
     encoder: dict[str, str] | None = option(
@@ -438,9 +438,12 @@ class Options:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             choose("option", name, known)
-        recommended = datasets.recommended.get(given.get("dataset", cls.dataset), {})
+        recommended = dict(datasets.recommended.get(given.get("dataset", cls.dataset), {}))
+        recommended.pop("fusion", None)  # for methods without a rule of their own: Run.fusion
         if given.get("controller") == "dynamic":  # which finds the weights itself
-            recommended = {name: value for name, value in recommended.items() if name != "alpha"}
+            recommended.pop("alpha", None)
+        if given.get("teacher") == "fused" or given.get("race"):  # which need all modalities trained alone
+            recommended.pop("anchor", None)
         return cls(**recommended | given)
 
 

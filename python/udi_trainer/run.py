@@ -13,6 +13,7 @@ from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
 from .options import MOVABLE, Options
+from .registry import datasets
 from .run_folder import REPEAT, RunFolder
 from .seeds import derive_seed, seeded
 from .stop import Stop
@@ -58,6 +59,11 @@ class Run:
             return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
         fused = not options.shard  # FSDP2's parameters have no fused SGD with a learning rate that is a tensor
         return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=fused)
+
+    def fusion(self, own: str = "auto") -> str:
+        """The fusion rule: the one asked for, else the method's own, else what the dataset recommends."""
+        recommended = datasets.recommended.get(self.options.dataset, {}).get("fusion", "auto")
+        return next((rule for rule in (self.options.fusion, own) if rule != "auto"), recommended)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began

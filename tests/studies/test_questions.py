@@ -1,6 +1,7 @@
 """The questions: their options, what they keep of runs, and what they say of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_committed_tables_come_from_the_committed_results(name):
     for text in (study.tables(records), *study.notes(records)):
         assert f"\n\n{text}\n" in committed
     assert len((folder / "results.json").read_text().splitlines()) < len(records) + 20  # a line a run
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/studies.md"])
+def test_accuracies_of_the_docs_are_committed(page):
+    committed = "\n".join(map(table, (ROOT / "python" / "results").iterdir()))
+    told = re.findall(r"\d+\.\d+ ± \d+\.\d+", (ROOT / page).read_text())
+    assert len(told) > 20 and not set(told) - set(re.findall(r"\d+\.\d+ ± \d+\.\d+", committed))
 
 
 def test_anchor_study():
@@ -161,7 +169,7 @@ def test_shortcut_study(tmp_path):
     assert study.draw(records, tmp_path) == ["shift.png", "accuracy.png"]
 
 
-def test_speakers_study():
+def test_speakers_study(tmp_path):
     """A fold counts once, by the mean of its seeds."""
     study, records = studies["speakers"](), []
     for fold in range(6):
@@ -171,7 +179,11 @@ def test_speakers_study():
             records.append(record("udi", seed, f"fold {fold}", metrics=found))
     low, high = scipy.stats.ttest_1samp([1 + fold / 10 for fold in range(6)], 0).confidence_interval(0.95)
     assert study.notes(records)[0] == f"All labelled: udi against ensemble: +1.25 [{low:+.2f}, {high:+.2f}] points."
-    assert line(study.tables(records), "udi")[-2] == "6"
+    assert line(study.tables(records), "udi")[-2] == "6" and "paired by fold" in study.tables(records)
+    records += [r | {"variant": "udi, warm"} for r in records]
+    records += [r | {"variant": "udi, static 1,0", "condition": f"one speaker with labels, {r['condition']}"}
+                for r in records[:12]]  # fmt: skip
+    assert study.draw(records, tmp_path) == ["speakers.png", "accuracy.png"]
     assert [line(missing(by_fold(records)), name) for name in ("udi", "ensemble")] == [
         ["31.00 ± 0.00", "70.00 ± 0.00"],
         ["25.00 ± 0.00", "70.00 ± 0.00"],

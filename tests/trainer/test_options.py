@@ -92,10 +92,12 @@ def test_counts_and_fractions():
 def test_what_a_dataset_recommends():
     """It gives way to what the user says, and is no business of other datasets."""
     few = Options.make(dataset="fewdigits")
-    assert (few.labels, few.resplit, few.alpha, few.fusion) == (100, 100, (1, 0), "loglinear")
+    assert (few.labels, few.resplit, few.alpha, few.fusion) == (100, 100, (1, 0), "auto")
     assert Options.make(dataset="fewdigits", labels=50, alpha=(1, 1)).alpha == (1, 1)
     assert Options.make(dataset="fewdigits", controller="dynamic").alpha is None
     assert Options.make(dataset="huedigits").anchor == "hue"
+    assert Options.make(dataset="huedigits", teacher="fused").anchor == "auto"
+    assert Options.make(dataset="huedigits", race=0.2).anchor == "auto"
     assert Options.make(dataset="splitdigits") == Options(dataset="splitdigits")
     assert resumed("run", saved(dataset="fewdigits", labels=50), {}).labels == 50
 

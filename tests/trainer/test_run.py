@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from udi_trainer import UserError
+from udi_trainer import Options, UserError
 from udi_trainer.methods.joint import Joint
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.run import choose_device
@@ -30,6 +30,16 @@ def test_sgd_is_its_formula(mixed):
         p = p - 0.1 * v
     parameter = nn.Parameter(start.clone())
     torch.testing.assert_close(steps_of(run.optimizer([parameter]), parameter, grads), p)
+
+
+def test_fusion_rule(mixed):
+    """What is asked for, else the method's own, else what the dataset recommends."""
+    run = make_run(mixed)
+    for name, wanted in ("fewdigits", ["loglinear", "certainty"]), ("splitdigits", ["auto", "certainty"]):
+        run.options = Options.make(dataset=name)
+        assert [run.fusion(), run.fusion("certainty")] == wanted
+        run.options = Options.make(dataset=name, fusion="mean")
+        assert [run.fusion(), run.fusion("certainty")] == ["mean", "mean"]
 
 
 def test_adamw_decays_as_asked(mixed):

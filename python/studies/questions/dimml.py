@@ -3,16 +3,20 @@ from ..study import SCORES, Entry, Study, Variant
 from ..summary import differences, interval, spread
 
 DATASETS = {"cgdigits": "--dataset cgdigits", "halves": "--dataset splitdigits"}
+FULL = "full contrast, both ways"
 NEITHER = "neither shared classifier nor contrast"
 SETTINGS = {
     "dimml": "--baselines udi,ensemble,joint",
     "no shared classifier": "--baselines none --shared-weight 0",
     "no contrast": "--baselines none --contrast-weight 0",
-    "full contrast, both ways": "--baselines none --contrast full",
+    FULL: "--baselines none --contrast full",
     NEITHER: "--baselines none --shared-weight 0 --contrast-weight 0",
 }
 MEAN = "mean of the heads' probabilities"
-CLAIMS = [(NEITHER, "own heads"), (NEITHER, "fused"), (MEAN, "fused"), ("ensemble", "fused"), ("udi", "fused")]
+CLAIMS = [
+    (NEITHER, "own heads"),
+    *((other, "fused") for other in (NEITHER, "no shared classifier", "no contrast", FULL, MEAN, "ensemble", "udi")),
+]
 
 
 @studies.register("dimml")

@@ -1,8 +1,9 @@
 import statistics
 
+from ..plots import trend
 from ..registry import studies
 from ..study import Study, Variant
-from ..summary import gather, paired
+from ..summary import column, gather, paired
 from ..tables import markdown, show
 
 FOLDS = range(6)
@@ -16,14 +17,19 @@ SETTINGS = {
     },
     FEW: {"udi, static 1,0": "--labelled-speakers 1 --fusion loglinear --alpha 1,0 --baselines joint"},
 }
-OTHERS = ("ensemble", "joint", "ogm-ge", "dimml")
+OTHERS = ("ensemble", "joint", "ogm-ge", "dimml", "image alone")
+LABELLED = {FEW: "one", "": "all three"}
+BEST = {FEW: "udi, static 1,0", "": "udi, warm"}  # the best on validation
 
 
 @studies.register("speakers")
 class Speakers(Study):
     """Spoken and written digits of speakers never heard in training: does UDI pass the ensemble, and what lets it?"""
 
-    seeds = 2
+    seeds, unit = 2, "fold"
+    seeding = """\
+A fold counts by the mean of its seeds, which change initial weights and the
+order of samples; each speaker is tested in two folds, so folds are not independent."""
     variants = [
         Variant(name, f"{DATA} --fold {fold} {options}", f"{condition}, fold {fold}".removeprefix(", "))
         for condition, settings in SETTINGS.items()
@@ -48,11 +54,23 @@ class Speakers(Study):
                 for theirs in OTHERS:
                     if gain := ours in found and theirs in found and paired(found[ours], found[theirs]):
                         lines.append(f"{condition or 'All labelled'}: {ours} against {theirs}: {gain} points.")
-        unit = "Folds stand in the place of seeds: each counts by the mean of its seeds."
-        return [*lines, f"{unit} Test speakers are in two folds each, so folds are not independent."]
+        return lines
 
     def draw(self, records, folder):
-        return super().draw(by_fold(records), folder)
+        merged = by_fold(records)
+        tables, scores = gather(self, merged), {}
+        for condition, ticks in LABELLED.items():
+            found = tables.get((condition, "prediction"), {})
+            for name in (BEST[condition], *OTHERS):
+                if name in found:
+                    shown = "udi" if name == BEST[condition] else name
+                    scores.setdefault(shown, {})[ticks] = column(found[name], "test_acc")
+        title = "New speakers: test accuracy, %"
+        path, claims = folder / "speakers.png", [("udi", theirs) for theirs in OTHERS]
+        return [
+            trend(scores, claims, title, "training speakers with labels, of three", path),
+            *super().draw(merged, folder),
+        ]
 
 
 def missing(records: list[dict]) -> str:

@@ -180,7 +180,7 @@ def compare(axes, bars: list, method: str, colors: dict):
         if scores.get("rule") != "mean" and "by_rule" in scores:
             plain = 100 * scores["by_rule"]["mean"]["test_acc"]
             axes.plot(plain, y, "o", color="white", markeredgecolor=INK, markersize=6)
-            title = "Test accuracy, % (dot: by the plain mean of probabilities)"
+            title = "Test accuracy, % (dot: plain mean)"
         bold = "bold" if name == method else "normal"
         axes.text(1.03, y, f"{value:.1f}", va="center", fontsize=9, weight=bold,
                   transform=axes.get_yaxis_transform())  # fmt: skip

@@ -8,9 +8,11 @@ lacks, b learns from a, which gets nothing back. Fusion phase: with all that fro
 concatenated features. Prediction weights the logits of all heads by their certainty.
 
 As in the authors' code (github.com/fanyunfeng-bit/DI-MML), lambda, DUC's weight and its schedule are constant, the
-dimensions are found once, with the encoders in evaluation mode, and both phases begin with the first learning rate. It
-keeps the epoch that is best on test for one of the modalities, or the latest tenth; here the best mean validation
-accuracy decides, and the fusion head's own. Its optimizer and length are options here:
+dimensions are found once, with the encoders in evaluation mode (there of augmented inputs, here of plain ones), and
+both phases begin with the first learning rate. It keeps the epoch that is best on test for one of the modalities, or
+the latest tenth, and the fusion head whose fused accuracy on test is best; here the best mean validation accuracy
+decides, and the fusion head's own. Certainty's temperature, there 1 or 3 by data set, is chosen on validation. Its
+optimizer and length are options here:
     --optimizer sgd --lr 1e-3 --schedule step --batch-size 16 --epochs 150
 It is for two modalities of equally wide features; here all ordered pairs count, and a linear layer brings features to
 the narrowest width.
@@ -209,7 +211,7 @@ def dimml(run: Run) -> Outcome:
     )
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
-    fused, rule = fuse("certainty" if run.options.fusion == "auto" else run.options.fusion, heads, run.labels)
+    fused, rule = fuse(run.fusion("certainty"), heads, run.labels)
     metrics = {
         "modalities": {name: scores(z, run.labels) for name, z in own.items()},
         "part": "own head",

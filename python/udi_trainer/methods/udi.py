@@ -324,8 +324,8 @@ def udi(run: Run) -> Outcome:
         if reason:
             collapses[modality] = reason
             log.warning("follower %s collapsed: %s", modality, reason)
-    auto = "loglinear" if options.follower_loss == "residual" else "auto"
-    fused, rule = fuse(auto if options.fusion == "auto" else options.fusion, logits, run.labels)
+    own = "loglinear" if options.follower_loss == "residual" else "auto"
+    fused, rule = fuse(run.fusion(own), logits, run.labels)
     metrics = {
         "anchor": None if co_training else name,
         "part": "follower",
@@ -339,6 +339,6 @@ def udi(run: Run) -> Outcome:
         "fused": fused,
     }
     if len(alone) == len(logits) and not unfinished:
-        metrics["ensemble"] = fuse(options.fusion, alone, run.labels)[0]
+        metrics["ensemble"] = fuse(run.fusion(), alone, run.labels)[0]
     models: dict[str, nn.Module] = {m: {**tasks, **followers}[m].model for m in run.data.modalities}
     return Outcome(metrics, models, rule)

@@ -108,7 +108,13 @@ def test_the_loss_of_a_step(contrast, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "after", "how"),
-    [("Detached", 5, "killed"), ("Detached", 9, "asked"), ("Detached", 11, "killed"), ("FusionHead", 6, "asked")],
+    [
+        ("Detached", 5, "killed"),
+        ("Detached", 9, "asked"),
+        ("Detached", 11, "killed"),
+        ("FusionHead", 6, "asked"),
+        ("FusionHead", 6, "killed"),
+    ],
 )
 def test_ended_and_resumed_it_reaches_the_same_figures(stage, after, how, whole, tmp_path, monkeypatch):
     """Killed it goes on after its last epoch, asked to end after its last step; with the same dimensions."""
@@ -127,6 +133,13 @@ def test_ended_and_resumed_it_reaches_the_same_figures(stage, after, how, whole,
             train(dataset(), out=tmp_path / "run", **OPTIONS)
     result = train(dataset(), "dimml", resume=tmp_path / "run", progress=False)
     assert figures(result.metrics) == figures(whole[0].metrics)
+
+
+def test_certainty_where_the_dataset_recommends_another_rule():
+    options = dict(baselines=["ensemble"], epochs=2, fusion_epochs=1, progress=False)
+    metrics = train("fewdigits", "dimml", **options).metrics
+    assert metrics["fused"]["rule"] == "certainty" and metrics["baselines"]["ensemble"]["rule"] == "loglinear"
+    assert train("fewdigits", "dimml", fusion="mean", **options).metrics["fused"]["rule"] == "mean"
 
 
 def test_predicts_in_another_process_as_it_did(whole):
