@@ -26,7 +26,7 @@ from .evaluation.predictions import details, predictions_csv
 from .evaluation.report import draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
-from .models.classifiers import JointClassifier
+from .models.classifiers import FeatureHead, JointClassifier
 from .options import Options, resumed
 from .predictor import Predictor, imported
 from .registry import datasets, methods, offered
@@ -274,7 +274,7 @@ def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
     Of models by modality fusion has told, from their logits; one of the user's own class may not know what is missing.
     """
     joint = [model for name, model in predictor.models.items() if name not in data.modalities]
-    if not joint or not all(isinstance(model, JointClassifier) for model in joint):
+    if not joint or not all(isinstance(model, (JointClassifier, FeatureHead)) for model in joint):
         return
     labels, absent = data.test.labels.cpu(), torch.zeros(len(data.test), dtype=torch.bool)
     metrics["fused"]["without"] = {

@@ -13,7 +13,7 @@ from torch import nn
 from .data.dataset import Dataset, Encoder, Modality, Split, presence
 from .errors import UserError, choose
 from .evaluation.fusion import Rule, combine
-from .models.classifiers import JointClassifier
+from .models.classifiers import FeatureHead, JointClassifier
 from .models.encoders import make_encoder
 from .options import resumed
 from .registry import classifiers, datasets, fusion_rules, offered
@@ -26,7 +26,8 @@ FILE = Path("checkpoints") / "model.pt"
 class Predictor:
     """The models of a method, and the rule that fuses their logits.
 
-    A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs.
+    A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs; a head reads the
+    features of the models before it.
     """
 
     def __init__(
@@ -55,20 +56,30 @@ class Predictor:
         if len(set(sizes.values())) != 1:
             raise UserError(f"stored tensors differ in their number of samples: {sizes}")
         (count,) = set(sizes.values())
-        logits = {}
+        logits: dict[str, torch.Tensor] = {}
+        features: dict[str, torch.Tensor] = {}
         for name, model in self.models.items():
+            if isinstance(model, FeatureHead):
+                device = model.head.weight.device
+                with self.autocast(device):
+                    logits[name] = model(torch.cat(list(features.values()), dim=1).to(device)).float().cpu()
+                continue
             split_up = shares and isinstance(model, JointClassifier) and len(self.models) == 1
             for m in self.modalities if split_up else [name]:
-                logits[m] = self._logits(name, model, stored, count, m if split_up else None)
+                features[m], logits[m] = self.outputs(name, model, stored, count, m if split_up else None)
                 if presence(m) in stored:
-                    logits[m] = logits[m].masked_fill(~stored[presence(m)].cpu()[:, None], torch.nan)
+                    lacks = ~stored[presence(m)].cpu()[:, None]
+                    features[m], logits[m] = features[m].masked_fill(lacks, 0), logits[m].masked_fill(lacks, torch.nan)
         return logits
 
-    def _logits(
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16")
+
+    def outputs(
         self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
-    ) -> torch.Tensor:
-        device = next(model.parameters()).device
-        joint = name not in self.modalities
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features, logits), on the CPU; of a model of all modalities the logits twice."""
+        device, joint = next(model.parameters()).device, name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
         names = {stored_name for view in views.values() for stored_name in view.reads}
         names |= {presence(m) for m in views} & set(stored)
@@ -77,13 +88,15 @@ class Predictor:
         for start in range(0, max(count, 1), 1000):  # of no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+            with self.autocast(device):
                 if isinstance(model, JointClassifier):
                     features, logits = model(inputs, {m: batch[presence(m)] for m in views if presence(m) in batch})
-                    parts.append(model.shares(features)[share] if share else logits)
+                    logits = model.shares(features)[share] if share else logits
                 else:
-                    parts.append(model(inputs if joint else inputs[name])[1])
-        return torch.cat(parts).float().cpu()
+                    features, logits = model(inputs if joint else inputs[name])
+                parts.append((logits if joint else features, logits))
+        features, logits = (torch.cat(tensors).float().cpu() for tensors in zip(*parts, strict=True))
+        return features, logits
 
     def save(self, folder: RunFolder, data: Dataset) -> None:
         """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
@@ -148,10 +161,11 @@ def load(
         if part["kind"] is None:
             raise UserError(f"model {name} is of a class of its own: build it, and load its state from {folder / FILE}")
         alone = part["kind"] == "unimodal"
-        made = {m: make_encoder(m, views[m], samples[m]) for m in ([name] if alone else views)}
+        named = [name] if alone else [] if part["kind"] == FeatureHead.kind else views
+        made = {m: make_encoder(m, views[m], samples[m]) for m in named}
         networks, widths = ({m: pair[i] for m, pair in made.items()} for i in (0, 1))
-        inputs = (networks[name], widths[name]) if alone else (networks, widths)
-        models[name] = classifiers.find(part["kind"])(*inputs, saved["classes"], **part["arguments"])
+        inputs = (networks[name], widths[name]) if alone else (networks, widths) if made else ()
+        models[name] = classifiers.find(part["kind"])(*inputs, classes=saved["classes"], **part["arguments"])
         try:
             models[name].load_state_dict(part["state"])
         except RuntimeError as error:

@@ -69,11 +69,16 @@ def test_a_model_of_all_modalities_is_judged_without_each(three_views, method):
     """Features of what is missing are 0; DI-MML's own head of it says nothing, and its fusion head less."""
     result = train(three_views, method, epochs=2, baselines=[], progress=False)
     test = datasets[three_views](None).test
-    whole, joint = result.predictor.logits(test), result.models[{"joint": "joint", "dimml": "fusion head"}[method]]
+    whole, inputs = result.predictor.logits(test), {name: x.float() for name, x in test.stored.items()}
     for i, m in enumerate(test.stored):
         with torch.no_grad():
-            features = joint({name: x.float() for name, x in test.stored.items()})[0]
-            z = joint.fuse({name: f * (name != m) for name, f in features.items()})
+            if method == "joint":
+                features = result.models["joint"](inputs)[0]
+            else:
+                features = {name: result.models[name](x)[0] for name, x in inputs.items()}
+            features = {name: f * (name != m) for name, f in features.items()}
+            joint = result.models["joint"].fuse if method == "joint" else result.models["fusion head"]
+            z = joint(features if method == "joint" else torch.cat(list(features.values()), dim=1))
         if method == "dimml":
             own = [whole[name] for name in test.stored]
             own[i] = torch.full_like(z, torch.nan)

@@ -33,7 +33,7 @@ from ..data.dataset import Batch
 from ..errors import UserError
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
-from ..models.classifiers import ConcatClassifier, DetachedClassifiers
+from ..models.classifiers import DetachedClassifiers, FeatureHead
 from ..models.encoders import make_encoder, may_draw
 from ..registry import methods
 from ..run import Run
@@ -145,14 +145,14 @@ class FusionHead(Task):
     """A linear head on the frozen modalities' concatenated features."""
 
     key = "dimml-fusion"
-    model: nn.Linear
+    model: FeatureHead
 
     def __init__(self, run: Run, frozen: dict[str, Frozen]):
         super().__init__(run)
         self.phase, self.frozen = "fusion", frozen
         self.random = any(modality.cache is None for modality in frozen.values())
         width = sum(modality.width for modality in frozen.values())
-        self.model = self.shard(nn.Linear(width, run.data.classes).to(run.device))
+        self.model = self.shard(FeatureHead(width, run.data.classes).to(run.device))
         self.parameters = list(self.model.parameters())
         self.optimizer = run.optimizer(self.parameters)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
@@ -172,13 +172,6 @@ class FusionHead(Task):
         features = torch.cat([modality.compute(batch)[0] for modality in self.frozen.values()], dim=1)
         with self.run.autocast():
             return self.model(features.float())
-
-    def classifier(self, encoders: dict[str, nn.Module]) -> ConcatClassifier:
-        """The head on these encoders, as one model."""
-        widths = {name: modality.width for name, modality in self.frozen.items()}
-        whole = ConcatClassifier(encoders, widths, self.run.data.classes)
-        whole.head, whole.arguments = self.model, {"features": next(iter(widths.values()))}  # brought there before
-        return whole
 
 
 def effective(task: Detached) -> dict[str, dict]:
@@ -221,5 +214,4 @@ def dimml(run: Run) -> Outcome:
     }
     if run.options.contrast == "duc" and detached.warmup < run.options.epochs:
         metrics["effective_dims"] = effective(detached)
-    whole = head.classifier({name: model.encoder for name, model in alone.items()})
-    return Outcome(metrics, alone | {FUSION_HEAD: whole}, rule)
+    return Outcome(metrics, alone | {FUSION_HEAD: head.model}, rule)

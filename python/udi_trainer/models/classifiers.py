@@ -1,4 +1,4 @@
-"""Classifiers: encoders under linear heads. All return (features, logits)."""
+"""Classifiers: encoders under linear heads, which return (features, logits); and a head alone."""
 
 from functools import reduce
 
@@ -18,16 +18,12 @@ class Classifier(nn.Module):
         """``features``: their width, if another than the encoder's: a linear layer brings them there."""
         super().__init__()
         self.arguments = {"features": features}
-        self.encoder = projected(encoder, width, features)
+        self.encoder = encoder if features in (None, width) else nn.Sequential(encoder, nn.Linear(width, features))
         self.head = nn.Linear(features or width, classes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.encoder(x)
         return features, self.head(features)
-
-
-def projected(encoder: nn.Module, width: int, features: int | None) -> nn.Module:
-    return encoder if features in (None, width) else nn.Sequential(encoder, nn.Linear(width, features))
 
 
 class DetachedClassifiers(nn.Module):
@@ -77,13 +73,9 @@ class ConcatClassifier(JointClassifier):
 
     kind = "concat"
 
-    def __init__(
-        self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int, features: int | None = None
-    ):
-        """``features``: as for :class:`Classifier`, of every modality."""
-        super().__init__({name: projected(encoder, widths[name], features) for name, encoder in encoders.items()})
-        self.arguments = {"features": features}
-        self.widths = [features or width for width in widths.values()]
+    def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
+        super().__init__(encoders)
+        self.widths = list(widths.values())
         self.head = nn.Linear(sum(self.widths), classes)
 
     def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -110,6 +102,21 @@ class SumClassifier(JointClassifier):
 
     def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.heads[name](x) for name, x in features.items()}
+
+
+@classifiers.register("features")
+class FeatureHead(nn.Module):
+    """A linear head on the features of other models, side by side (N, width): the logits."""
+
+    kind = "features"
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.arguments = {"width": width}
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(features)
 
 
 class ConditionalGaussian(nn.Module):
