@@ -1,10 +1,10 @@
-"""Host time of the Triton launchers, without a GPU: microseconds of an eager forward + backward before the GPU starts.
+"""Host time of the GPU launchers, without a GPU: microseconds of a call before the GPU starts.
 
     python benchmarks/host_time.py [--calls 300]
 
-Everything is real but the GPU: the ops' graph nodes, plans, Triton's own driver and launcher, on a libcuda.so.1 that
-does nothing (built here with the C compiler), with memory from the CPU's allocator, no device guard and no stream of
-torch's. "by Triton": each kernel launched as `kernel[grid](...)` does, to compare with.
+Everything is real but the GPU: the ops' graph nodes, plans, Triton's own driver and launcher, that of csrc/cuda, on a
+libcuda.so.1 that does nothing (built here with the C compiler), with memory from the CPU's allocator, no device guard
+and no stream of torch's. "by Triton": each kernel launched as `kernel[grid](...)` does, to compare with.
 """
 
 import argparse
@@ -22,9 +22,15 @@ SUCCEED = """
     cuDevicePrimaryCtxRetain cuDriverGetVersion cuFuncSetAttribute cuFuncSetCacheConfig cuGetErrorString
     cuLaunchKernelEx cuModuleGetFunction cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters
     cuStreamIsCapturing cuTensorMapEncodeIm2col cuTensorMapEncodeTiled
+    aoti_torch_get_current_cuda_stream cuCtxPopCurrent_v2 cuCtxPushCurrent_v2 cuLaunchKernel cuMemsetD32Async
+    cuThreadExchangeStreamCaptureMode
 """
 LIBCUDA = """
-int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 232448; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 16 ? 132 : 232448; return 0; }
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, unsigned long shared) {
+  *blocks = 2;
+  return 0;
+}
 int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute ? 0 : 1024; return 0; }
 int cuPointerGetAttribute(unsigned long long *data, int attribute, unsigned long long p) { *data = p; return 0; }
 """
@@ -59,12 +65,11 @@ def stub_driver():
 
 def serve_cpu_by_triton():
     """The losses' kernels for CPU tensors become the launchers."""
+    import plugin  # noqa: F401  the gradient ops' CUDA launcher serves CPU tensors
     import torch
 
-    from udi_kernels import _build
     from udi_kernels.triton import club, js_div
 
-    _build.load("cpu")
     library = torch.library.Library("udi_kernels", "IMPL")
     for module, names in ((js_div, ("js_div",)), (club, ("club_mi", "club_nll"))):
         for name in (f"{n}_{way}" for n in names for way in ("fwd", "bwd")):
@@ -91,7 +96,8 @@ def main():
     library = serve_cpu_by_triton()
     import torch
 
-    from udi_kernels import club_mi, club_nll, js_div
+    from shapes import MODELS
+    from udi_kernels import GradientPlan, club_mi, club_nll, js_div
     from udi_kernels.triton import Launch, club
     from udi_kernels.triton import js_div as launchers
 
@@ -110,6 +116,12 @@ def main():
         "club_nll 64x512, forward + backward": lambda: torch.autograd.grad(club_nll(mu, logvar, leaf_z), leaf_z),
         "club_mi 64x512, launcher forward": lambda: club.club_mi_fwd(mu, logvar, z, None, 2),
     }
+    plan = GradientPlan([[torch.zeros(shape) for shape in MODELS["ResNet-18"]] for _ in range(3)])
+    weights = torch.ones(3)
+    launched = {
+        "GradientPlan of ResNet-18, K=3, gramian": plan.gramian,
+        "GradientPlan of ResNet-18, K=3, weighted_sum": lambda: plan.weighted_sum(weights),
+    }
     by_plan, by_triton = Launch.__call__, lambda self, *tensors: self._by_triton(tensors)
     print(f"{'microseconds, median of ' + str(calls):45}{'by plan':>10}{'by Triton':>12}")
     for name, call in cases.items():
@@ -119,9 +131,11 @@ def main():
             figures.append(median(call, calls))
         Launch.__call__ = by_plan
         print(f"{name:45}{figures[0]:10.1f}{figures[1]:12.1f}", flush=True)
+    for name, call in launched.items():
+        print(f"{name:45}{median(call, calls):10.1f}", flush=True)
     del library
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cuda_on_cpu")]
     main()
