@@ -1,6 +1,6 @@
-"""Trains as one of several processes, and keeps what every step measured: ``processes.py DTYPE METHOD STEPS FILE``.
+"""Trains as one of several processes, and keeps what every step measured: ``processes.py DTYPE METHODS STEPS FILE``.
 
-With ``shard`` behind these: sharded, where there are several.
+METHODS: one after the other, with commas between them. With ``shard`` behind these: sharded, where there are several.
 """
 
 import os
@@ -26,8 +26,8 @@ def dataset(make):
     return Dataset(5, modalities, split(4 * 32), split(61), split(67))
 
 
-def main(dtype, method, steps, file, shard=""):
-    torch.set_default_dtype(getattr(torch, dtype))
+def trained(dtype, method, steps, shard):
+    """What every step measured, and the run's metrics."""
     measured, step = [], Eager.run
 
     def run(self, batch, number, flags):
@@ -52,13 +52,20 @@ def main(dtype, method, steps, file, shard=""):
         dataset(torch.Tensor.double if dtype == "float64" else torch.Tensor.float), method,
         epochs=int(steps) // 4, batch_size=32, lr=1e-3, progress=False, **options,
     )  # fmt: skip
+    Eager.run = step
     for row in measured:  # the mean over the processes, of what each measured on its part
         for x in row.values():
             if several and isinstance(x, torch.Tensor):
                 torch.distributed.all_reduce(x)
                 x /= torch.distributed.get_world_size()
-    if not several or torch.distributed.get_rank() == 0:
-        torch.save({"steps": measured, "metrics": result.metrics}, file)
+    return {"steps": sorted(measured, key=lambda row: row["stage"]), "metrics": result.metrics}
+
+
+def main(dtype, methods, steps, file, shard=""):
+    torch.set_default_dtype(getattr(torch, dtype))
+    results = {method: trained(dtype, method, steps, shard) for method in methods.split(",")}
+    if distributed.first():
+        torch.save(results, file)
 
 
 if __name__ == "__main__":
