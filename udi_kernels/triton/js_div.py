@@ -311,10 +311,13 @@ def _divergences(
         lp = _shifted(_load(Y + col, col < end), peak_p, lse_p, scale)
         d, q, p = lp - lq, exp2(lq), exp2(lp)
         add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
-        sum_q += tl.sum(add_q, 1)
         sum_p += tl.sum(add_p, 1)
         if MIX == KL:
+            # Not a sum of q - p: at that the LLVM of Triton 3.8 and 3.9 crashes where classes are read one by one.
+            sum_q -= tl.sum(-add_q, 1)
             sum += tl.sum(_kl_term(d, q, p), 1)
+        else:
+            sum_q += tl.sum(add_q, 1)
     if MIX == KL:
         return tl.sum(sum_q, 0), tl.sum(sum_p, 0), tl.sum(sum, 0)
     else:
