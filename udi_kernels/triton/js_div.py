@@ -427,8 +427,10 @@ def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
     # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
-    # All but the default's formulas leave no registers for eight values at a time.
-    width = 16 // dtype.itemsize if values["MIX"] == HALF.value else 4
+    # All but the default's formulas leave no registers for eight values at a time, nor do narrow loads, of which each
+    # has an address and a mask.
+    V = values["V"]
+    width = min(16 // dtype.itemsize, 2 * V) if values["MIX"] == HALF.value else min(4, max(2, V))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:

@@ -92,11 +92,13 @@ x = torch.empty(2, 50257, device="meta")
 launch = functools.partial(js_div.js_div_fwd, x, x, None, 0.0, 1.0, 2)
 inspect_kernels.cases = lambda: [("js_div", "forward", x.shape, x.dtype, "KL", launch)]
 rows = [inspect_kernels.inspect_triton(i, "sm_90")[0] for i in range(len(inspect_kernels.launches()))]
-assert len(rows) == 3, rows
+assert [row["local"] for row in rows] == [0, 0, 0], rows
 """
 
 
 def test_kl_of_few_long_rows_compiles():
-    """By GPT-2's vocabulary, which no load of two divides. LLVM's vectorizer crashed, and the process with it."""
+    """GPT-2's vocabulary is one that no load of two divides. LLVM's vectorizer crashed, and the process with it; what
+    compiled spilled.
+    """
     run = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
