@@ -40,7 +40,9 @@ raise SystemExit(f"served by plain torch: {', '.join(slow)}" if slow else 0)
 # Every kernel in few and odd sizes: the sanitizers slow them down a hundredfold.
 EXERCISE = """
 import torch
-from udi_kernels import GradientPlan, club_mi, club_nll, gramian, js_div, weighted_sum
+from udi_kernels import (
+    GradientPlan, certainty_fusion, club_mi, club_nll, duc_loss, effective_dims, gramian, js_div, weighted_sum,
+)
 for dtype in (torch.float32, torch.bfloat16):
     draw = lambda *shape: torch.randn(shape, device="cuda", dtype=dtype)
     for shape in ((64, 6), (7, 101), (33, 1271), (5, 8192), (3, 40001)):
@@ -48,6 +50,11 @@ for dtype in (torch.float32, torch.bfloat16):
     for shape in ((7, 41), (512, 130), (2100, 30)):
         for f in (club_mi, club_nll):
             f(*(draw(*shape).requires_grad_() for _ in range(3))).backward()
+    classes = torch.arange(130, device="cuda") % 11
+    inputs = [draw(130, 70).requires_grad_() for _ in range(3)]
+    club_mi(*inputs, given=classes).backward()
+    duc_loss(*inputs[:2], effective_dims(inputs[2], classes, 11)).backward()
+    certainty_fusion(draw(3, 130, 101).requires_grad_()).sum().backward()
     for k in (3, 5, 8, 32):
         grads = [[draw(*s) for s in ((64, 33, 3, 3), (1271,), (), (0, 3), (16385,))] for _ in range(k)]
         weights = torch.rand(k, device="cuda")

@@ -126,7 +126,7 @@ def _columns(
             mu = _load(MU, row, mu_stride, V, col, mask, 0.0) - y0
             w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
             if G is not None:
-                w *= tl.load(G + row * g_stride, real, other=0.0).to(tl.float32)[:, None]
+                w *= tl.load(G + row.to(tl.int64) * g_stride, real, other=0.0).to(tl.float32)[:, None]
             sum_w += w
             sum_wmu += w * mu
             if MOMENTS:
@@ -338,7 +338,7 @@ def _mi_bwd(
     row, col, mask = _tile(D * V, N, ROWS, BLOCK)
     real = col < D * V
     size = D * V
-    g = tl.load(G + row * g_stride, row < N).to(tl.float32)[:, None] * factor
+    g = tl.load(G + row.to(tl.int64) * g_stride, row < N).to(tl.float32)[:, None] * factor
     y0 = tl.load(STATS + col, real)[None, :]
     y = _load(Y, row, y_stride, V, col, mask)
     w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask))
@@ -465,8 +465,8 @@ def _given_values(
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(0).to(tl.int64)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + 2 * N + 1), tl.num_programs(1)):
-        begin, end = tl.load(CLASSES + 2 * N + 2 + k), tl.load(CLASSES + 2 * N + 3 + k)
+    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + N + N + 1), tl.num_programs(1)):
+        begin, end = tl.load(CLASSES + N + N + 2 + k), tl.load(CLASSES + N + N + 3 + k)
         n = end - begin
         if n > 1:
             shift, mean, var, _, _ = _class_stats(
@@ -551,8 +551,8 @@ def _given_bwd(
     """BLOCK columns of the gradients in the rows that have negatives."""
     size = D * V
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + 2 * N + 1), tl.num_programs(1)):
-        begin, end = tl.load(CLASSES + 2 * N + 2 + k), tl.load(CLASSES + 2 * N + 3 + k)
+    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + N + N + 1), tl.num_programs(1)):
+        begin, end = tl.load(CLASSES + N + N + 2 + k), tl.load(CLASSES + N + N + 3 + k)
         n = end - begin
         if n > 1:
             shift, mean, var, mean_w, mean_wmu = _class_stats(

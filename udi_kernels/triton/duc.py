@@ -82,7 +82,7 @@ def _rows(
 
 
 def _product(a, b, out):
-    """out = a b, in float32."""
+    """out = a b, in float32; with `out` under autocast too."""
     torch.mm(a, b, out=out) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
@@ -201,7 +201,8 @@ def duc_loss_bwd(grad, student, teacher, dims, stats, direction, temperature, re
             student, teacher = (torch.where(dims, x, 0.0).float() for x in (student, teacher))
             sums = torch.zeros_like(student)
             for block in _blocks(N):
-                z = student[block] @ teacher.T
+                z = sums.new_empty((block.stop - block.start, N))
+                _product(student[block], teacher.T, z)
                 _bwd_weights[(len(z),)](
                     grad, z, stats, block.start, N, stride_g, 1.0 / temperature, factor, **_row_config(N)
                 )

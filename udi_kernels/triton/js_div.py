@@ -208,7 +208,7 @@ def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, facto
     tl.store(S, kl_q, mask)
     tl.store(S + R, kl_p, mask)
     if W is not None:
-        loss *= tl.load(W + row * w_stride, mask, other=0.0)
+        loss *= tl.load(W + row.to(tl.int64) * w_stride, mask, other=0.0)
     return tl.where(mask, loss, 0.0)
 
 
@@ -311,10 +311,13 @@ def _divergences(
         lp = _shifted(_load(Y + col, col < end), peak_p, lse_p, scale)
         d, q, p = lp - lq, exp2(lq), exp2(lp)
         add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
-        sum_q += tl.sum(add_q, 1)
         sum_p += tl.sum(add_p, 1)
         if MIX == KL:
+            # Not a sum of q - p: at that the LLVM of Triton 3.8 and 3.9 crashes where classes are read one by one.
+            sum_q -= tl.sum(-add_q, 1)
             sum += tl.sum(_kl_term(d, q, p), 1)
+        else:
+            sum_q += tl.sum(add_q, 1)
     if MIX == KL:
         return tl.sum(sum_q, 0), tl.sum(sum_p, 0), tl.sum(sum, 0)
     else:
@@ -424,8 +427,10 @@ def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
     # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
-    # All but the default's formulas leave no registers for eight values at a time.
-    width = 16 // dtype.itemsize if values["MIX"] == HALF.value else 4
+    # All but the default's formulas leave no registers for eight values at a time, nor do narrow loads, of which each
+    # has an address and a mask.
+    V = values["V"]
+    width = min(16 // dtype.itemsize, 2 * V) if values["MIX"] == HALF.value else min(4, max(2, V))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:
@@ -569,21 +574,23 @@ def _bwd(
     mask = real[:, None] & (col < C * V)[None, :]
     x = tl.load(at(X, row, x_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
     y = tl.load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
-    g = tl.load(G + row * g_stride, real).to(tl.float32) * factor
+    g = tl.load(G + row.to(tl.int64) * g_stride, real).to(tl.float32) * factor
     if W is not None:
-        g *= tl.load(W + row * w_stride, real)
+        g *= tl.load(W + row.to(tl.int64) * w_stride, real)
     S = STATS + row
     lq = _shifted(x, tl.load(S, real)[:, None], tl.load(S + R, real)[:, None], scale)
-    lp = _shifted(y, tl.load(S + 2 * R, real)[:, None], tl.load(S + 3 * R, real)[:, None], scale)
+    S = S + R + R
+    lp = _shifted(y, tl.load(S, real)[:, None], tl.load(S + R, real)[:, None], scale)
+    S = S + R + R
     q, p = exp2(lq), exp2(lp)
     if MIX == KL:  # less what the sums of these very terms are off
         add_q, add_p = _summands(lp - lq, q, p, beta, gamma, taylor, MIX, FAST)
-        dx = g[:, None] * (add_q - q * tl.load(S + 4 * R, real)[:, None])
-        dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + 5 * R, real)[:, None])
+        dx = g[:, None] * (add_q - q * tl.load(S, real)[:, None])
+        dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + R, real)[:, None])
     else:
         over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, MIX, FAST)
-        dx = _gradient(q, over_q, gamma * g, tl.load(S + 4 * R, real))
-        dy = _gradient(p, over_p, beta * g, tl.load(S + 5 * R, real))
+        dx = _gradient(q, over_q, gamma * g, tl.load(S, real))
+        dy = _gradient(p, over_p, beta * g, tl.load(S + R, real))
     if DX is not None:
         tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
     if DY is not None:

@@ -24,8 +24,10 @@ class Eager:
     def __init__(self, task: Task, feed: Feed, seed: int) -> None:
         self.task, self.feed, self.seed = task, feed, seed + (distributed.rank() << 40)  # masks of their own
         # torch.manual_seed would take 130 us, to look for other devices too.
-        index = feed.device.index or 0
-        self.generator = torch.cuda.default_generators[index] if feed.device.type == "cuda" else torch.default_generator
+        self.generator = torch.default_generator
+        if feed.device.type == "cuda":
+            index = feed.device.index
+            self.generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
         self.names: list[str] = []
         self.totals = self.finite = torch.empty(0)  # of each scalar: its sum, and in how many steps that was finite
         self.steps = 0
@@ -84,15 +86,18 @@ class Graphs(Eager):
 
     The first step of a kind runs eagerly: it compiles and allocates what the second, which is captured, finds there. A
     step that waits for the GPU shows itself then, and is left eager: a capture that fails half-way leaves the memory
-    pool and the random generator in a state that torch cannot mend.
+    pool and the random generator in a state that torch cannot mend. The very first step may wait, for what is copied to
+    the device once.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
         self.graphs, self.seen, self.pool = {}, [], torch.cuda.graph_pool_handle()
+        self.warm = False
 
     def run(self, batch: Batch, number: int, flags: dict) -> None:
-        if self.pool is None:
+        if self.pool is None or not self.warm:
+            self.warm = True
             return super().run(batch, number, flags)
         if flags not in self.seen:
             self.seen.append(flags)

@@ -31,9 +31,9 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     threads that share its cores.
     """
     stages = [Stage(task, run) for task in tasks]
+    share_stream(stages)  # before their streams wait for what restores them
     for stage in stages:
         stage.restore()
-    share_stream(stages)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     apart = len(stages) > 1 and cores > 1 and distributed.world() == 1  # messages have an order, which threads have not
     share = max(1, cores // len(stages)) if apart else None
@@ -49,7 +49,8 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
                         stage.end(began, len(active))
             except Stopped:
                 for stage in active:
-                    stage.suspend(began, len(active))
+                    with stage.on_stream():
+                        stage.suspend(began, len(active))
                 raise
             progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:

@@ -48,6 +48,12 @@ def on_device(*tensors):
     return tuple(t.to(DEVICE) if t is not None else None for t in tensors)
 
 
+def far_apart(values):
+    """These three numbers, 2^30 elements apart."""
+    spread = torch.empty(2**31 + 1, dtype=torch.bfloat16, device=DEVICE)[:: 2**30]
+    return spread.copy_(values)
+
+
 def run_again(file):
     """The tests of this file, interpreted."""
     pytest.importorskip("triton", reason="triton is not installed")

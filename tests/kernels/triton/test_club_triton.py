@@ -4,7 +4,19 @@ import functools
 
 import pytest
 import torch
-from interpreted import DEVICE, MEAN, NONE, REDUCTION, RUNS_HERE, SUM, assert_as_good, autograd, on_device, run_again
+from interpreted import (
+    DEVICE,
+    MEAN,
+    NONE,
+    REDUCTION,
+    RUNS_HERE,
+    SUM,
+    assert_as_good,
+    autograd,
+    far_apart,
+    on_device,
+    run_again,
+)  # fmt: skip
 
 from udi_kernels import reference
 
@@ -115,6 +127,11 @@ class TestClub:
         a = self.run(*inputs, reduction=NONE, grad=torch.tensor(0.7, dtype=torch.float64).expand(33))
         b = self.run(*inputs, reduction=NONE, grad=torch.full((33,), 0.7))
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+    def test_rows_far_apart(self):
+        inputs, near = self.inputs(3, 9), torch.tensor([1.0, 0.5, 2.0])
+        a = self.run(*inputs, reduction=NONE, grad=far_apart(near))
+        assert all(map(torch.equal, a, self.run(*inputs, reduction=NONE, grad=near)))
 
     @pytest.mark.parametrize("reduction", [NONE, MEAN])
     def test_partial_needs(self, reduction):

@@ -103,6 +103,13 @@ class TestDUC:
         torch.testing.assert_close(loss.cpu(), torch.full((9,), 9.0).log())
         assert all((g == 0).all() for g in grads)
 
+    def test_autocast(self):
+        """Products stay in float32, in the backward pass too."""
+        inputs = torch.randn(20, 9), torch.randn(20, 9), torch.rand(9) < 0.5, torch.rand(20)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            ours = self.run(*inputs)
+        assert all(map(torch.equal, ours, self.run(*inputs)))
+
     def test_one_row_empty_batch_and_partial_needs(self):
         dims = torch.ones(4, dtype=torch.bool)
         for t in self.run(*torch.randn(2, 1, 4), dims, torch.ones(1)):

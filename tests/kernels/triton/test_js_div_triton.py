@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from interpreted import DEVICE, MEAN, NONE, REDUCTION, RUNS_HERE, SUM, assert_as_good, autograd, on_device, run_again
+from interpreted import (
+    DEVICE,
+    MEAN,
+    NONE,
+    REDUCTION,
+    RUNS_HERE,
+    SUM,
+    assert_as_good,
+    autograd,
+    far_apart,
+    on_device,
+    run_again,
+)  # fmt: skip
 
 from udi_kernels import reference
 
@@ -162,6 +174,11 @@ class TestJSDiv:
         a = self.run(x, y, reduction=NONE, grad=torch.tensor(0.7, dtype=torch.float64).expand(5))
         b = self.run(x, y, reduction=NONE, grad=torch.full((5,), 0.7))
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+    def test_rows_far_apart(self):
+        x, y, near = torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1.0, 0.5, 2.0])
+        a = self.run(x, y, reduction=NONE, weight=far_apart(near), grad=far_apart(near))
+        assert all(map(torch.equal, a, self.run(x, y, reduction=NONE, weight=near, grad=near)))
 
     def test_partial_needs(self):
         x, y = torch.randn(5, 41), torch.randn(5, 41)

@@ -1,5 +1,9 @@
 """Plans and launches: what is compiled once is called with what the tensors say now."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,3 +81,24 @@ def test_grid_covers_all_rows_within_cudas_limits(rows):
 def test_integers():
     assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [next_power_of_2(n) for n in (1, 2, 3, 1024, 1025)] == [1, 2, 4, 1024, 2048]
+
+
+COMPILE = """
+import functools, sys, torch
+sys.path.insert(0, "benchmarks")
+import inspect_kernels
+from udi_kernels.triton import js_div
+x = torch.empty(2, 50257, device="meta")
+launch = functools.partial(js_div.js_div_fwd, x, x, None, 0.0, 1.0, 2)
+inspect_kernels.cases = lambda: [("js_div", "forward", x.shape, x.dtype, "KL", launch)]
+rows = [inspect_kernels.inspect_triton(i, "sm_90")[0] for i in range(len(inspect_kernels.launches()))]
+assert [row["local"] for row in rows] == [0, 0, 0], rows
+"""
+
+
+def test_kl_of_few_long_rows_compiles():
+    """GPT-2's vocabulary is one that no load of two divides. LLVM's vectorizer crashed, and the process with it; what
+    compiled spilled.
+    """
+    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

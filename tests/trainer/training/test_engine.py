@@ -1,12 +1,17 @@
 """Ways to run the same steps: graphs, compiled encoders, samples on the host; they train the same."""
 
+import contextlib
+
 import pytest
 import torch
 
 from udi_trainer.command import main
+from udi_trainer.methods.unimodal import Alone
 from udi_trainer.registry import datasets
+from udi_trainer.training.engine import Graphs
+from udi_trainer.training.feed import Feed
 
-from ..helpers import assert_same_training, losses, needs_torchjd, read_metrics
+from ..helpers import assert_same_training, losses, make_run, needs_torchjd, read_metrics
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -38,6 +43,33 @@ def test_graphs_need_a_gpu(capsys):
     options = ["--epochs", "1", "--method", "joint", "--device", "cpu", "--engine", "graph"]
     assert main([*options, "--out", "run"]) == 0
     assert capsys.readouterr().out.count("CUDA graphs need a GPU") == 1
+
+
+def test_order_of_eager_and_captured_steps(three_views, monkeypatch):
+    """The first step of all may wait for the GPU, the first one of a kind shows whether that does, others replay."""
+    seen = []
+
+    @contextlib.contextmanager
+    def no_waiting():
+        seen.append("watched")
+        yield
+
+    class Graph:
+        def replay(self):
+            seen.append("replayed")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr("udi_trainer.training.engine.no_waiting", no_waiting)
+    monkeypatch.setattr(Graphs, "capture", lambda self, batch, *_: seen.append("captured") or (Graph(), batch))
+    run = make_run(three_views)
+    task = run.make(Alone, "clean")
+    task.flags = lambda number: {"odd": number % 2}
+    task.step = lambda batch, odd: seen.append("eager") or {"loss": torch.zeros(())}
+    graphs = Graphs(task, Feed(run, run.data.train, task.reads), 0)
+    for number in (0, 0, 0, 1, 1, 0, 1):
+        graphs.step({"index": torch.arange(4)}, number)
+    watched, replayed = ["watched", "eager"], ["captured", "replayed"]
+    assert seen == ["eager", *watched, *replayed, *watched, *replayed, "replayed", "replayed"]
 
 
 @pytest.mark.gpu

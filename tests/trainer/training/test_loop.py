@@ -1,5 +1,7 @@
 """The loop: tasks side by side, schedules, patience, and what a stage leaves alone."""
 
+import contextlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from udi_trainer.data.labels import hide
 from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets
 from udi_trainer.run_folder import RunFolder
+from udi_trainer.stop import Stopped
 from udi_trainer.training.loop import Stage, best_epoch, fit, learning_rate
 
 from ..helpers import log_by_stage, make_run, read_log, read_metrics, without_times
@@ -117,6 +120,38 @@ def test_error_beside_another_stage(three_views, monkeypatch):
     with pytest.raises(RuntimeError, match="lost"):
         train_alone(make_run(three_views, batch_size=1), ["noisy", "clean"])
     assert steps.count("clean") < 400
+
+
+def test_stages_wait_for_what_they_start_from_and_checkpoints_for_steps(three_views, monkeypatch):
+    """By their streams, on a GPU: that which a stage trains on waits for what restores it, and what saves is on it."""
+    seen, inside = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            seen.append(self)
+
+    @contextlib.contextmanager
+    def on_stream(self):
+        inside.append(self.stream)
+        yield
+        inside.pop()
+
+    def save(self):
+        assert inside == [self.stream]
+        seen.append("saved")
+
+    made = Stage.__init__
+    monkeypatch.setattr(Stage, "__init__", lambda self, *args: made(self, *args) or setattr(self, "stream", Stream()))
+    monkeypatch.setattr(Stage, "on_stream", on_stream)
+    monkeypatch.setattr(Stage, "save", save)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    run, step = make_run(three_views, epochs=2), Alone.step
+    monkeypatch.setattr(Alone, "step", lambda *args: setattr(run.stop, "number", signal.SIGINT) or step(*args))
+    for view in run.data.modalities.values():
+        view.augment = torch.nn.functional.dropout  # so they share a stream
+    with pytest.raises(Stopped):
+        train_alone(run, ["clean", "noisy"])
+    assert seen == [seen[0], seen[0], "saved", "saved"]
 
 
 def test_making_a_stage_changes_nothing(three_views):
