@@ -16,9 +16,12 @@
 namespace udi {
 namespace {
 
-// Columns and rows of a tile. The rows are also what threads share out, whatever their number.
+// Columns and rows of a tile. The rows are also what threads share out, whatever their number; there are two blocks at
+// least, since a single one is no parallel region, and BLAS would share it out by the number of threads.
 constexpr int64_t kTileColumns = 512, kMostRows = 128;
-inline int64_t tile_rows(int64_t n) { return n <= 128 ? 16 : n <= 512 ? 32 : kMostRows; }
+inline int64_t tile_rows(int64_t n) {
+  return n <= 2 ? 1 : n <= 16 ? (n + 1) / 2 : n <= 128 ? 16 : n <= 512 ? 32 : kMostRows;
+}
 
 // Rows of `stats`: the largest z of the negatives, 1/sum_j e^((z_ij - that)/T), and 1 - p_ii.
 enum Stat { kMax, kInvSum, kOthers, kStats };

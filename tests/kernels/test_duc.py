@@ -174,7 +174,7 @@ def test_mixed_dtypes_and_autocast(device):
     assert layer.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("n", [7, 100, 1500])
+@pytest.mark.parametrize("n", [2, 7, 16, 100, 1500])
 def test_bit_identical_repeats_and_threads(n, device):
     inputs, f = draw(n, 70, device=device), partial(duc_loss, dims=draw_dims(70, device))
     threads, results = torch.get_num_threads(), []
