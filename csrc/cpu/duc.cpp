@@ -16,12 +16,11 @@
 namespace udi {
 namespace {
 
-// Columns and rows of a tile. The rows are also what threads share out, whatever their number; in two blocks at least,
-// for a product outside of a parallel region is BLAS's to share out, and then the number of threads changes its bits.
+// Columns and rows of a tile. The rows are also what threads share out, whatever their number; there are two blocks at
+// least, since a single one is no parallel region, and BLAS would share it out by the number of threads.
 constexpr int64_t kTileColumns = 512, kMostRows = 128;
 inline int64_t tile_rows(int64_t n) {
-  if (n <= 32) return std::max<int64_t>((n + 1) / 2, 1);
-  return n <= 128 ? 16 : n <= 512 ? 32 : kMostRows;
+  return n <= 2 ? 1 : n <= 16 ? (n + 1) / 2 : n <= 128 ? 16 : n <= 512 ? 32 : kMostRows;
 }
 
 // Rows of `stats`: the largest z of the negatives, 1/sum_j e^((z_ij - that)/T), and 1 - p_ii.

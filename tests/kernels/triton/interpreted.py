@@ -21,6 +21,13 @@ ROUNDING = {torch.float32: (0, 0), torch.float16: (CUT * 2**-11, CUT * 2**-25), 
 NONE, SUM, MEAN = range(3)
 REDUCTION = ("none", "sum", "mean")
 
+if INTERPRETED:  # Triton 3.6 makes NaN of tl.maximum and tl.minimum of a number and NaN there, compiled code the number
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+
 
 def assert_as_good(ours, plain, truth, dtype, slack=4, scale=None):
     """The largest error is at most twice that of plain float32 torch plus `slack` roundings of the largest value.
