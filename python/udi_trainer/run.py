@@ -96,10 +96,14 @@ class Run:
     def log(self, stage: str, row: dict):
         """A line of metrics.jsonl, and what TensorBoard shows of it."""
         self.folder.append_log(row)
+        self.show(stage, row, row["epoch"])
+
+    def show(self, label: str, values: dict, epoch: int):
+        """Figures as TensorBoard events."""
         if self.board:
-            for name, value in row.items():
+            for name, value in values.items():
                 if isinstance(value, float):
-                    self.board.add_scalar(f"{name}/{stage}", value, row["epoch"])
+                    self.board.add_scalar(f"{name}/{label}", value, epoch)
             self.board.flush()
 
 
