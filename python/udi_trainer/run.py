@@ -37,7 +37,7 @@ class Run:
         self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
-        self.board = event_writer(folder) if options.tensorboard else None
+        self.board = event_writer(folder) if options.tensorboard and distributed.first() else None
 
     def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
