@@ -185,6 +185,7 @@ class Plan:
                 metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
                 each = predictor.logits(run.data.test, shares=True)
                 run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
+            run.show("fused", metrics["fused"], options.epochs)
             if ours:
                 predictor.save(run.folder, self.data)
                 picture(metrics, run)

@@ -38,7 +38,7 @@ class Run:
         self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
         self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
         self.began = time.perf_counter()
-        self.board = event_writer(folder) if options.tensorboard else None
+        self.board = event_writer(folder) if options.tensorboard and distributed.first() else None
 
     def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
@@ -102,10 +102,14 @@ class Run:
     def log(self, stage: str, row: dict):
         """A line of metrics.jsonl, and what TensorBoard shows of it."""
         self.folder.append_log(row)
+        self.show(stage, row, row["epoch"])
+
+    def show(self, label: str, values: dict, epoch: int):
+        """Figures as TensorBoard events."""
         if self.board:
-            for name, value in row.items():
+            for name, value in values.items():
                 if isinstance(value, float):
-                    self.board.add_scalar(f"{name}/{stage}", value, row["epoch"])
+                    self.board.add_scalar(f"{name}/{label}", value, epoch)
             self.board.flush()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from udi_trainer import Options, UserError
+from udi_trainer import Options, UserError, distributed
 from udi_trainer.methods.joint import Joint
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.run import choose_device
@@ -91,3 +91,9 @@ def test_devices():
             choose_device(name)
     with pytest.raises(UserError, match="--device cuda:99: torch .* sees . CUDA devices here: use --device cpu"):
         choose_device("cuda:99")
+
+
+def test_one_process_writes_tensorboard_events(mixed, monkeypatch):
+    """The others have no folder for them."""
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert make_run(mixed, tensorboard=True).board is None

@@ -5,6 +5,7 @@ tells which of its samples are whole, and a new one (a row more, another split) 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -136,8 +137,8 @@ def fill(path: Path, label: str, keys: Sequence[bytes], decode, like: np.ndarray
         except Unreadable as error:
             errors[i] = str(error)
             return
-        os.pwrite(data, raw, i * size)
-        os.pwrite(index, key, i * KEY)
+        put(data, raw, i * size)
+        put(index, key, i * KEY)
 
     try:
         with Progress(f"decoding {label}", len(todo)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -154,6 +155,12 @@ def fill(path: Path, label: str, keys: Sequence[bytes], decode, like: np.ndarray
     if not errors:
         os.replace(part, path)
     return errors
+
+
+def put(file: int, raw: bytes, place: int):
+    """All of it: where a disk fills up, the system writes what has room, and raises nothing."""
+    if os.pwrite(file, raw, place) < len(raw):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def known(folder: Path, besides: Path) -> dict[bytes, tuple[Path, int]]:

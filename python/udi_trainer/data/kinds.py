@@ -4,6 +4,8 @@ A kind is a class registered by name. Its cells are lists of paths (or text, or 
 """
 
 import functools
+import os
+import pickle
 import re
 import zlib
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import torch
 from ..errors import UserError
 from ..options import Options
 from ..registry import Registry
-from .cache import KEY, Cache, Unreadable, digest, key_of
+from .cache import KEY, Cache, Unreadable, digest, key_of, numpy_type
 from .dataset import Modality
 from .pipelines import Features, Pictures, Spectrogram, Tokens
 
@@ -168,14 +170,16 @@ def natural(path: Path) -> list:
 
 def frames_of(paths: list[Path]) -> list[Path]:
     """Those of a folder in the order of their numbers, or those that are listed."""
-    if len(paths) > 1 or not paths[0].is_dir():
-        return paths
+    return paths if len(paths) > 1 or not os.path.isdir(paths[0]) else inside(paths[0])
+
+
+def inside(folder: Path) -> list[Path]:
     try:
-        found = sorted((p for p in paths[0].iterdir() if p.suffix.lower() in IMAGES), key=natural)
+        found = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=natural)
     except OSError as error:
-        raise Unreadable(f"{paths[0]}: {error.strerror}") from None
+        raise Unreadable(f"{folder}: {error.strerror}") from None
     if not found:
-        raise Unreadable(f"{paths[0]}: a folder without images")
+        raise Unreadable(f"{folder}: a folder without images")
     return found
 
 
@@ -276,9 +280,9 @@ class Flow(Frames):
 
     def halves(self, cell):
         if len(cell) == 1:
-            u, v = frames_of([cell[0] / "u"]), frames_of([cell[0] / "v"])
-        elif len(cell) == 2 and cell[0].is_dir() and cell[1].is_dir():
-            u, v = frames_of(cell[:1]), frames_of(cell[1:])
+            u, v = inside(cell[0] / "u"), inside(cell[0] / "v")
+        elif len(cell) == 2 and any(map(os.path.isdir, cell)):
+            u, v = map(inside, cell)
         else:
             u, v = cell[: len(cell) // 2], cell[len(cell) // 2 :]
         if len(u) != len(v):
@@ -397,6 +401,8 @@ class Array(Kind):
         try:
             x = loaded(path, path.stat().st_mtime_ns)
             return x if row is None else x[row]
+        except pickle.UnpicklingError:  # torch would advise to load it without its safeguard
+            raise Unreadable(f"{one(cell)}: no tensor") from None
         except Exception as error:
             raise Unreadable(f"{one(cell)}: no array that can be read ({reason(error)})") from None
 
@@ -418,9 +424,10 @@ class Array(Kind):
         self.encoder = {1: "mlp", 2: "cnn1d", 3: "cnn"}.get(axes, "mlp")
 
     def decode(self, cell):
-        x = np.asarray(self.array(cell))
+        with np.errstate(over="ignore"):
+            x = np.asarray(self.array(cell), numpy_type(self.dtype))
         if not np.isfinite(x).all():
-            raise Unreadable(f"{one(cell)}: NaN or inf")
+            raise Unreadable(f"{one(cell)}: NaN or inf as {x.dtype}")
         if x.ndim == 2 == len(self.shape) and x.shape[1:] == self.shape[1:]:
             return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
         if x.shape != self.shape:
@@ -442,6 +449,9 @@ def parted(path: Path) -> tuple[Path, int | None]:
 def loaded(path: Path, changed: int) -> np.ndarray:
     if path.suffix.lower() == ".pt":
         x = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"no tensor, but {type(x).__name__}")
+        x = x.detach()
         return x.float().numpy() if x.dtype in (torch.float16, torch.bfloat16) else x.numpy()
     x = np.load(path, mmap_mode="r", allow_pickle=False)
     return x if isinstance(x, np.ndarray) else x[x.files[0]]

@@ -79,7 +79,7 @@ def cremad(data_root, options: Options) -> Dataset:
     actors are in both. With ``fold`` the actors of validation and test are in no other split.
     """
     root = need_root("cremad", data_root)
-    frames = [found(root, "frames", "Image-01-FPS", "visual/Image-01-FPS")]
+    frames = [found(root, "frames", "Image-01-FPS", "visual/Image-01-FPS", "visual")]
     sounds = [found(root, "sound", "AudioWAV", "Audio-01-FPS", "audio", "wav", "Audio")]
     rows = []
     for split in ("train", "test"):
@@ -107,12 +107,13 @@ def kinetics_sounds(data_root, options: Options) -> Dataset:
     rows = []
     for split in ("train", "test"):
         places = [f"{split}-videos/{split}-set-img", f"visual/{split}_img", f"{split}_img", "visual", "."]
-        frames = found(root, f"frames of {split}", *(f"{place}/Image-01-FPS" for place in places))
+        frames = found(root, f"frames of {split}", *(f"{place}/Image-01-FPS" for place in places), split)
         sounds = found(
-            root, f"sound of {split}", f"{split}-audios/{split}-set", f"audio/{split}", f"{split}_audio", "audio"
+            root, f"sound of {split}", f"{split}-audios/{split}-set", f"audio/{split}", f"{split}_audio", "audio", split
         )
         for name, _, label, *_ in fields(found(root, f"its {split} list", f"my_{split}.txt"), ",", 3):
-            files = {"frames": one_of([frames], name, f"{name}.mp4"), "sound": one_of([sounds], f"{name}.wav")}
+            sound = one_of([sounds], f"{name}.wav", f"{name}/{name}.wav")
+            files = {"frames": one_of([frames], name, f"{name}.mp4"), "sound": sound}
             rows.append({"id": name, "label": label, "split": split} | files)
     return assembled(root, rows, options)
 
@@ -126,7 +127,7 @@ def ave(data_root, options: Options) -> Dataset:
     """
     root = need_root("ave", data_root)
     frames = [found(root, "frames", "Image-01-FPS-SE", "Image-01-FPS", "visual")]
-    sounds = [found(root, "sound (wav)", "Audio-01-FPS-SE", "AudioWAV", "audio", "wav", "Audio")]
+    sounds = [found(root, "sound (wav)", "Audio-01-FPS-SE", "AudioWAV", "Audios", "audio", "wav", "Audio")]
     rows = {}
     for split in ("test", "val", "train"):
         for label, name, *_ in fields(
@@ -170,17 +171,14 @@ def modelnet40(data_root, options: Options) -> Dataset:
         for file in sorted(root.glob(f"*/{split}/*.png")):
             view = re.fullmatch(r"(.+?)[._](?:shaded_v)?(\d{3})", file.stem)
             if view:
-                key = file.parent.parent.name, split, view[1]
-                objects.setdefault(key, []).append(file.relative_to(root))
+                objects.setdefault((file.parent.parent.name, split, view[1]), file.relative_to(root))
     if not objects:
         raise UserError(
             f"--data-root {root} lacks pictures: looked for {root}/<class>/train/<object>_001.png to _012.png"
         )
     rows = []
-    for (label, split, name), views in objects.items():
-        if len(views) < 7:
-            raise UserError(f"{root / views[0]}: {name} has {len(views)} views, the seventh is missing")
-        files = {"view1": str(views[0]), "view7": str(views[6])}
+    for (label, split, name), file in objects.items():
+        files = {f"view{n}": str(file.with_name(f"{file.stem[:-3]}{n:03d}.png")) for n in (1, 7)}
         rows.append({"id": f"{label}/{split}/{name}", "label": label, "split": split} | files)
     return assembled(root, rows, options)
 

@@ -6,6 +6,7 @@ taken from the CSV's folder; several are separated by ``;``), text, or numbers. 
 
 import csv
 import math
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ from .kinds import SAMPLES, Column, Kind
 RESERVED = ("label", "split", "group", "id")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test"}
+LARGEST = torch.finfo(torch.float32).max  # as which numbers are stored
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # where a manifest does not say
 
 
@@ -90,8 +92,9 @@ def build(source: Rows, options: Options) -> Dataset:
     """
     names = [name for name in source.rows[0] if name not in RESERVED]
     kind_of = find_kinds(source, names, options)
-    cells = gather(source, kind_of, options)
-    bad = check_rows(source, cells, options)
+    tables = tables_of(source, kind_of, options)
+    cells = gather(source, kind_of, tables)
+    bad = check_rows(source, cells, tables, options)
     splits = find_splits(source, options)
     labels = [row["label"] for row in source.rows]
     kept = list(range(len(labels)))
@@ -99,7 +102,11 @@ def build(source: Rows, options: Options) -> Dataset:
     while True:
         report(source, {i: bad[i] for i in kept if i in bad}, options)
         kept = [i for name in SHARES for i in kept if splits[i] == name and i not in bad]
-        columns, found = {}, {}
+        check_left(source, kept, splits, cells)
+        if found := untrained(kept, splits, labels):
+            bad |= found
+            continue
+        columns = {}
         for m, kind in kind_of.items():
             column = Column(m, [cells[m][i] for i in kept], options, cache, {})
             columns[m] = load(kind(column))
@@ -113,7 +120,6 @@ def build(source: Rows, options: Options) -> Dataset:
     classes = sorted({labels[i] for i in kept if labels[i]}, key=natural)
     number = {label: c for c, label in enumerate(classes)} | {"": -1}
     split_of = {name: [row for row, i in enumerate(kept) if splits[i] == name] for name in SHARES}
-    check_splits(source, kept, splits, labels)
     warn_of_shared(source, kept, splits, columns)
     ids = [source.rows[i].get("id") or str(source.lines[i] if source.lines else i) for i in kept]
     made, modalities = {}, {}
@@ -181,9 +187,9 @@ def find_kinds(source: Rows, names: list[str], options: Options) -> dict[str, ty
 
 def guess(source: Rows, name: str) -> str:
     values = [row[name] for row in source.rows if row[name]]
-    if all(map(is_number, values)):
+    if sum(map(is_number, values)) > len(values) / 2:  # the others are refused by row
         return "number"
-    there = (value for value in values[:100] if paths_of(value, source.folder)[0].exists())
+    there = (value for value in values[:100] if os.path.exists(paths_of(value, source.folder)[0]))
     value = next(there, values[0])
     several = paths_of(value, source.folder)
     suffix = kinds.parted(several[0])[0].suffix.lower()
@@ -195,10 +201,10 @@ def guess(source: Rows, name: str) -> str:
     }.items():
         if suffix in suffixes:
             return "frames" if kind == "image" and len(several) > 1 else kind
-    if several[0].is_dir():
+    if os.path.isdir(several[0]):
         return "flow" if len(several) == 2 or (several[0] / "u").is_dir() else "frames"
     if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
-        gone = "" if several[0].exists() else ", and there is no such file"
+        gone = "" if os.path.exists(several[0]) else ", and there is no such file"
         raise UserError(f"{source.source}: column {name} holds {value!r}{gone}: --kinds {name}=KIND tells what that is")
     return "text"
 
@@ -213,17 +219,22 @@ def is_number(cell: str) -> bool:
 
 def paths_of(cell: str, folder: Path) -> list[Path]:
     """Relative to the folder; a name with a semicolon is one path if there is such a file."""
-    whole = folder / Path(cell).expanduser()
-    if ";" not in cell or whole.exists():
+    whole = folder / os.path.expanduser(cell)
+    if ";" not in cell or os.path.exists(whole):
         return [whole]
-    return [folder / Path(part.strip()).expanduser() for part in cell.split(";") if part.strip()]
+    return [folder / os.path.expanduser(part.strip()) for part in cell.split(";") if part.strip()] or [whole]
 
 
-def gather(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> dict[str, list]:
-    """The cells of each modality, as its kind takes them; None where empty."""
+def tables_of(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> dict[str, list[str]]:
+    """The columns of each modality of numbers."""
     tables = {table: columns.split("+") for table, columns in (options.tables or {}).items()}
     taken = {name for columns in tables.values() for name in columns} | set(kind_of) | set(RESERVED)
-    tables.setdefault("table", [name for name in source.rows[0] if name not in taken])
+    rest = {"table": [name for name in source.rows[0] if name not in taken]}
+    return {table: columns for table, columns in (rest | tables).items() if kind_of.get(table) is kinds.Numbers}
+
+
+def gather(source: Rows, kind_of: dict[str, type[Kind]], tables: dict[str, list[str]]) -> dict[str, list]:
+    """The cells of each modality, as its kind takes them; None where empty."""
 
     def cell_of(m, kind, row):
         if kind is kinds.Numbers:
@@ -239,13 +250,13 @@ def gather(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> di
 # --- what is wrong with rows ---
 
 
-def check_rows(source: Rows, cells: dict[str, list], options: Options) -> dict[int, str]:
+def check_rows(source: Rows, cells: dict[str, list], tables: dict[str, list[str]], options: Options) -> dict[int, str]:
     """What is wrong with rows as the table has them, by number."""
-    tables = [m for m, column in cells.items() if any(cell and isinstance(cell[0], float) for cell in column)]
     bad, seen, splits = {}, {}, [row.get("split", "").lower() for row in source.rows]
     for i, row in enumerate(source.rows):
         lacking = [m for m, column in cells.items() if column[i] is None]
-        wrong = [m for m in tables if cells[m][i] and not all(map(math.isfinite, cells[m][i]))]
+        numbers = [pair for m, names in tables.items() if cells[m][i] for pair in zip(names, cells[m][i], strict=True)]
+        wrong = next((name for name, x in numbers if not abs(x) <= LARGEST), None)
         if "split" in row and splits[i] not in SPLITS:
             bad[i] = f"split {row['split']!r} is none of train, val and test"
         elif not row["label"] and SPLITS.get(splits[i]) != "train":
@@ -255,7 +266,7 @@ def check_rows(source: Rows, cells: dict[str, list], options: Options) -> dict[i
         elif lacking and not options.allow_missing and SPLITS.get(splits[i], "train") == "train":
             bad[i] = f"column {lacking[0]} is empty (--allow-missing trains on what there is)"
         elif wrong:
-            bad[i] = f"{wrong[0]}: a number is missing, or not finite"
+            bad[i] = f"column {wrong} holds {row[wrong]!r}: a finite number is wanted"
         elif name := row.get("id"):
             if name in seen:
                 bad[i] = f"id {name!r} is that of {source.at(seen[name])} too"
@@ -275,24 +286,36 @@ def report(source: Rows, bad: dict[int, str], options: Options):
         log.warning("left out: %s", line)
 
 
-def check_splits(source: Rows, kept: list[int], splits: list[str], labels: list[str]):
-    """Every split has samples, every class is trained."""
+def check_left(source: Rows, kept: list[int], splits: list[str], cells: dict[str, list]):
+    """Every split has samples, every modality too."""
     for name in SHARES:
         if not any(splits[i] == name for i in kept):
             raise UserError(f"{source.source}: no sample is left for {name}")
+    for m, column in cells.items():
+        if all(column[i] is None for i in kept):
+            raise UserError(f"{source.source}: no sample is left that has {m}")
+
+
+def untrained(kept: list[int], splits: list[str], labels: list[str]) -> dict[int, str]:
+    """Samples of a class that is absent from training, by number."""
     trained = {labels[i] for i in kept if splits[i] == "train"}
-    for i in kept:
-        if labels[i] not in trained:
-            raise UserError(f"{source.at(i)}: label {labels[i]!r} is in {splits[i]}, but no training sample has it")
+    return {
+        i: f"label {labels[i]!r} is in {splits[i]}, but no training sample has it"
+        for i in kept
+        if labels[i] not in trained
+    }
 
 
 def warn_of_shared(source: Rows, kept: list[int], splits: list[str], columns: dict):
     """The same file in training and elsewhere: what is measured there is memory."""
     for m, (kind, keys, _) in columns.items():
-        if isinstance(kind, kinds.Numbers):
-            continue
-        trained = {key for key, i in zip(keys, kept, strict=True) if splits[i] == "train" and key != kinds.MISSING}
-        shared = [i for key, i in zip(keys, kept, strict=True) if splits[i] != "train" and key in trained]
+        of_files = [
+            (key, i)
+            for key, i, cell in zip(keys, kept, kind.column.cells, strict=True)
+            if cell and isinstance(cell[0], Path)
+        ]
+        trained = {key for key, i in of_files if splits[i] == "train"}
+        shared = [i for key, i in of_files if splits[i] != "train" and key in trained]
         if shared:
             log.warning(
                 "%s: %s is the same as that of a training sample (%d such)", source.at(shared[0]), m, len(shared)

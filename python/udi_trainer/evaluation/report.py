@@ -147,7 +147,7 @@ def classes(figure, metrics: dict):
         for x, n in enumerate(row):
             if n:
                 left.text(x, y, n, ha="center", va="center", fontsize=8, color="white" if shares[y][x] > 0.5 else INK)
-    ticks, labels = range(len(names)), [name[:12] for name in names]
+    ticks, labels = range(len(names)), [name[:12].replace("$", r"\$") for name in names]
     if few:
         left.set_xticks(ticks, labels, rotation=0 if max(map(len, labels)) < 4 else 40, fontsize=8)
         left.set_yticks(ticks, labels, fontsize=8)

@@ -77,6 +77,19 @@ def test_data_deleted_by_hand_is_decoded_anew(tmp_path):
     assert column(cache, [1, 2], decoded)[0].tolist() == [[1] * 3, [2] * 3]
 
 
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    """The system then writes a part of a sample, which must not count as whole when there is room again."""
+    cache, write = Cache(tmp_path), os.pwrite
+
+    def full(file, raw, place):
+        return write(file, raw[:5], place) if place == 12 else write(file, raw, place)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(os, "pwrite", full)
+        column(cache, [1, 2, 3], [])
+    assert column(cache, [1, 2, 3], [])[0].tolist() == [[1] * 3, [2] * 3, [3] * 3]
+
+
 def race(folder, results):
     decoded = []
     x, _ = column(Cache(folder), list(range(200)), decoded)

@@ -92,6 +92,29 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("name, moves", [
+    ("cremad", {"Image-01-FPS": "visual", "AudioWAV": "audio"}),
+    ("ave", {"AudioWAV": "Audios"}),
+])  # fmt: skip
+def test_other_places(name, folder, options, moves):
+    """OGM-GE's readme has CREMA-D so, DI-MML's scripts AVE."""
+    LAYOUTS[name][0](folder)
+    for old, new in moves.items():
+        (folder.path / old).rename(folder.path / new)
+    assert len(dataset(name, folder, options).test) == LAYOUTS[name][2][2]
+
+
+def test_kinetics_sounds_in_a_folder_a_clip(folder, options):
+    """As in OGM-GE's readme."""
+    kinetics_sounds(folder)
+    for split in ("train", "test"):
+        (folder.path / f"visual/{split}_img/Image-01-FPS").rename(folder.path / split)
+        for sound in (folder.path / f"audio/{split}").iterdir():
+            sound.rename(folder.path / split / sound.stem / sound.name)
+    shutil.rmtree(folder.path / "audio")
+    assert len(dataset("kinetics-sounds", folder, options).test) == 8
+
+
 def dataset(name, folder, options, **more):
     given = {k: v for k, v in options.items() if k != "progress"} | SMALL | more
     chosen = Options(dataset=name, data_root=folder.path, **given)
@@ -119,6 +142,7 @@ def test_layout(name, folder, options):
     ("cremad", "AudioWAV/1001_TAKE0_ANG_XX.wav", "column sound: .*1001_TAKE0_ANG_XX.wav: No such file"),
     ("ucf101", "tvl1_flow/u", "column flow: .*tvl1_flow/u/v_"),
     ("modelnet40", "chair/train/object_0000.005.png", None),
+    ("modelnet40", "chair/train/object_0000.007.png", "column view7: .*object_0000.007.png: No such file"),
     ("avmnist", "audio/test_data.npy", "lacks its arrays: looked for .*audio/test_data.npy"),
 ])  # fmt: skip
 def test_layout_says_what_it_misses(folder, options, name, gone, wanted):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -166,7 +167,10 @@ def test_one_line_that_names_row_and_file(folder, options):
     ({"sound": "", "split": "train"}, "line 7: column sound is empty .--allow-missing"),
     ({"sound": "", "image": "", "number": ""}, "line 7: no modality at all"),
     ({"id": "3"}, r"line 7: id '3' is that of .*line 5 too"),
-    ({"number": "nan"}, "line 7: table: a number is missing, or not finite"),
+    ({"number": "nan"}, "line 7: column number holds 'nan': a finite number is wanted"),
+    ({"number": "1e39"}, "line 7: column number holds '1e39'"),
+    ({"number": "unknown"}, "line 7: column number holds 'unknown'"),
+    ({"label": "new", "split": "val"}, "line 7: label 'new' is in val, but no training sample has it"),
     ({"number": ""}, "line 7: column table is empty"),
 ])  # fmt: skip
 def test_damaged_rows(folder, options, change, wanted):
@@ -187,6 +191,9 @@ def test_nan_feature_and_wrong_shape(folder, options):
     folder.array("f/3.npy", np.array([1, np.nan, 0, 0]))
     with pytest.raises(UserError, match="line 5: column f: .*3.npy: NaN or inf"):
         dataset(path, options)
+    folder.array("f/3.npy", np.array([1, 1e39, 0, 0]))
+    with pytest.raises(UserError, match="line 5: column f: .*3.npy: NaN or inf as float32"):
+        dataset(path, options)
     folder.array("f/3.npy", np.ones(5))
     with pytest.raises(UserError, match=r"line 5: column f: .*3.npy: of shape \(5,\), others are \(4,\)"):
         dataset(path, options)
@@ -204,6 +211,25 @@ def test_empty_frame_folder_and_uneven_flow(folder, options):
     folder.flow("w/2", 1, 2)
     with pytest.raises(UserError, match="line 6: column clip: .*c/4: a folder without images"):
         dataset(path, options)
+    shutil.rmtree(folder.path / "w/2/v")
+    with pytest.raises(UserError, match="line 4: column flow: .*w/2/v: No such file or directory"):
+        dataset(path, options)
+
+
+def test_tensors_of_a_file(folder, options):
+    rows = folder.pairs(24)
+    for i, row in enumerate(rows):
+        row["f"] = f"{i}.pt"
+        torch.save(torch.full((3,), float(i), requires_grad=True), folder.path / row["f"])
+    path = folder.manifest(rows)
+    assert dataset(path, options).train.stored["f"].shape[1:] == (3,)
+    torch.save({"x": 1}, folder.path / "4.pt")
+    with pytest.raises(UserError, match="line 6: column f: .*4.pt: .*no tensor, but dict"):
+        dataset(path, options)
+    (folder.path / "4.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="line 6: column f: .*4.pt: no tensor") as caught:
+        dataset(path, options)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_class_absent_from_training(folder, options):
@@ -211,6 +237,26 @@ def test_class_absent_from_training(folder, options):
     rows[9]["label"] = "new"
     with pytest.raises(UserError, match="line 11: label 'new' is in test, but no training sample has it"):
         dataset(folder.manifest(rows), options)
+    data = dataset(folder.manifest(rows), options, skip_bad=True)
+    assert len(data.test) == 7 and data.class_names == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("allow_missing, wanted", [(False, "is left for train"), (True, "is left that has sound")])
+def test_nothing_that_can_be_read_is_left(folder, options, allow_missing, wanted):
+    rows = folder.pairs(24)
+    shutil.rmtree(folder.path / "sounds")
+    for row in rows[12:] if allow_missing else []:
+        row["sound"] = ""
+    with pytest.raises(UserError, match=wanted):
+        dataset(folder.manifest(rows), options, skip_bad=True, allow_missing=allow_missing)
+
+
+@pytest.mark.parametrize("text", ["long words " * 50, "~ about; twenty", "~unknown/name of a dish"])
+def test_text_that_is_no_path(folder, options, caplog, text):
+    rows = [row | {"title": text} for row in folder.pairs(24)]
+    with caplog.at_level("WARNING", logger="udi_trainer"):
+        data = dataset(folder.manifest(rows), options)
+    assert data.train.stored["title"].dtype == torch.int32 and not caplog.text
 
 
 @pytest.mark.parametrize("text, wanted", [

@@ -72,3 +72,6 @@ def test_tensorboard(mixed, tmp_path):
     for stage, rows in result.history.items():
         seen = [(event.step, event.value) for event in events.Scalars(f"val_acc/{stage}")]
         assert seen == [(row["epoch"], pytest.approx(row["val_acc"])) for row in rows]
+    for name in ("test_acc", "test_macro_f1", "test_map"):
+        (event,) = events.Scalars(f"{name}/fused")
+        assert (event.step, event.value) == (2, pytest.approx(result.metrics["fused"][name]))

@@ -41,6 +41,13 @@ def panels(metrics, history, path, monkeypatch):
 SIX = ("joint", "joint-sum", "ogm-ge", "gramian", "one's own", "another")
 
 
+def test_dollars_in_class_names(tmp_path):
+    metrics, history = run(("gray", "color"))
+    figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0], "test_confusion": [[1, 0], [1, 0]]}
+    metrics |= {"fused": metrics["fused"] | figures, "classes": ["$5_$", "$"]}
+    report.draw(metrics, history, tmp_path / "report.png")
+
+
 @pytest.mark.parametrize("modalities", [("gray", "color"), ("a", "b", "c", "d", "e", "f")])
 @pytest.mark.parametrize("baselines", [(), SIX])
 @pytest.mark.parametrize("controller", ["static", "dynamic"])
