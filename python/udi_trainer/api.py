@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,6 +205,9 @@ class Plan:
             stack.enter_context(torch.random.fork_rng(gpus))
             if gpus:
                 stack.enter_context(tf32(self.options.tf32))
+                stack.enter_context(warnings.catch_warnings())
+                for usual in ("Synchronization debug mode", "This instance was constructed with capturable=True"):
+                    warnings.filterwarnings("ignore", usual)  # of steps that will be captured, and of the look at them
             if self.options.compile:  # else a compiled graph serves one of its losses' gradients alone
                 stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
             try:

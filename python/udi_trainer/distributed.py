@@ -55,7 +55,10 @@ def join(store: dist.Store, rank: int, world: int) -> None:
         store.set(f"who/{rank}", part)
         part = store.get(f"part of {part}").decode()
         store.set(f"{part}/{rank}", "told")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # else all stand on the first
     dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=rank, world_size=world)
 
 
