@@ -95,6 +95,7 @@ def main():
     stub_driver()
     library = serve_cpu_by_triton()
     import torch
+    from torch.nn.functional import mse_loss
 
     from shapes import MODELS
     from udi_kernels import GradientPlan, club_mi, club_nll, js_div
@@ -119,6 +120,7 @@ def main():
     plan = GradientPlan([[torch.zeros(shape) for shape in MODELS["ResNet-18"]] for _ in range(3)])
     weights = torch.ones(3)
     launched = {
+        "torch's mse_loss 64x6, forward + backward": lambda: torch.autograd.grad(mse_loss(leaf, y), leaf),
         "GradientPlan of ResNet-18, K=3, gramian": plan.gramian,
         "GradientPlan of ResNet-18, K=3, weighted_sum": lambda: plan.weighted_sum(weights),
     }
