@@ -465,8 +465,9 @@ def _given_values(
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(0).to(tl.int64)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + N + N + 1), tl.num_programs(1)):
-        begin, end = tl.load(CLASSES + N + N + 2 + k), tl.load(CLASSES + N + N + 3 + k)
+    BEGIN = CLASSES + 2 * (N.to(tl.int64) + 1)
+    for k in range(tl.program_id(1).to(tl.int64), tl.load(BEGIN - 1), tl.num_programs(1)):
+        begin, end = tl.load(BEGIN + k), tl.load(BEGIN + k + 1)
         n = end - begin
         if n > 1:
             shift, mean, var, _, _ = _class_stats(
@@ -517,7 +518,9 @@ def _given_fwd_plan(device, dtype, size, strides, reduction):
         shape = (N,) if reduction == 0 else ()
         return lambda mu, logvar, y, classes: mu.new_zeros(shape, dtype=torch.float32)
     shape, grid = _given_shape(dtype, size, strides)
-    launch = Launch(_given_values, grid, shape.values | dict(PER_ROW=reduction == 0), num_warps=4)
+    options = shape.values | dict(PER_ROW=reduction == 0)
+    # Without a limit on registers ptxas makes room for one more block, and spills for it under Triton 3.8.
+    launch = Launch(_given_values, grid, options, num_warps=4, maxnreg=168)
     if reduction == 0:
 
         def values(mu, logvar, y, classes):
@@ -551,8 +554,9 @@ def _given_bwd(
     """BLOCK columns of the gradients in the rows that have negatives."""
     size = D * V
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for k in range(tl.program_id(1).to(tl.int64), tl.load(CLASSES + N + N + 1), tl.num_programs(1)):
-        begin, end = tl.load(CLASSES + N + N + 2 + k), tl.load(CLASSES + N + N + 3 + k)
+    BEGIN = CLASSES + 2 * (N.to(tl.int64) + 1)
+    for k in range(tl.program_id(1).to(tl.int64), tl.load(BEGIN - 1), tl.num_programs(1)):
+        begin, end = tl.load(BEGIN + k), tl.load(BEGIN + k + 1)
         n = end - begin
         if n > 1:
             shift, mean, var, mean_w, mean_wmu = _class_stats(
