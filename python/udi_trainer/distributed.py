@@ -55,10 +55,7 @@ def join(store: dist.Store, rank: int, world: int) -> None:
         store.set(f"who/{rank}", part)
         part = store.get(f"part of {part}").decode()
         store.set(f"{part}/{rank}", "told")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # else all stand on the first
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=rank, world_size=world)
 
 

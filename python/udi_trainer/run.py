@@ -143,6 +143,8 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices here: use --device cpu")
+    if device.type == "cuda" and distributed.world() > 1:
+        torch.cuda.set_device(device)  # else each process would open a context on the first GPU, too
     return device
 
 

@@ -93,6 +93,16 @@ def test_devices():
         choose_device("cuda:99")
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert choose_device("cpu") == torch.device("cpu") and not taken
+    assert choose_device("cuda") == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
+
+
 def test_one_process_writes_tensorboard_events(mixed, monkeypatch):
     """The others have no folder for them."""
     monkeypatch.setattr(distributed, "rank", lambda: 1)
