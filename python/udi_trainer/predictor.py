@@ -61,21 +61,21 @@ class Predictor:
         for name, model in self.models.items():
             if isinstance(model, FeatureHead):
                 device = model.head.weight.device
-                with self.autocast(device):
+                with self._autocast(device):
                     logits[name] = model(torch.cat(list(features.values()), dim=1).to(device)).float().cpu()
                 continue
             split_up = shares and isinstance(model, JointClassifier) and len(self.models) == 1
             for m in self.modalities if split_up else [name]:
-                features[m], logits[m] = self.outputs(name, model, stored, count, m if split_up else None)
+                features[m], logits[m] = self._outputs(name, model, stored, count, m if split_up else None)
                 if presence(m) in stored:
                     lacks = ~stored[presence(m)].cpu()[:, None]
                     features[m], logits[m] = features[m].masked_fill(lacks, 0), logits[m].masked_fill(lacks, torch.nan)
         return logits
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16")
 
-    def outputs(
+    def _outputs(
         self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, logits), on the CPU; of a model of all modalities the logits twice."""
@@ -88,7 +88,7 @@ class Predictor:
         for start in range(0, max(count, 1), 1000):  # of no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
-            with self.autocast(device):
+            with self._autocast(device):
                 if isinstance(model, JointClassifier):
                     features, logits = model(inputs, {m: batch[presence(m)] for m in views if presence(m) in batch})
                     logits = model.shares(features)[share] if share else logits
