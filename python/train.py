@@ -3,10 +3,11 @@
 import sys
 
 try:
+    from udi_trainer import distributed
     from udi_trainer.command import main
 except ModuleNotFoundError as missing:
     print(f"train.py: {missing}", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

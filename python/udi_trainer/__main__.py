@@ -1,5 +1,4 @@
-import sys
-
+from udi_trainer import distributed
 from udi_trainer.command import main
 
-sys.exit(main(prog="udi_trainer"))
+distributed.leave(main(prog="udi_trainer"))

@@ -3,7 +3,6 @@
 METHODS: one after the other, with commas between them. With ``shard`` behind these: sharded, where there are several.
 """
 
-import os
 import sys
 
 import torch
@@ -69,6 +68,6 @@ def main(dtype, methods, steps, file, shard=""):
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-    main(*sys.argv[1:])
+    with distributed.joined():
+        main(*sys.argv[1:])
+    distributed.leave(0)

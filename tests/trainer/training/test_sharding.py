@@ -18,7 +18,6 @@ from ..helpers import TRAIN, log_by_stage, read_log
 from ..test_distributed import finish, torchrun
 
 WORKER = """
-import os
 import torch, torch.distributed as dist
 from tests.trainer.helpers import make_run
 from torch.distributed.tensor import DTensor
@@ -107,7 +106,7 @@ plain = unsharded(tied)
 assert plain[2].weight is plain[0].weight
 assert all(map(torch.equal, plain.parameters(), before))
 dist.destroy_process_group()
-os._exit(0)  # DTensor's caches keep gloo's threads, and one that lets go of a tensor after Python's end would abort
+distributed.leave(0)
 """
 
 
@@ -137,9 +136,10 @@ import torch
 
 compile = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager")  # a quick one
+from udi_trainer import distributed
 from udi_trainer.command import main
 
-sys.exit(main(sys.argv[1:]))
+distributed.leave(main(sys.argv[1:]))
 """
 
 
