@@ -7,6 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ class Plan:
         self.device = choose_device(options.device)
         if options.shard and distributed.world() == 1:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
+        if options.tensorboard and find_spec("tensorboard") is None:
+            raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
         data = data or offered(datasets.find(options.dataset), options.data_root, options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)

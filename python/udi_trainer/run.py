@@ -115,10 +115,8 @@ class Run:
 
 def event_writer(folder: RunFolder):
     """Of TensorBoard events; a resumed run goes on where the epochs end that it has."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"') from None
+    from torch.utils.tensorboard import SummaryWriter
+
     if folder.path is None:
         raise UserError("tensorboard=True needs a run folder: give out=DIR")
     return SummaryWriter(str(folder.path / "tensorboard"))

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from udi_trainer import Dataset, Split, train
+from udi_trainer import Dataset, Split, UserError, train
 from udi_trainer.evaluation.fusion import Mean, Sum, Weighted, combine, fuse
 from udi_trainer.evaluation.predictions import details, predictions_csv
 from udi_trainer.evaluation.scores import accuracy, average_precision
@@ -60,6 +60,13 @@ def test_predictions_csv():
         ["one", "no", "no", "0.7500", "no", "yes", ""],
         ["two, three", "yes", "yes", "0.9000", "", "yes", "a"],
     ]
+
+
+def test_no_tensorboard(monkeypatch):
+    """Told before any data is read."""
+    monkeypatch.setattr("udi_trainer.api.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--tensorboard needs tensorboard: pip install"):
+        train("manifest", manifest="none.csv", tensorboard=True, progress=False)
 
 
 def test_tensorboard(mixed, tmp_path):
