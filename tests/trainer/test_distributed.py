@@ -133,6 +133,19 @@ def test_store_that_dead_processes_have_written(monkeypatch):
         parts.clear()
 
 
+@pytest.mark.parametrize("count, rest", [(1, "done\nPython's end\n"), (2, "done\n")])
+def test_leaves_without_the_end_of_python(count, rest, monkeypatch):
+    """In which gloo's threads may abort the process; but what was printed is printed."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    code = """import atexit
+from udi_trainer import distributed
+atexit.register(print, "Python's end")
+print("done")
+distributed.leave(3)"""
+    process = start("-c", code)
+    assert process.communicate() == (rest, "") and process.returncode == 3
+
+
 def test_restarts_need_a_folder(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert main(["--epochs", "1"]) == 2
