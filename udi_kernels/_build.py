@@ -149,14 +149,16 @@ def _ninja_file(kind, tools, output):
     define = f"-DUDI_MODULE=_{kind}"
     flags = " ".join([CXX_FLAGS, define, *include])
     flags += " " + (CPU_FLAGS.get(_capability(), "") if kind == "cpu" else "-DUSE_CUDA")
-    undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    # torch's own libstdc++, by name: a compiler that finds only the static one would link a second, and std::ostream
+    # of one with the locales of the other ends the process where a message holds a number.
+    runtime = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-l:libstdc++.so.6"
     lines = [
         f"cxx = {tools['cxx']}",
         "rule cxx",
         f"  command = $cxx -MMD -MF $out.d {flags} -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = $cxx -shared {undefined} $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 -o $out",
+        f"  command = $cxx -shared $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 {runtime} -o $out",
     ]
     objects = []
     for source in _sources(kind):

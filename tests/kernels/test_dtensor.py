@@ -102,7 +102,12 @@ os._exit(0)  # DTensor's caches keep gloo's threads, and one that lets go of a t
 def test_two_processes(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env["MASTER_PORT"] = str(free.getsockname()[1])

@@ -188,7 +188,10 @@ def test_strides(classes, device):
         value = js_div(x, y, reduction="none")
         grads = torch.autograd.grad(value, (x, y), torch.ones_like(value))
         for got, expected in zip((value, *grads), want, strict=True):
-            assert torch.equal(got, expected)
+            if device == "cpu":
+                assert torch.equal(got, expected)
+            else:  # narrower loads there give threads other classes to add up
+                torch.testing.assert_close(got, expected)
 
 
 def test_expanded_grad_output(device):

@@ -112,14 +112,6 @@ def exp2(x):
 
 
 @triton.jit
-def log2(x):
-    """log2 of x in [2^-126, inf) by one instruction, absolute error 2^-22 for x between 1/2 and 2."""
-    if INTERPRETED:
-        return tl.log2(x)
-    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-
-
-@triton.jit
 def fma(a, b, c):
     """a b + c with one rounding."""
     if INTERPRETED:

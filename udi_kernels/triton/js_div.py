@@ -34,7 +34,6 @@ from . import (
     cdiv,
     exp2,
     gradients,
-    log2,
     next_power_of_2,
     plan,
     tile_grid,
@@ -86,55 +85,45 @@ def _log2(x, v):
 
 
 @triton.jit
-def _half_log2_larger(n, FAST: tl.constexpr):
+def _half_log2_larger(n):
     """log2 of the larger of p and q over m = (p + q)/2, relative error 3e-8, where n = -|log2(p/q)|.
 
     It is 1 - log2(1 + 2^n), and -n/2 - log2(cosh(n ln2/2)): with an even series near 0, where the first form loses its
-    relative accuracy and the divergence is of second order.  Both are minimax polynomials.
-    FAST: the hardware's logarithm, absolute error 2^-22, one instruction instead of six, and one term less.
+    relative accuracy and the divergence is of second order.  Both are minimax polynomials: the hardware's logarithm,
+    absolute error 2^-22, is no faster on an H100, and for 16-bit logits less exact than torch.
     """
     s = n * n
-    if FAST:
-        P = 5.3889853006694466e-05
-        P = P * s - 0.0017341547645628452
-        P = P * s + 0.08664339035749435
-    else:
-        P = -1.8765568938761135e-06
-        P = P * s + 5.546498505282216e-05
-        P = P * s - 0.001734485267661512
-        P = P * s + 0.08664339780807495
+    P = -1.8765568938761135e-06
+    P = P * s + 5.546498505282216e-05
+    P = P * s - 0.001734485267661512
+    P = P * s + 0.08664339780807495
     near = -n * (0.5 + n * P)
 
     t = exp2(n)
-    if FAST:
-        return tl.where(n > -0.75, near, 1 - log2(1 + t))
-    else:
-        P = 0.045720115303993225
-        P = P * t - 0.14709943532943726
-        P = P * t + 0.25512680411338806
-        P = P * t - 0.35357341170310974
-        P = P * t + 0.4800563156604767
-        P = P * t - 0.7212988138198853
-        P = P * t + 1.442694067955017
-        return tl.where(n > -1.0, near, 1 - t * P)
+    P = 0.045720115303993225
+    P = P * t - 0.14709943532943726
+    P = P * t + 0.25512680411338806
+    P = P * t - 0.35357341170310974
+    P = P * t + 0.4800563156604767
+    P = P * t - 0.7212988138198853
+    P = P * t + 1.442694067955017
+    return tl.where(n > -1.0, near, 1 - t * P)
 
 
 @triton.jit
-def _log2_over_mixture(d, beta, gamma, taylor, MIX: tl.constexpr, FAST: tl.constexpr):
+def _log2_over_mixture(d, beta, gamma, taylor, MIX: tl.constexpr):
     """log2(q/m) and log2(p/m), where d = log2(p/q); finite also where p or q or both are 0, and d is infinite or NaN.
 
     For any beta, L = log2(m / max(p, q)) = log2(1 - c (1 - 2^n)), where c is the share in m of the smaller one.  Near
     d = 0 that loses all relative accuracy: there the Taylor polynomial, truncation error below 4e-7 of the divergence.
-    FAST (16-bit inputs): the hardware's logarithm, one instruction instead of 20: with two bytes a logit the forward
-    pass is limited by instructions.
     """
     n = tl.maximum(-tl.abs(d), -FURTHEST)  # NaN becomes -FURTHEST
     if MIX == HALF:
-        larger = _half_log2_larger(n, FAST)
+        larger = _half_log2_larger(n)
         smaller = larger + n
         return tl.where(d > 0, smaller, larger), tl.where(d > 0, larger, smaller)
     v = tl.where(d > 0, gamma, beta) * (exp2(n) - 1)
-    L = log2(1 + v) if FAST else _log2(1 + v, v)
+    L = _log2(1 + v, v)
     k2, k3, k4, k5, k6, k7 = taylor
     r = d * (k2 + d * (k3 + d * (k4 + d * (k5 + d * (k6 + d * k7)))))
     over_q = tl.where(n > -0.5, -d * (beta + r), tl.where(d > 0, n, 0.0) - L)
@@ -161,12 +150,12 @@ def _kl_term(d, q, p):
 
 
 @triton.jit
-def _summands(d, q, p, beta, gamma, taylor, MIX: tl.constexpr, FAST: tl.constexpr):
+def _summands(d, q, p, beta, gamma, taylor, MIX: tl.constexpr):
     """What a class adds to KL(q || m) and KL(p || m), in bits; for KL, to the sums of q - p and of p log2(p/q)."""
     if MIX == KL:
         return q - p, tl.where(p == 0, 0.0, p * d)
     else:
-        over_q, over_p = _log2_over_mixture(d, beta, gamma, taylor, MIX, FAST)
+        over_q, over_p = _log2_over_mixture(d, beta, gamma, taylor, MIX)
         return q * over_q, p * over_p
 
 
@@ -213,9 +202,9 @@ def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, facto
 
 
 @triton.jit
-def _log2_sum(sum, FAST: tl.constexpr):
+def _log2_sum(sum):
     """The sum is 0 where not a single class is above -inf: NaN, as in torch."""
-    return tl.where(sum > 0, log2(sum) if FAST else _log2(sum, sum - 1), float("nan"))
+    return tl.where(sum > 0, _log2(sum, sum - 1), float("nan"))
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
@@ -223,7 +212,7 @@ def _fwd_tile(
     X, Y, W, STATS, OUT,
     R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
     V: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    REDUCE: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
+    REDUCE: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """STEPS times ROWS whole rows, read once.  C and the row strides come in units of V elements."""
     col = tl.arange(0, BLOCK)
@@ -235,19 +224,20 @@ def _fwd_tile(
         x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
         y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
         peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
-        lq = (x - peak_q[:, None]) * scale
-        lp = (y - peak_p[:, None]) * scale
+        x, y = x - peak_q[:, None], y - peak_p[:, None]
+        lq, lp = x * scale, y * scale
         q, p = exp2(lq), exp2(lp)
         sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
-        lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
+        lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
         _store_stats(STATS, row, R, real, peak_q, lse_q, peak_p, lse_p)
 
         if MIX == KL:  # as in the backward pass, with the same rounding
             lq, lp = lq - lse_q[:, None], lp - lse_p[:, None]
             d, q, p = lp - lq, exp2(lq), exp2(lp)
         else:
-            d = (lp - lq) - (lse_p - lse_q)[:, None]
-        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
+            # Not of lp - lq: fused with one of the products, that is the other's rounding where the rows are equal.
+            d = (y - x) * scale - (lse_p - lse_q)[:, None]
+        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX)
         kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
         if MIX == KL:
             kl = tl.sum(_kl_term(d, q, p), 1)
@@ -297,7 +287,7 @@ def _peaks_and_sums(X, Y, begin, end, scale, LANES: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def _divergences(
     X, Y, begin, end, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) that columns [begin, end) add, last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
@@ -310,7 +300,7 @@ def _divergences(
         lq = _shifted(_load(X + col, col < end), peak_q, lse_q, scale)
         lp = _shifted(_load(Y + col, col < end), peak_p, lse_p, scale)
         d, q, p = lp - lq, exp2(lq), exp2(lp)
-        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX, FAST)
+        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX)
         sum_p += tl.sum(add_p, 1)
         if MIX == KL:
             # Not a sum of q - p: at that the LLVM of Triton 3.8 and 3.9 crashes where classes are read one by one.
@@ -328,17 +318,17 @@ def _divergences(
 def _fwd_row(
     X, Y, W, STATS, OUT,
     R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
-    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
+    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """One long row, read twice."""
     row = tl.program_id(0).to(tl.int64)
     X = at(X, row, x_stride, V)
     Y = at(Y, row, y_stride, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
-    lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
+    lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
     _store_stats(STATS, row, R, True, peak_q, lse_q, peak_p, lse_p)
     kl_q, kl_p, kl = _divergences(
-        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX, FAST
+        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX
     )
     tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX))
 
@@ -366,7 +356,7 @@ def _fwd_split_div(
     X, Y, PARTS, STATS,
     R, C, S, x_stride, y_stride, span, scale, beta, gamma, taylor,
     V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MAX_S: tl.constexpr,
-    MIX: tl.constexpr, FAST: tl.constexpr,
+    MIX: tl.constexpr,
 ):  # fmt: skip
     """The second reading of that part, with the log-sum-exp of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
@@ -376,11 +366,11 @@ def _fwd_split_div(
     P, n = PARTS + row * S + i, R * S
     peak_q, sum_q = _joined(tl.load(P, i < S, other=LOWEST), tl.load(P + n, i < S, other=0.0), scale)
     peak_p, sum_p = _joined(tl.load(P + 2 * n, i < S, other=LOWEST), tl.load(P + 3 * n, i < S, other=0.0), scale)
-    lse_q, lse_p = _log2_sum(sum_q, FAST), _log2_sum(sum_p, FAST)
+    lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
     _store_stats(STATS, row, R, part == 0, peak_q, lse_q, peak_p, lse_p)
     kl_q, kl_p, kl = _divergences(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
-        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX, FAST,
+        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX,
     )  # fmt: skip
     tl.store(PARTS + 4 * n + tl.program_id(0), kl_q)
     tl.store(PARTS + 5 * n + tl.program_id(0), kl_p)
@@ -462,7 +452,6 @@ def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
         taylor=_taylor(beta),
         V=V,
         MIX={0: KL, 0.5: HALF}.get(beta, BETWEEN).value,
-        FAST=dtype.itemsize == 2,
     )
 
 
@@ -565,7 +554,7 @@ def _stats(input, R):
 def _bwd(
     G, X, Y, W, STATS, DX, DY,
     R, C, x_stride, y_stride, w_stride, g_stride, scale, beta, gamma, taylor, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MIX: tl.constexpr, FAST: tl.constexpr,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK columns; DX or DY None is not wanted."""
     row = tile_row(R) * ROWS + tl.arange(0, ROWS)
@@ -584,11 +573,11 @@ def _bwd(
     S = S + R + R
     q, p = exp2(lq), exp2(lp)
     if MIX == KL:  # less what the sums of these very terms are off
-        add_q, add_p = _summands(lp - lq, q, p, beta, gamma, taylor, MIX, FAST)
+        add_q, add_p = _summands(lp - lq, q, p, beta, gamma, taylor, MIX)
         dx = g[:, None] * (add_q - q * tl.load(S, real)[:, None])
         dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + R, real)[:, None])
     else:
-        over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, MIX, FAST)
+        over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, MIX)
         dx = _gradient(q, over_q, gamma * g, tl.load(S, real))
         dy = _gradient(p, over_p, beta * g, tl.load(S + R, real))
     if DX is not None:
