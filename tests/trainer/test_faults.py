@@ -23,7 +23,7 @@ from udi_trainer.run_folder import load_tensors
 
 from .helpers import TRAIN, one_line, read_log, read_metrics, start, without_times
 
-JOINT = ["--epochs", "2", "--method", "joint"]
+JOINT = ["--epochs", "2", "--method", "joint", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def test_killed_and_resumed(tmp_path):
     assert without_times(read_metrics(folder)) == ended
 
 
-def test_augmentation_depends_on_seed_and_step_alone(three_views, register, monkeypatch):
+def test_augmentation_depends_on_seed_and_step_alone(three_views, register, monkeypatch, device):
     """A resumed run draws the same."""
 
     def noisy(data_root):
@@ -58,7 +58,7 @@ def test_augmentation_depends_on_seed_and_step_alone(three_views, register, monk
         return dataset
 
     register(datasets, "noisy", noisy)
-    options = ["--dataset", "noisy", "--epochs", "4", "--baselines", "none", "--out"]
+    options = ["--dataset", "noisy", "--epochs", "4", "--baselines", "none", "--device", device, "--out"]
     assert main([*options, "whole"]) == 0
     logits = Follower.logits
     with monkeypatch.context() as patch:
