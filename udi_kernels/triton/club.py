@@ -47,7 +47,7 @@ LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 LN2 = tl.constexpr(math.log(2))
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
-PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 or H100
+PROGRAMS = 1024  # of the first stage: eight warps for each multiprocessor of an A100 or H100
 
 
 @triton.jit
@@ -250,9 +250,11 @@ def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
     D = shape.D
     parts, rows = shape.parts()
     values = shape.values | dict(g_stride=g_stride, rows=rows, MOMENTS=moments, WEIGHTS=weights)
-    first = Launch(_columns, (shape.tiles, parts), values, num_warps=4)
+    # A warp on its own adds up columns by shuffles; several need shared memory, and that takes longer than the rows.
+    values |= dict(ROWS=shape.rows // 2)
+    first = Launch(_columns, (shape.tiles, parts), values, num_warps=1)
     # Tiles of 1024: few columns each, so that there are many programs.
-    block = min(16, next_power_of_2(D))
+    block = min(8, next_power_of_2(D))
     step = min(1024 // block, next_power_of_2(parts))
     tiles = cdiv(D, block)
     values |= dict(D=D, parts=parts, factor=factor, STEP=step, BLOCK=block, TILES=next_power_of_2(tiles))
@@ -499,10 +501,15 @@ def _given_total(PARTS, CLASSES, OUT, N, parts, BLOCK: tl.constexpr, MEAN: tl.co
 
 
 def _given_shape(dtype, size, strides):
-    """Sizes of the tiles, 1024 elements whatever the dtype (more spill), and the grid."""
+    """Sizes of the tiles, one warp's each as in the first stage, and the grid.
+
+    They are narrow, 128 bytes to the row, so that there are many programs for few classes too.
+    """
     shape = _Shape(dtype, *size, *strides)
-    shape.values |= dict(ROWS=1024 // shape.block)
-    return shape, (shape.tiles, max(1, min(shape.N // 2, cdiv(PROGRAMS, shape.tiles))))
+    block = min(shape.block, 128 // dtype.itemsize)
+    shape.values |= dict(ROWS=256 // block, BLOCK=block)
+    tiles = cdiv(shape.D, block)
+    return shape, (tiles, max(1, min(shape.N // 2, cdiv(2 * PROGRAMS, tiles))))
 
 
 def _given_fwd(mu, logvar, y, classes, reduction):
@@ -519,12 +526,11 @@ def _given_fwd_plan(device, dtype, size, strides, reduction):
         return lambda mu, logvar, y, classes: mu.new_zeros(shape, dtype=torch.float32)
     shape, grid = _given_shape(dtype, size, strides)
     options = shape.values | dict(PER_ROW=reduction == 0)
-    # Without a limit on registers ptxas makes room for one more block, and spills for it under Triton 3.8.
-    launch = Launch(_given_values, grid, options, num_warps=4, maxnreg=168)
+    launch = Launch(_given_values, grid, options, num_warps=1)
     if reduction == 0:
 
         def values(mu, logvar, y, classes):
-            parts = mu.new_zeros((shape.tiles, N), dtype=torch.float32)  # rows without negatives stay 0
+            parts = mu.new_zeros((grid[0], N), dtype=torch.float32)  # rows without negatives stay 0
             launch(mu, logvar, y, classes, parts)
             return parts.sum(0)
 
@@ -588,7 +594,7 @@ def _given_bwd_plan(device, dtype, size, strides, grad_dtype, g_stride, reductio
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y, classes: allocate(mu)
     shape, grid = _given_shape(dtype, size, strides)
-    launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == 2), num_warps=4)
+    launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == 2), num_warps=1)
 
     def run(grad, mu, logvar, y, classes):
         grads = tuple(g.zero_() for g in allocate(mu))  # rows without negatives stay 0

@@ -5,9 +5,9 @@ With q = softmax(input/T), p = softmax(target/T) and m = beta p + (1 - beta) q:
     JS = beta KL(p || m) + (1 - beta) KL(q || m)
     d input = (1 - beta)/T q (log(q/m) - KL(q || m)),    d target = beta/T p (log(p/m) - KL(p || m))
 
-In base 2: lq = log2 q = (input - max) log2(e)/T - lse2, lp likewise; log(q/m) and log(p/m) are functions of
-d = lp - lq alone (`_log2_over_mixture`).  d comes from the logits, not from log(p) and log(q): logits of 1e4 lose
-nothing, and equal rows give exactly 0.
+In base 2: log2 q = (input - max) log2(e)/T - lse2, log2 p likewise; log(q/m) and log(p/m) are functions of
+d = log2(p/q) alone (`_log2_over_mixture`), which is made of the logits' differences: logits of 1e4 lose nothing, and
+equal rows give exactly 0.
 
 The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
 
@@ -54,7 +54,8 @@ HALF, BETWEEN, KL = (tl.constexpr(i) for i in range(3))
 
 TILE_CLASSES = 4096  # longest row held in registers: 16 classes a thread at 8 warps
 FEW_ROWS = 64  # fewer leave half of an A100 or H100 idle, so that very long rows are split
-PROGRAMS = 256  # wanted before programs get larger
+PROGRAMS = 256  # wanted of the parts of few rows
+MAX_PROGRAMS = 16384  # of short rows: one program adds up what they leave
 WARPS = 64  # that a multiprocessor holds; long rows need all of them to have enough loads in flight ...
 MAX_REGISTERS = 32  # ... so this many for a thread, or Triton's version decides between 32 and 64 warps
 L2_BYTES = 50 * 2**20 // 132  # of an H100, for each multiprocessor
@@ -111,23 +112,42 @@ def _half_log2_larger(n):
 
 
 @triton.jit
-def _log2_over_mixture(d, beta, gamma, taylor, MIX: tl.constexpr):
+def _log2_1p(t):
+    """log2(1 + t) where t is in [0, 1], relative error 3e-8: a minimax polynomial."""
+    P = -0.00468013621866703
+    P = P * t + 0.028639594092965126
+    P = P * t - 0.08217521756887436
+    P = P * t + 0.15297837555408478
+    P = P * t - 0.22081300616264343
+    P = P * t + 0.28386378288269043
+    P = P * t - 0.3600120544433594
+    P = P * t + 0.4808497130870819
+    P = P * t - 0.7213461399078369
+    P = P * t + 1.4426950216293335
+    return t * P
+
+
+@triton.jit
+def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
     """log2(q/m) and log2(p/m), where d = log2(p/q); finite also where p or q or both are 0, and d is infinite or NaN.
 
-    For any beta, L = log2(m / max(p, q)) = log2(1 - c (1 - 2^n)), where c is the share in m of the smaller one.  Near
-    d = 0 that loses all relative accuracy: there the Taylor polynomial, truncation error below 4e-7 of the divergence.
+    With a the larger of beta p and gamma q, and t = 2^n what the other one is of it: m = a (1 + t), a sum in which
+    nothing cancels.  Near d = 0 both logarithms are differences of nearly equal numbers: there a series, in n where
+    beta is a half, else the Taylor polynomial, truncation error below 4e-7 of the divergence.
     """
-    n = tl.maximum(-tl.abs(d), -FURTHEST)  # NaN becomes -FURTHEST
     if MIX == HALF:
+        n = tl.maximum(-tl.abs(d), -FURTHEST)  # NaN becomes -FURTHEST
         larger = _half_log2_larger(n)
         smaller = larger + n
         return tl.where(d > 0, smaller, larger), tl.where(d > 0, larger, smaller)
-    v = tl.where(d > 0, gamma, beta) * (exp2(n) - 1)
-    L = _log2(1 + v, v)
-    k2, k3, k4, k5, k6, k7 = taylor
-    r = d * (k2 + d * (k3 + d * (k4 + d * (k5 + d * (k6 + d * k7)))))
-    over_q = tl.where(n > -0.5, -d * (beta + r), tl.where(d > 0, n, 0.0) - L)
-    over_p = tl.where(n > -0.5, d * (gamma - r), tl.where(d > 0, 0.0, n) - L)
+    bits_beta, bits_gamma, k2, k3, k4, k5, k6, k7 = mixture
+    e = d - (bits_beta - bits_gamma)
+    n = tl.maximum(-tl.abs(e), -FURTHEST)
+    near = tl.abs(d) < 0.5
+    series = d * (d * (k2 + d * (k3 + d * (k4 + d * (k5 + d * (k6 + d * k7))))))
+    less = tl.where(near, series, _log2_1p(exp2(n)))
+    over_q = tl.where(near, -beta * d, bits_gamma + tl.where(e > 0, n, 0.0)) - less
+    over_p = tl.where(near, gamma * d, bits_beta + tl.where(e > 0, 0.0, n)) - less
     return over_q, over_p
 
 
@@ -150,19 +170,23 @@ def _kl_term(d, q, p):
 
 
 @triton.jit
-def _summands(d, q, p, beta, gamma, taylor, MIX: tl.constexpr):
+def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
     """What a class adds to KL(q || m) and KL(p || m), in bits; for KL, to the sums of q - p and of p log2(p/q)."""
     if MIX == KL:
         return q - p, tl.where(p == 0, 0.0, p * d)
     else:
-        over_q, over_p = _log2_over_mixture(d, beta, gamma, taylor, MIX)
+        over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
         return q * over_q, p * over_p
 
 
 @triton.jit
-def _shifted(x, peak, lse, scale):
-    """log2 of a softmax; NaN in a row of nothing but -inf, as in torch."""
-    return (x - peak) * scale - lse
+def _softmaxes(x, y, peak_q, lse_q, peak_p, lse_p, scale):
+    """log2(p/q), q and p; NaN in a row of nothing but -inf, as in torch.
+
+    The first of the logits' differences: it is smaller than log2 of p or of q, and so rounded less.
+    """
+    x, y = x - peak_q, y - peak_p
+    return (y - x) * scale - (lse_p - lse_q), exp2(x * scale - lse_q), exp2(y * scale - lse_p)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------
@@ -210,7 +234,7 @@ def _log2_sum(sum):
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_tile(
     X, Y, W, STATS, OUT,
-    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
+    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
     V: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     REDUCE: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
@@ -232,12 +256,9 @@ def _fwd_tile(
         _store_stats(STATS, row, R, real, peak_q, lse_q, peak_p, lse_p)
 
         if MIX == KL:  # as in the backward pass, with the same rounding
-            lq, lp = lq - lse_q[:, None], lp - lse_p[:, None]
-            d, q, p = lp - lq, exp2(lq), exp2(lp)
-        else:
-            # Not of lp - lq: fused with one of the products, that is the other's rounding where the rows are equal.
-            d = (y - x) * scale - (lse_p - lse_q)[:, None]
-        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX)
+            q, p = exp2(lq - lse_q[:, None]), exp2(lp - lse_p[:, None])
+        d = (y - x) * scale - (lse_p - lse_q)[:, None]
+        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
         if MIX == KL:
             kl = tl.sum(_kl_term(d, q, p), 1)
@@ -286,7 +307,7 @@ def _peaks_and_sums(X, Y, begin, end, scale, LANES: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _divergences(
-    X, Y, begin, end, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor,
+    X, Y, begin, end, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, mixture,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) that columns [begin, end) add, last column first."""
@@ -297,10 +318,8 @@ def _divergences(
     tiles = tl.cdiv(end - begin, LANES * WIDTH)
     for i in range(0, tiles):
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
-        lq = _shifted(_load(X + col, col < end), peak_q, lse_q, scale)
-        lp = _shifted(_load(Y + col, col < end), peak_p, lse_p, scale)
-        d, q, p = lp - lq, exp2(lq), exp2(lp)
-        add_q, add_p = _summands(d, q, p, beta, gamma, taylor, MIX)
+        d, q, p = _softmaxes(_load(X + col, col < end), _load(Y + col, col < end), peak_q, lse_q, peak_p, lse_p, scale)
+        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         sum_p += tl.sum(add_p, 1)
         if MIX == KL:
             # Not a sum of q - p: at that the LLVM of Triton 3.8 and 3.9 crashes where classes are read one by one.
@@ -317,7 +336,7 @@ def _divergences(
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_row(
     X, Y, W, STATS, OUT,
-    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, taylor, factor,
+    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
     V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """One long row, read twice."""
@@ -328,7 +347,7 @@ def _fwd_row(
     lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
     _store_stats(STATS, row, R, True, peak_q, lse_q, peak_p, lse_p)
     kl_q, kl_p, kl = _divergences(
-        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX
+        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
     )
     tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX))
 
@@ -354,7 +373,7 @@ def _fwd_split_lse(
 @triton.jit(do_not_specialize=["R", "S", "span"])
 def _fwd_split_div(
     X, Y, PARTS, STATS,
-    R, C, S, x_stride, y_stride, span, scale, beta, gamma, taylor,
+    R, C, S, x_stride, y_stride, span, scale, beta, gamma, mixture,
     V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MAX_S: tl.constexpr,
     MIX: tl.constexpr,
 ):  # fmt: skip
@@ -370,7 +389,7 @@ def _fwd_split_div(
     _store_stats(STATS, row, R, part == 0, peak_q, lse_q, peak_p, lse_p)
     kl_q, kl_p, kl = _divergences(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
-        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, taylor, LANES, WIDTH, MIX,
+        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
     )  # fmt: skip
     tl.store(PARTS + 4 * n + tl.program_id(0), kl_q)
     tl.store(PARTS + 5 * n + tl.program_id(0), kl_p)
@@ -417,10 +436,8 @@ def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
     # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
-    # All but the default's formulas leave no registers for eight values at a time, nor do narrow loads, of which each
-    # has an address and a mask.
-    V = values["V"]
-    width = min(16 // dtype.itemsize, 2 * V) if values["MIX"] == HALF.value else min(4, max(2, V))
+    # More values at a time leave too few registers, and narrow loads have an address and a mask each.
+    width = min(4, max(2, values["V"]))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:
@@ -428,13 +445,16 @@ def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
     return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), num_warps)
 
 
-def _taylor(beta):
-    """Coefficients 2 to 7 of log2(m/q) in d: a coin's cumulants."""
+def _mixture(beta):
+    """-log2 of beta and of 1 - beta, and coefficients 2 to 7 of log2(m/q) in d, which are a coin's cumulants."""
     v, u, ln2 = beta * (1 - beta), 1 - 2 * beta, math.log(2)
+    if v == 0:
+        return ()
     even = v, v * (1 - 6 * v), v * (1 - 30 * v + 120 * v * v)
     odd = v * u, v * u * (1 - 12 * v), v * u * (1 - 60 * v + 360 * v * v)
     cumulants = (c for pair in zip(even, odd, strict=True) for c in pair)
-    return tuple(c * ln2 ** (n - 1) / math.factorial(n) for n, c in enumerate(cumulants, 2))
+    taylor = (c * ln2 ** (n - 1) / math.factorial(n) for n, c in enumerate(cumulants, 2))
+    return -math.log2(beta), -math.log2(1 - beta), *taylor
 
 
 def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
@@ -449,7 +469,7 @@ def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
         scale=math.log2(math.e) / temperature,
         beta=float(beta),
         gamma=1.0 - beta,
-        taylor=_taylor(beta),
+        mixture=_mixture(beta),
         V=V,
         MIX={0: KL, 0.5: HALF}.get(beta, BETWEEN).value,
     )
@@ -465,9 +485,8 @@ def _fwd_empty(reduction):
 
 def _fwd_by_tiles(R, C, reduction, values):
     block = next_power_of_2(C)
-    rows, steps = _rows_and_steps(R, block)
+    rows, steps, num_warps = _tile_of_rows(R, block)
     programs = cdiv(R, rows * steps)
-    num_warps = min(16, warps(rows * block, 4)) if programs == 1 else min(8, warps(rows * block, 8))
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
@@ -492,17 +511,17 @@ def _fwd_by_tiles(R, C, reduction, values):
     return each if reduction == 0 else at_once if programs == 1 else in_two_stages
 
 
-def _rows_and_steps(R, block):
-    """Rows of `block` classes that a program takes at a time, and how often.
+def _tile_of_rows(R, block):
+    """Rows of `block` classes that a program takes at a time, how often, and with how many warps.
 
-    All of a small batch, so that one launch does, up to 4096 elements at a time: more do not fit into the registers.
-    Else 256 to 2048 elements.
+    All of a small batch, so that one launch does; else 16 classes a thread, and long rows alone go over several warps,
+    whose sums take shared memory.
     """
     rows = next_power_of_2(R)
-    if rows * block <= 8192:
-        steps = cdiv(rows * block, 4096)
-        return rows // steps, steps
-    return max(1, 256 // block, min(2048 // block, rows // PROGRAMS)), 1
+    if rows * block <= 1024:
+        return rows, 1, warps(rows * block, 4)
+    rows = max(1, 256 // block)
+    return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
 
 
 def _fwd_by_rows(R, reduction, values, num_warps):
@@ -553,7 +572,7 @@ def _stats(input, R):
 @triton.jit(do_not_specialize=["R", "w_stride", "g_stride"])
 def _bwd(
     G, X, Y, W, STATS, DX, DY,
-    R, C, x_stride, y_stride, w_stride, g_stride, scale, beta, gamma, taylor, factor,
+    R, C, x_stride, y_stride, w_stride, g_stride, scale, beta, gamma, mixture, factor,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK columns; DX or DY None is not wanted."""
@@ -567,17 +586,17 @@ def _bwd(
     if W is not None:
         g *= tl.load(W + row.to(tl.int64) * w_stride, real)
     S = STATS + row
-    lq = _shifted(x, tl.load(S, real)[:, None], tl.load(S + R, real)[:, None], scale)
+    peak_q, lse_q = tl.load(S, real)[:, None], tl.load(S + R, real)[:, None]
     S = S + R + R
-    lp = _shifted(y, tl.load(S, real)[:, None], tl.load(S + R, real)[:, None], scale)
+    peak_p, lse_p = tl.load(S, real)[:, None], tl.load(S + R, real)[:, None]
     S = S + R + R
-    q, p = exp2(lq), exp2(lp)
+    d, q, p = _softmaxes(x, y, peak_q, lse_q, peak_p, lse_p, scale)
     if MIX == KL:  # less what the sums of these very terms are off
-        add_q, add_p = _summands(lp - lq, q, p, beta, gamma, taylor, MIX)
+        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         dx = g[:, None] * (add_q - q * tl.load(S, real)[:, None])
         dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + R, real)[:, None])
     else:
-        over_q, over_p = _log2_over_mixture(lp - lq, beta, gamma, taylor, MIX)
+        over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
         dx = _gradient(q, over_q, gamma * g, tl.load(S, real))
         dy = _gradient(p, over_p, beta * g, tl.load(S + R, real))
     if DX is not None:
@@ -614,14 +633,17 @@ def _bwd_plan(
     allocate = gradients((R, C), needs)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
-    # Tiles of 1024, two 16-byte loads of each input a thread; narrower where over an eighth of the columns would idle.
-    block = min(next_power_of_2(C), 1024 if -C % 1024 <= C // 8 else 512)
-    rows = min(1024 // block, next_power_of_2(R))
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
+    if C <= 512:  # one load of each input a thread, of 16 bytes where rows allow that
+        block, each = next_power_of_2(C), max(4, values["V"])
+        rows = min(max(1, 64 * each // block), next_power_of_2(R))
+    else:  # two, of a single row; narrower tiles where over an eighth of the columns would idle
+        block, each = 1024 if -C % 1024 <= C // 8 else 512, 32 // dtype.itemsize
+        rows = 1
     values |= dict(g_stride=g_stride, ROWS=rows, BLOCK=block)
     values |= dict(factor=1.0 / (temperature * (R if reduction == 2 else 1)))
     grid = tile_grid(cdiv(R, rows), cdiv(C, block))
-    launch = Launch(_bwd, grid, values, num_warps=min(4, warps(rows * block, 32 // dtype.itemsize)))
+    launch = Launch(_bwd, grid, values, num_warps=warps(rows * block, each))
 
     def run(grad, input, target, weight, stats):
         grads = allocate(input)
