@@ -238,20 +238,19 @@ class _Shape:
             BLOCK=self.block,
         )
 
-    def parts(self):
-        """Parts of the first stage and rows of a part: two tiles at least, so that few parts go through memory."""
-        wanted = min(cdiv(PROGRAMS, self.tiles), cdiv(self.N, 2 * self.rows))
-        rows = cdiv(cdiv(self.N, wanted), self.rows) * self.rows
+    def parts(self, tile):
+        """Parts of a first stage and rows of a part: two tiles at least, so that few parts go through memory."""
+        wanted = min(cdiv(PROGRAMS, self.tiles), cdiv(self.N, 2 * tile))
+        rows = cdiv(cdiv(self.N, wanted), tile) * tile
         return cdiv(self.N, rows), rows
 
 
 def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
     """The two stages as a function: returns stats (5, D), and writes factor times the sum of all rows into `out`."""
-    D = shape.D
-    parts, rows = shape.parts()
-    values = shape.values | dict(g_stride=g_stride, rows=rows, MOMENTS=moments, WEIGHTS=weights)
+    D, tile = shape.D, shape.rows // 2
+    parts, rows = shape.parts(tile)
     # A warp on its own adds up columns by shuffles; several need shared memory, and that takes longer than the rows.
-    values |= dict(ROWS=shape.rows // 2)
+    values = shape.values | dict(ROWS=tile, g_stride=g_stride, rows=rows, MOMENTS=moments, WEIGHTS=weights)
     first = Launch(_columns, (shape.tiles, parts), values, num_warps=1)
     # Tiles of 1024: few columns each, so that there are many programs.
     block = min(8, next_power_of_2(D))
@@ -639,7 +638,7 @@ def _nll_fwd_plan(device, dtype, size, strides):
         empty = _empty_loss(N, reduction=2)
         return lambda mu, logvar, y: empty(mu)
     shape = _Shape(dtype, N, D, *strides)
-    parts, rows = shape.parts()
+    parts, rows = shape.parts(shape.rows)
     programs = shape.tiles * parts
     launch = Launch(_nll_fwd, (shape.tiles, parts), shape.values | dict(rows=rows, factor=1.0 / N), num_warps=4)
 

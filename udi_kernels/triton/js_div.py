@@ -5,9 +5,9 @@ With q = softmax(input/T), p = softmax(target/T) and m = beta p + (1 - beta) q:
     JS = beta KL(p || m) + (1 - beta) KL(q || m)
     d input = (1 - beta)/T q (log(q/m) - KL(q || m)),    d target = beta/T p (log(p/m) - KL(p || m))
 
-In base 2: log2 q = (input - max) log2(e)/T - lse2, log2 p likewise; log(q/m) and log(p/m) are functions of
-d = log2(p/q) alone (`_log2_over_mixture`), which is made of the logits' differences: logits of 1e4 lose nothing, and
-equal rows give exactly 0.
+log(q/m) and log(p/m) are functions of d = log2(p/q) alone (`_log2_over_mixture`).  That is made of the logits'
+differences and of the ratio of both sums of exponentials: logits of 1e4 lose nothing, nor do the logarithms of large
+sums, and equal rows give exactly 0.
 
 The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
 
@@ -17,9 +17,9 @@ Rows up to TILE_CLASSES are read once and stay in registers, several rows to a p
 rows are read twice by one program, the second time backwards: what was read last is still in cache.  A few very long
 rows are split over programs.
 
-stats: (6, R) float32: max input, lse2 of the input, max target, lse2 of the target, KL(q || m), KL(p || m); at the ends
-in place of the last two what rounding leaves of the sum of q - p, and the sum of p log2(p/q).  All but the maxima and
-that rest are in bits.  They are private to this file: the same backend runs forward and backward.
+stats: (6, R) float32: maximum and 1 / sum of exponentials of the input, the same of the target, KL(q || m), KL(p || m);
+at the ends in place of the last two what rounding leaves of the sum of q - p, and the sum of p log2(p/q).  Divergences
+are in bits.  They are private to this file: the same backend runs forward and backward.
 """
 
 import math
@@ -180,13 +180,17 @@ def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
 
 
 @triton.jit
-def _softmaxes(x, y, peak_q, lse_q, peak_p, lse_p, scale):
-    """log2(p/q), q and p; NaN in a row of nothing but -inf, as in torch.
+def _gap(share_q, share_p):
+    """log2 of their ratio, exactly 0 where they are equal; NaN for a row with no class above -inf, as in torch."""
+    ratio = tl.div_rn(share_q, share_p)
+    return tl.where((share_q < float("inf")) & (share_p < float("inf")), _log2(ratio, ratio - 1), float("nan"))
 
-    The first of the logits' differences: it is smaller than log2 of p or of q, and so rounded less.
-    """
+
+@triton.jit
+def _compared(x, y, peak_q, peak_p, gap, scale):
+    """log2(p/q), and q and p times the sums of their rows."""
     x, y = x - peak_q, y - peak_p
-    return (y - x) * scale - (lse_p - lse_q), exp2(x * scale - lse_q), exp2(y * scale - lse_p)
+    return (y - x) * scale - gap, exp2(x * scale), exp2(y * scale)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------
@@ -198,12 +202,12 @@ def _load(X, mask):
 
 
 @triton.jit
-def _store_stats(STATS, row, R, mask, peak_q, lse_q, peak_p, lse_p):
+def _store_stats(STATS, row, R, mask, peak_q, share_q, peak_p, share_p):
     S = STATS + row
     tl.store(S, peak_q, mask)
-    tl.store(S + R, lse_q, mask)
+    tl.store(S + R, share_q, mask)
     tl.store(S + R + R, peak_p, mask)
-    tl.store(S + R + R + R, lse_p, mask)
+    tl.store(S + R + R + R, share_p, mask)
 
 
 @triton.jit
@@ -225,12 +229,6 @@ def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, facto
     return tl.where(mask, loss, 0.0)
 
 
-@triton.jit
-def _log2_sum(sum):
-    """The sum is 0 where not a single class is above -inf: NaN, as in torch."""
-    return tl.where(sum > 0, _log2(sum, sum - 1), float("nan"))
-
-
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_tile(
     X, Y, W, STATS, OUT,
@@ -248,22 +246,21 @@ def _fwd_tile(
         x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
         y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
         peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
-        x, y = x - peak_q[:, None], y - peak_p[:, None]
-        lq, lp = x * scale, y * scale
-        q, p = exp2(lq), exp2(lp)
-        sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
-        lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
-        _store_stats(STATS, row, R, real, peak_q, lse_q, peak_p, lse_p)
+        sum_q = tl.sum(exp2((x - peak_q[:, None]) * scale), 1)
+        sum_p = tl.sum(exp2((y - peak_p[:, None]) * scale), 1)
+        share_q, share_p = tl.div_rn(1.0, sum_q), tl.div_rn(1.0, sum_p)
+        _store_stats(STATS, row, R, real, peak_q, share_q, peak_p, share_p)
 
-        if MIX == KL:  # as in the backward pass, with the same rounding
-            q, p = exp2(lq - lse_q[:, None]), exp2(lp - lse_p[:, None])
-        d = (y - x) * scale - (lse_p - lse_q)[:, None]
+        gap = _gap(share_q, share_p)
+        d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
+        if MIX == KL:
+            q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
         if MIX == KL:
             kl = tl.sum(_kl_term(d, q, p), 1)
         else:
-            kl_q, kl_p, kl = kl_q / sum_q, kl_p / sum_p, None
+            kl_q, kl_p, kl = tl.div_rn(kl_q, sum_q), tl.div_rn(kl_p, sum_p), None
         loss = _losses(W, STATS, row, R, real, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
         if REDUCE:
             sum += loss
@@ -307,18 +304,21 @@ def _peaks_and_sums(X, Y, begin, end, scale, LANES: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _divergences(
-    X, Y, begin, end, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, mixture,
+    X, Y, begin, end, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) that columns [begin, end) add, last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
     sum_p = tl.zeros([LANES], tl.float32)
     sum = tl.zeros([LANES], tl.float32)
+    gap = _gap(share_q, share_p)
     lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tiles = tl.cdiv(end - begin, LANES * WIDTH)
     for i in range(0, tiles):
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
-        d, q, p = _softmaxes(_load(X + col, col < end), _load(Y + col, col < end), peak_q, lse_q, peak_p, lse_p, scale)
+        d, q, p = _compared(_load(X + col, col < end), _load(Y + col, col < end), peak_q, peak_p, gap, scale)
+        if MIX == KL:
+            q, p = q * share_q, p * share_p
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         sum_p += tl.sum(add_p, 1)
         if MIX == KL:
@@ -330,7 +330,7 @@ def _divergences(
     if MIX == KL:
         return tl.sum(sum_q, 0), tl.sum(sum_p, 0), tl.sum(sum, 0)
     else:
-        return tl.sum(sum_q, 0), tl.sum(sum_p, 0), 0.0
+        return tl.sum(sum_q, 0) * share_q, tl.sum(sum_p, 0) * share_p, 0.0
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
@@ -344,10 +344,10 @@ def _fwd_row(
     X = at(X, row, x_stride, V)
     Y = at(Y, row, y_stride, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
-    lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
-    _store_stats(STATS, row, R, True, peak_q, lse_q, peak_p, lse_p)
+    share_q, share_p = tl.div_rn(1.0, sum_q), tl.div_rn(1.0, sum_p)
+    _store_stats(STATS, row, R, True, peak_q, share_q, peak_p, share_p)
     kl_q, kl_p, kl = _divergences(
-        X, Y, 0, C * V, peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
+        X, Y, 0, C * V, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
     )
     tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX))
 
@@ -377,7 +377,7 @@ def _fwd_split_div(
     V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MAX_S: tl.constexpr,
     MIX: tl.constexpr,
 ):  # fmt: skip
-    """The second reading of that part, with the log-sum-exp of the whole row."""
+    """The second reading of that part, with the sums of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
@@ -385,11 +385,11 @@ def _fwd_split_div(
     P, n = PARTS + row * S + i, R * S
     peak_q, sum_q = _joined(tl.load(P, i < S, other=LOWEST), tl.load(P + n, i < S, other=0.0), scale)
     peak_p, sum_p = _joined(tl.load(P + 2 * n, i < S, other=LOWEST), tl.load(P + 3 * n, i < S, other=0.0), scale)
-    lse_q, lse_p = _log2_sum(sum_q), _log2_sum(sum_p)
-    _store_stats(STATS, row, R, part == 0, peak_q, lse_q, peak_p, lse_p)
+    share_q, share_p = tl.div_rn(1.0, sum_q), tl.div_rn(1.0, sum_p)
+    _store_stats(STATS, row, R, part == 0, peak_q, share_q, peak_p, share_p)
     kl_q, kl_p, kl = _divergences(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
-        peak_q, lse_q, peak_p, lse_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
+        peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
     )  # fmt: skip
     tl.store(PARTS + 4 * n + tl.program_id(0), kl_q)
     tl.store(PARTS + 5 * n + tl.program_id(0), kl_p)
@@ -586,19 +586,21 @@ def _bwd(
     if W is not None:
         g *= tl.load(W + row.to(tl.int64) * w_stride, real)
     S = STATS + row
-    peak_q, lse_q = tl.load(S, real)[:, None], tl.load(S + R, real)[:, None]
+    peak_q, share_q = tl.load(S, real), tl.load(S + R, real)
     S = S + R + R
-    peak_p, lse_p = tl.load(S, real)[:, None], tl.load(S + R, real)[:, None]
+    peak_p, share_p = tl.load(S, real), tl.load(S + R, real)
     S = S + R + R
-    d, q, p = _softmaxes(x, y, peak_q, lse_q, peak_p, lse_p, scale)
+    gap = _gap(share_q, share_p)
+    d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
     if MIX == KL:  # less what the sums of these very terms are off
+        q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         dx = g[:, None] * (add_q - q * tl.load(S, real)[:, None])
         dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + R, real)[:, None])
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
-        dx = _gradient(q, over_q, gamma * g, tl.load(S, real))
-        dy = _gradient(p, over_p, beta * g, tl.load(S + R, real))
+        dx = _gradient(q, over_q, gamma * g * share_q, tl.load(S, real))
+        dy = _gradient(p, over_p, beta * g * share_p, tl.load(S + R, real))
     if DX is not None:
         tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
     if DY is not None:
