@@ -33,6 +33,7 @@ from . import (
     at,
     cdiv,
     exp2,
+    fma,
     gradients,
     next_power_of_2,
     plan,
@@ -180,10 +181,22 @@ def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
 
 
 @triton.jit
+def _quotient(a, b):
+    """a / b, rounded right but for rare cases, and NaN if b is 0.
+
+    A true division has a slow path that takes registers.
+    """
+    inverse = 1.0 / b
+    r = a * inverse
+    return fma(fma(-r, b, a), inverse, r)
+
+
+@triton.jit
 def _gap(share_q, share_p):
-    """log2 of their ratio, exactly 0 where they are equal; NaN for a row with no class above -inf, as in torch."""
-    ratio = tl.div_rn(share_q, share_p)
-    return tl.where((share_q < float("inf")) & (share_p < float("inf")), _log2(ratio, ratio - 1), float("nan"))
+    """log2 of their ratio; NaN for a row with no class above -inf, as in torch."""
+    ratio = _quotient(share_q, share_p)
+    log = tl.where(ratio > 0, _log2(ratio, ratio - 1), float("nan"))
+    return tl.where(share_q == share_p, 0.0, log)
 
 
 @triton.jit
@@ -246,13 +259,13 @@ def _fwd_tile(
         x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
         y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
         peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
-        sum_q = tl.sum(exp2((x - peak_q[:, None]) * scale), 1)
-        sum_p = tl.sum(exp2((y - peak_p[:, None]) * scale), 1)
-        share_q, share_p = tl.div_rn(1.0, sum_q), tl.div_rn(1.0, sum_p)
+        x, y = x - peak_q[:, None], y - peak_p[:, None]
+        q, p = exp2(x * scale), exp2(y * scale)
+        sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
+        share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
         _store_stats(STATS, row, R, real, peak_q, share_q, peak_p, share_p)
 
-        gap = _gap(share_q, share_p)
-        d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
+        d = (y - x) * scale - _gap(share_q, share_p)[:, None]
         if MIX == KL:
             q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
@@ -260,7 +273,7 @@ def _fwd_tile(
         if MIX == KL:
             kl = tl.sum(_kl_term(d, q, p), 1)
         else:
-            kl_q, kl_p, kl = tl.div_rn(kl_q, sum_q), tl.div_rn(kl_p, sum_p), None
+            kl_q, kl_p, kl = _quotient(kl_q, sum_q), _quotient(kl_p, sum_p), None
         loss = _losses(W, STATS, row, R, real, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
         if REDUCE:
             sum += loss
@@ -344,7 +357,7 @@ def _fwd_row(
     X = at(X, row, x_stride, V)
     Y = at(Y, row, y_stride, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
-    share_q, share_p = tl.div_rn(1.0, sum_q), tl.div_rn(1.0, sum_p)
+    share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, True, peak_q, share_q, peak_p, share_p)
     kl_q, kl_p, kl = _divergences(
         X, Y, 0, C * V, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
@@ -385,7 +398,7 @@ def _fwd_split_div(
     P, n = PARTS + row * S + i, R * S
     peak_q, sum_q = _joined(tl.load(P, i < S, other=LOWEST), tl.load(P + n, i < S, other=0.0), scale)
     peak_p, sum_p = _joined(tl.load(P + 2 * n, i < S, other=LOWEST), tl.load(P + 3 * n, i < S, other=0.0), scale)
-    share_q, share_p = tl.div_rn(1.0, sum_q), tl.div_rn(1.0, sum_p)
+    share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, part == 0, peak_q, share_q, peak_p, share_p)
     kl_q, kl_p, kl = _divergences(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,

@@ -68,7 +68,8 @@ class TestJSDiv:
         self.check(x, y)
 
     @pytest.mark.parametrize(
-        ("beta", "temperature"), [(0.01, 1.0), (0.1, 5.0), (0.5, 0.2), (0.5, 1.0), (0.93, 0.2), (0.999, 5.0)]
+        ("beta", "temperature"),
+        [(1e-6, 1.0), (0.01, 1.0), (0.1, 5.0), (0.5, 0.2), (0.5, 1.0), (0.93, 0.2), (0.999, 5.0), (1 - 1e-6, 1.0)],
     )
     @pytest.mark.parametrize("distance", [1e-3, 0.1, 1.0, 10.0])
     def test_parameters(self, beta, temperature, distance):
