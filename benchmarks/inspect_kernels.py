@@ -34,7 +34,6 @@ ARCHS = ("sm_80", "sm_90", "sm_100")
 RISE = 1.05
 # (Kernel, architecture): why it may spill 16 bytes at most.
 ACCEPTED = {
-    ("js_div._fwd_row", "sm_100"): "any beta but 1/2: a register more would halve the warps that read the next rows",
     ("gramian_few<BFloat16, 8", "sm_100"): "K = 8: the same, of three blocks one would have to go",
     ("gramian_few<Half, 8", "sm_100"): "likewise",
 }
