@@ -1,10 +1,12 @@
 // Generalized Jensen-Shannon divergence of rows of logits.
 //
 // With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq - log(sum_p/sum_q)
-// and c = beta where d < 0, 1 - beta elsewhere. L = log1p(c expm1(-|d|)) then gives log(p/m) = min(d, 0) - L and
-// log(q/m) = -max(d, 0) - L: finite for all finite logits, exactly 0 for equal rows, and accurate for nearly equal ones,
-// where the divergence is of second order in d. The smaller of q and p is the larger times e^-|d|, which comes with
-// expm1. Large logits lose nothing, because the maximum and the logarithm of the sum are never added up.
+// and beta at most 1/2: otherwise the rows change places. Where (1 - beta) q is the larger part of m, base = q, w = d
+// and c = beta; elsewhere base = p, w = -d and c = 1 - beta. m/base = (1 - c) + c e^w is a sum in which nothing cancels;
+// near 1, 1 + c expm1(w) has more digits. Its logarithm L gives log(base/m) = -L, and w - L for the other of q and p,
+// which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta, and for nearly equal
+// rows, where the divergence is of second order in d. Large logits lose nothing, because the maximum and the logarithm
+// of the sum are never added up.
 #include <algorithm>
 #include <array>
 #include <functional>
@@ -27,7 +29,14 @@ enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
 
 template <class S>
 struct Constants {
-  S beta, inverse_temperature;
+  S gamma, beta, edge, inverse_temperature;  // gamma = 1 - beta; beta p < gamma q where d < edge
+  bool even;                                 // 1 + c expm1(w) is never small, so that little cancels in it
+
+  Constants(double b, double temperature)
+      : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25) {
+    if (even) beta = 1 - gamma;  // which is not rounded: they add up to 1
+    if (b > 0) beta = std::max(beta, std::numeric_limits<S>::min()), edge = std::log(gamma / beta);
+  }
 };
 
 // f(x, y, offset, lanes) for every 16 elements of two rows; what lies beyond the end reads as probability 0.
@@ -53,37 +62,40 @@ inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool pac
   return result;
 }
 
-// The larger of q and p, the ratio of the smaller to it, ratio - 1, and d = log(p/q) with -|d|, that one at least -87.
+// d = log(p/q), the base, w, the ratio e^w of the other one to it, and ratio - 1.
 template <class V>
 struct Pair {
-  V d, minus, ratio, ratio_m1, high;
-  decltype(V{} < V{}) below;  // d < 0; NaN is not
+  V d, base, w, ratio, ratio_m1;
+  decltype(V{} < V{}) below;  // d < edge: the base is q; NaN is not
 };
 
-// log_sums: log(sum_p / sum_q). exponential(d < 0, x, y) is e^zq where d < 0 and e^zp elsewhere, of x = T zq, y = T zp.
+// log_sums: log(sum_p / sum_q). exponential(below, x, y) is e^zq where below and e^zp elsewhere, of x = T zq, y = T zp.
 template <class V, class S, class F>
 inline Pair<V> compare(V x, V y, const V* stats, V log_sums, Constants<S> k, F exponential) {
   Pair<V> c;
   x -= stats[kMaxQ], y -= stats[kMaxP];
   // The clamps take infinities out of the differences; NaN stays.
   c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
-  c.below = c.d < 0;
-  c.minus = max(splat<S>(-87), c.below ? c.d : -c.d);
-  c.high = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);
-  exp_expm1(c.minus, c.ratio, c.ratio_m1);
+  c.below = c.d < k.edge;
+  c.w = max(splat<S>(sizeof(S) == 4 ? -87 : -708), c.below ? c.d : -c.d);  // the other one is as good as 0 there
+  c.base = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);
+  exp_expm1(c.w, c.ratio, c.ratio_m1);
   return c;
 }
 
 template <class V>
 struct Terms {
-  V q, p, log_qm, log_pm;
+  V base, other, log_base, log_other;  // the logarithms over m
 };
 
 template <class V, class S>
 inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
-  V low = c.high * c.ratio, L = log1p((c.below ? splat(k.beta) : splat(1 - k.beta)) * c.ratio_m1);
-  V log_low = c.minus - L;
-  return {c.below ? c.high : low, c.below ? low : c.high, c.below ? -L : log_low, c.below ? log_low : -L};
+  V share = c.below ? splat(k.beta) : splat(k.gamma), m_m1 = share * c.ratio_m1, L;
+  if (k.even)
+    L = log1p(m_m1);
+  else
+    L = log((c.below ? splat(k.gamma) : splat(k.beta)) + share * c.ratio, m_m1);
+  return {c.base, c.base * c.ratio, -L, c.w - L};
 }
 
 // A probability that is not contracted with a subtraction that follows: equal ones shall give exactly 0.
@@ -130,8 +142,8 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
       auto c = compared(a, b, i);
       V q = rounded(load(exps_q + i) * stats[kInvQ]), p = rounded(load(exps_p + i) * stats[kInvP]);
       V d = log_ratio(c, a, stats, k);
-      V term = c.high * (c.below ? c.ratio * c.minus - c.ratio_m1 : d + c.ratio_m1);
-      sum[0] += c.high == 0 ? V{} : term;
+      V term = c.base * (c.below ? c.ratio * c.w - c.ratio_m1 : d + c.ratio_m1);
+      sum[0] += c.base == 0 ? V{} : term;
       sum[1] += p == 0 ? V{} : p * d;
       sum[2] += q - p;
     });
@@ -140,11 +152,13 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
   }
   // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
-    auto t = terms(compared(a, b, i), k);
-    V q = t.q * t.log_qm, p = t.p * t.log_pm;
+    auto c = compared(a, b, i);
+    auto t = terms(c, k);
+    V base = t.base * t.log_base, other = t.other * t.log_other;
+    V q = c.below ? base : other, p = c.below ? other : base;
     sum[0] += q;
     sum[1] += p;
-    sum[2] += k.beta * p + (1 - k.beta) * q;
+    sum[2] += k.beta * p + k.gamma * q;
   });
   stats[kDivQ] = div_q, stats[kDivP] = div_p;
   return loss;
@@ -156,7 +170,7 @@ template <class T>
 void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
               T* grad_x, T* grad_y) {
   using V = Vec<T>;
-  V scale_q = grad * ((1 - k.beta) * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
+  V scale_q = grad * (k.gamma * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   auto exponential = [&](auto below, V a, V b) { return exp_negative((below ? a : b) * k.inverse_temperature); };
   for_each(x, y, 0, size, [&](V a, V b, int64_t i, int n) {
@@ -171,8 +185,10 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
       return;
     }
     auto s = terms(c, k);
-    if (grad_x) put(grad_x, scale_q * s.q * (s.log_qm - stats[kDivQ]));
-    if (grad_y) put(grad_y, scale_p * s.p * (s.log_pm - stats[kDivP]));
+    auto q = [&](V base, V other) { return c.below ? base : other; };
+    auto p = [&](V base, V other) { return c.below ? other : base; };
+    if (grad_x) put(grad_x, scale_q * q(s.base, s.other) * (q(s.log_base, s.log_other) - stats[kDivQ]));
+    if (grad_y) put(grad_y, scale_p * p(s.base, s.other) * (p(s.log_base, s.log_other) - stats[kDivP]));
   });
 }
 
@@ -265,7 +281,7 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constant
 
 std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                                       double beta, double temperature, int64_t reduction) {
-  if (beta == 1) return js_div_fwd(target, input, weight, 0, temperature, reduction);  // KL(q||p) is KL(p||q) mirrored
+  if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // the same, mirrored
   int64_t rows = input.size(0), classes = input.size(1);
   ScalarType dtype = compute_dtype(input);
   Tensor stats = empty({kStats, rows}, dtype);
@@ -274,7 +290,7 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     std::vector<S> row_loss(rows);
-    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, {S(beta), S(1 / temperature)},
+    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
                  static_cast<S*>(stats.data_ptr()), row_loss.data());
     auto w = weight ? Factor<S>(*weight) : Factor<S>();
     S* out = static_cast<S*>(loss.data_ptr());
@@ -292,9 +308,9 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
 std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
                                       std::optional<Tensor> weight, const Tensor& stats, double beta,
                                       double temperature, int64_t reduction, bool need_input, bool need_target) {
-  if (beta == 1) {
+  if (beta > 0.5) {
     auto [grad_target, grad_input] =
-        js_div_bwd(grad, target, input, weight, stats, 0, temperature, reduction, need_target, need_input);
+        js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
     return {grad_input, grad_target};
   }
   int64_t rows = input.size(0), classes = input.size(1);
@@ -302,7 +318,7 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, {S(beta), S(1 / temperature)},
+    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
                   static_cast<const S*>(stats.data_ptr()), Factor<S>(grad),
                   weight ? Factor<S>(*weight) : Factor<S>(), S(reduction == kMean ? 1. / rows : 1.),
                   need_input ? Rows<T>(grad_input) : Rows<T>(), need_target ? Rows<T>(grad_target) : Rows<T>());

@@ -244,7 +244,7 @@ inline Floats exp_negative(Floats x) {
   return x <= -87.f ? Floats{} : p * scale + scale;
 }
 
-// The same for -87 <= x <= 0, and e^x - 1 with the relative accuracy of a small result.
+// The same for |x| <= 88, and e^x - 1 with the relative accuracy of a small result.
 inline void exp_expm1(Floats x, Floats& e, Floats& em1) {
   Int n;
   Floats p = exp_reduced(x, n), scale = exp2(n);
@@ -275,11 +275,17 @@ inline Floats log(Floats x) {
   return log_reduced(x * inverse_power(n) - 1.f, n);
 }
 
-// ln(1 + x) for -1 < x <= 0, with the relative accuracy of a small result.
+// ln(1 + x) for -1 < x < 1, with the relative accuracy of a small result.
 inline Floats log1p(Floats x) {
   Int n = exponent(1.f + x);
   Floats scale = inverse_power(n);  // the rounding of 1 + x decides the exponent only
   return log_reduced(x * scale + (scale - 1.f), n);
+}
+
+// ln x where x - 1 is known too, with the relative accuracy that it has where x is near 1.
+inline Floats log(Floats x, Floats x_m1) {
+  Int n = exponent(x);
+  return log_reduced(n == 0 ? x_m1 : x * inverse_power(n) - 1.f, n);
 }
 
 #define UDI_LANE_BY_LANE(f)                                 \
@@ -291,6 +297,11 @@ UDI_LANE_BY_LANE(exp)
 UDI_LANE_BY_LANE(log)
 UDI_LANE_BY_LANE(log1p)
 #undef UDI_LANE_BY_LANE
+
+inline Doubles log(Doubles x, Doubles x_m1) {
+  for (int i = 0; i < kLanes; ++i) x[i] = x_m1[i] < -0.5 ? std::log(x[i]) : std::log1p(x_m1[i]);
+  return x;
+}
 
 inline Doubles exp_negative(Doubles x) { return exp(x); }
 

@@ -90,6 +90,18 @@ def test_definition(beta, device):
     torch.testing.assert_close(js_div(x, y, beta=beta), beta * kl(p) + (1 - beta) * kl(q))
 
 
+@pytest.mark.parametrize("beta", [1e-6, 0.01, 0.999, 1 - 1e-6])
+@pytest.mark.parametrize("apart", [1e-2, 1, 4])
+@pytest.mark.parametrize("classes", [6, 101, 1271])
+def test_exact_near_the_ends(beta, apart, classes, device):
+    """Value and gradients are as small as beta or 1 - beta there: what cancels in the mixture would show."""
+    x = torch.randn(48, classes, device=device)
+    y = x + apart * torch.randn_like(x)
+    truth = run(partial(reference.js_div, beta=beta), (x.double(), y.double()))
+    for ours, t in zip(run(partial(js_div, beta=beta), (x, y)), truth, strict=True):
+        assert (ours - t).abs().max() < 5e-6 * t.abs().max()
+
+
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("classes", [1, 6, 101, 1271])
 def test_ends_are_the_two_kl_divergences(beta, classes, device):
