@@ -1,12 +1,12 @@
 // Generalized Jensen-Shannon divergence of rows of logits.
 //
-// With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq - log(sum_p/sum_q)
-// and beta at most 1/2: otherwise the rows change places. Where (1 - beta) q is the larger part of m, base = q, w = d
-// and c = beta; elsewhere base = p, w = -d and c = 1 - beta. m/base = (1 - c) + c e^w is a sum in which nothing cancels;
-// near 1, 1 + c expm1(w) has more digits. Its logarithm L gives log(base/m) = -L, and w - L for the other of q and p,
-// which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta, and for nearly equal
-// rows, where the divergence is of second order in d. Large logits lose nothing, because the maximum and the logarithm
-// of the sum are never added up.
+// With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq -
+// log(sum_p/sum_q) and beta at most 1/2: otherwise the rows change places. Where (1 - beta) q is the larger part of m,
+// base = q, w = d and c = beta; elsewhere base = p, w = -d and c = 1 - beta. m/base = (1 - c) + c e^w is a sum in which
+// nothing cancels; near 1, 1 + c expm1(w) has more digits. Its logarithm L gives log(base/m) = -L, and w - L for the
+// other of q and p, which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta,
+// and for nearly equal rows, where the divergence is of second order in d. Large logits lose nothing, because the
+// maximum and the logarithm of the sum are never added up.
 #include <algorithm>
 #include <array>
 #include <functional>
