@@ -47,7 +47,7 @@ LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 LN2 = tl.constexpr(math.log(2))
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
-PROGRAMS = 1024  # of the first stage: eight warps for each multiprocessor of an A100 or H100
+PROGRAMS = 1024  # of a first stage: eight for each multiprocessor of an A100 or H100
 
 
 @triton.jit

@@ -366,7 +366,7 @@ def _fwd_row(
 
 
 @triton.jit(do_not_specialize=["R", "S", "span"])
-def _fwd_split_lse(
+def _fwd_split_sums(
     X, Y, PARTS, R, C, S, x_stride, y_stride, span, scale, V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
 ):
     """A part of one very long row, S parts of `span` tiles to the row.  PARTS: (7, R, S)."""
@@ -559,14 +559,14 @@ def _split(R, C, tile):
 
 def _fwd_by_parts(R, S, reduction, values, num_warps):
     values |= dict(MAX_S=next_power_of_2(S), ROWS=next_power_of_2(R))
-    lse = Launch(_fwd_split_lse, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+    sums = Launch(_fwd_split_sums, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
     div = Launch(_fwd_split_div, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
     join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
     def run(input, target, weight):
         stats = _stats(input, R)
         parts, loss = stats.new_empty(7, R, S), stats.new_empty(() if reduction else R)
-        lse(input, target, parts)
+        sums(input, target, parts)
         div(input, target, parts, stats)
         join(parts, weight, stats, loss)
         return loss, stats
