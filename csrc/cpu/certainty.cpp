@@ -104,16 +104,16 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
       S mean = 0;
       for (int64_t m = 0; m < z.m; ++m) {
         Vec<S> sum{};
-        for_each_lanes(z.c, [&](int64_t c, int n) {
-          sum += load_some(g[r] + c, n, S(0)) * load_some(z.row(m, r) + c, n, S(0));
-        });
+        for_each_lanes(
+            z.c, [&](int64_t c, int n) { sum += load_some(g[r] + c, n, S(0)) * load_some(z.row(m, r) + c, n, S(0)); });
         mean += weight[m] * (pull[m] = udi::sum(sum));
       }
       for (int64_t m = 0; m < z.m; ++m) {
         const T* from = z.row(m, r);
         const auto [top, probability] = certainties[m];
         Vec<S> largest{};
-        for_each_lanes(z.c, [&](int64_t c, int n) { largest += load_some(from + c, n, none) == top ? splat(S(1)) : Vec<S>{}; });
+        for_each_lanes(
+            z.c, [&](int64_t c, int n) { largest += load_some(from + c, n, none) == top ? splat(S(1)) : Vec<S>{}; });
         const S factor = weight[m] * (pull[m] - mean) * S(1 / temperature) * probability, share = 1 / udi::sum(largest);
         for_each_lanes(z.c, [&](int64_t c, int n) {
           Vec<S> x = load_some(from + c, n, none), p = exp_negative(Vec<S>(x - top)) * probability;

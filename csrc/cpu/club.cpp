@@ -153,7 +153,8 @@ double reduce_columns(const Inputs<T>& in, const Classes& classes, Factor<comput
   };
   const int64_t blocks = (in.d + kColumns - 1) / kColumns;
   if (!classes.any_more) return 0;
-  if (classes.order) {  // one thread for a class's block of columns; block by block, so that threads share large classes
+  // One thread for a class's block of columns; block by block, so that threads share large classes.
+  if (classes.order) {
     const int64_t count = classes.count, size = 1 + in.n * std::min(in.d, kColumns) / std::max<int64_t>(count, 1);
     std::vector<double> values(blocks * count);
     torch::stable::parallel_for(0, blocks * count, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
@@ -202,9 +203,7 @@ double statistics(const Inputs<T>& in, const Classes& classes, compute_t<T>* sta
   return reduce_columns(in, classes, {}, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
     const double n = classes.size(k);
     compute_t<T>* to = stats + classes.slot(k) * kStats * in.d + c;
-    auto write = [&](Stat stat, Doubles x) {
-      store_some(to + stat * in.d, __builtin_convertvector(x, Vec<T>), lanes);
-    };
+    auto write = [&](Stat stat, Doubles x) { store_some(to + stat * in.d, __builtin_convertvector(x, Vec<T>), lanes); };
     Doubles centre = __builtin_convertvector(__builtin_convertvector(shift + sums[kY] / n, Vec<T>), Doubles);
     move(sums, shift - centre, n);
     Doubles mean = sums[kY] / n, var = max(Doubles{}, sums[kYY] / n - mean * mean);  // in this order NaN passes
@@ -233,8 +232,8 @@ struct Element {
   }
 };
 
-// Sixteen columns of a class of few rows, relative to the mean of y: all that value and gradients need, without a detour
-// through memory. Statistics of small classes would be as large as the inputs.
+// Sixteen columns of a class of few rows, relative to the mean of y: all that value and gradients need, without a
+// detour through memory. Statistics of small classes would be as large as the inputs.
 template <class T>
 struct Few {
   Vec<T> y[kFew], mu[kFew], w[kFew], var{};
@@ -324,9 +323,8 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
 // With g the gradient of each row's value, times its class's factor, and means over all rows i of the class:
 //   d y = g w (mu - y) + y mean(g w) - mean(g w mu),  d mu = g w (y - mean(y)),  d logvar = -g value.
 std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                               const Tensor& y, std::optional<Tensor> class_tensor,
-                                               const Tensor& stats, int64_t reduction, bool need_mu, bool need_logvar,
-                                               bool need_y) {
+                                               const Tensor& y, std::optional<Tensor> class_tensor, const Tensor& stats,
+                                               int64_t reduction, bool need_mu, bool need_logvar, bool need_y) {
   Tensor grad_mu = empty_grad(mu, need_mu), grad_logvar = empty_grad(logvar, need_logvar);
   Tensor grad_y = empty_grad(y, need_y);
   const int64_t n = mu.size(0), d = mu.size(1);

@@ -1,15 +1,16 @@
 // Dimension-decoupled unidirectional contrastive loss: InfoNCE of the student's rows against the teacher's.
 //
-// Over the chosen dimensions z_ij = <s_i, t_j>, and loss_i = log sum_j e^(z_ij/T) - z_ii/T. Tiles of z come from BLAS and
-// are gone once their exponentials, relative to the largest so far, are summed: no N x N matrix. The student's gradient
+// Over the chosen dimensions z_ij = <s_i, t_j>, and loss_i = log sum_j e^(z_ij/T) - z_ii/T. Tiles of z come from BLAS
+// and are gone once their exponentials, relative to the largest so far, are summed: no N x N matrix. The student's
+// gradient
 //   d s_i = g_i/T (1 - p_ii) (n_i - t_i),  n_i = sum_{j != i} p_ij t_j / (1 - p_ii),
-// depends on the rest of the loss by the factor g_i alone, so the forward pass leaves n_i - t_i, summed in the same tiles,
-// and the backward pass is elementwise; making the tiles again would cost a third more. The positive is kept apart from
-// the negatives: where p_ii is almost 1, loss and gradient are as exact as elsewhere.
+// depends on the rest of the loss by the factor g_i alone, so the forward pass leaves n_i - t_i, summed in the same
+// tiles, and the backward pass is elementwise; making the tiles again would cost a third more. The positive is kept
+// apart from the negatives: where p_ii is almost 1, loss and gradient are as exact as elsewhere.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <limits>
 #include <memory>
-
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "launch.h"
 
@@ -105,8 +106,8 @@ struct Running {
   double others = 0;
 };
 
-// Replaces a row of a tile by its negatives' exponentials (0 for the positive, at `own` if that is in the tile), adds them
-// up, and returns by what all that was added up before must be multiplied.
+// Replaces a row of a tile by its negatives' exponentials (0 for the positive, at `own` if that is in the tile), adds
+// them up, and returns by what all that was added up before must be multiplied.
 template <class S>
 S exponentials(S* z, int64_t columns, int64_t own, S inverse_temperature, Running<S>& row) {
   constexpr S none = -std::numeric_limits<S>::infinity();
@@ -139,11 +140,13 @@ void for_each_block(int64_t n, F f) {
 // Losses of all rows, their stats, and, if there is room for them, the directions n_i - t_i.
 template <class T>
 void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const std::vector<int64_t>& dims,
-             compute_t<T> inverse_temperature, compute_t<T>* losses, compute_t<T>* stats, Rows<compute_t<T>> direction) {
+             compute_t<T> inverse_temperature, compute_t<T>* losses, compute_t<T>* stats,
+             Rows<compute_t<T>> direction) {
   using S = compute_t<T>;
   const int64_t depth = dims.size();
   Buffer<S> all_t(n, depth);
-  for_each_block(n, [&](int64_t begin, int64_t end, int64_t) { gather(teacher, begin, dims, all_t.slice(begin, end)); });
+  for_each_block(n,
+                 [&](int64_t begin, int64_t end, int64_t) { gather(teacher, begin, dims, all_t.slice(begin, end)); });
   for_each_block(n, [&](int64_t first, int64_t last, int64_t height) {
     Buffer<S> s(height, depth), sums(direction ? height : 0, depth), room(height, std::min(n, kTileColumns));
     for (int64_t begin = first; begin < last; begin += height) {
@@ -188,7 +191,8 @@ void teacher_gradient(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width
   const int64_t depth = dims.size();
   const S *tops = stats + kMax * n, *inverse_sums = stats + kInvSum * n, *others = stats + kOthers * n;
   Buffer<S> all_s(n, depth);
-  for_each_block(n, [&](int64_t begin, int64_t end, int64_t) { gather(student, begin, dims, all_s.slice(begin, end)); });
+  for_each_block(n,
+                 [&](int64_t begin, int64_t end, int64_t) { gather(student, begin, dims, all_s.slice(begin, end)); });
   for_each_block(n, [&](int64_t first, int64_t last, int64_t height) {
     Buffer<S> t(height, depth), sums(height, depth), room(height, std::min(n, kTileColumns));
     for (int64_t begin = first; begin < last; begin += height) {

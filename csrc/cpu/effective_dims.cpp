@@ -17,14 +17,16 @@ constexpr double kNever = std::numeric_limits<double>::infinity();  // NaN and i
 
 // The intervals [low, high] of one column's classes; `order` is scratch. Of equal means, or in the middle between two,
 // the lower class has it, as in argmin.
-void intervals(const std::vector<double>& means, std::vector<int64_t>& order, double* low, double* high, int64_t stride) {
+void intervals(const std::vector<double>& means, std::vector<int64_t>& order, double* low, double* high,
+               int64_t stride) {
   order.clear();
   for (size_t k = 0; k < means.size(); ++k)
-    if (std::isfinite(means[k])) order.push_back(k);  // not those of absent classes
-    else low[k * stride] = kNever, high[k * stride] = -kNever;
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return means[a] < means[b] || (means[a] == means[b] && a < b);
-  });
+    if (std::isfinite(means[k]))
+      order.push_back(k);  // not those of absent classes
+    else
+      low[k * stride] = kNever, high[k * stride] = -kNever;
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return means[a] < means[b] || (means[a] == means[b] && a < b); });
   double begin = std::numeric_limits<double>::lowest();
   for (size_t i = 0, next; i < order.size(); i = next) {
     const int64_t k = order[i];

@@ -12,10 +12,10 @@
 namespace udi {
 namespace {
 
-constexpr int64_t kChunk = 8192;  // elements of one parameter that a thread takes at a time
-constexpr int64_t kBlock = 1024;  // elements whose products are summed in the compute type before double takes over
-constexpr int64_t kGrain = 32768; // elements of one gradient that are worth a thread
-constexpr int64_t kSlots = 256;   // partial Gram matrices: a constant, so that no result depends on the threads
+constexpr int64_t kChunk = 8192;   // elements of one parameter that a thread takes at a time
+constexpr int64_t kBlock = 1024;   // elements whose products are summed in the compute type before double takes over
+constexpr int64_t kGrain = 32768;  // elements of one gradient that are worth a thread
+constexpr int64_t kSlots = 256;    // partial Gram matrices: a constant, so that no result depends on the threads
 
 // One register as this machine has them, and the rows of a tile whose accumulators fit in the register file.
 #if defined(__AVX512F__)
@@ -80,13 +80,11 @@ void tile(const S* const* a, const S* const* b, int64_t n, double* gram, int64_t
 template <class S>
 void add_products(const S* const* rows, int64_t k, int64_t n, double* gram) {
   for (int64_t i = 0; i < k; i += kTile) {
-    constant<kTile>(std::min<int64_t>(kTile, k - i), [&](auto r) {
-      tile<r, r, true>(rows + i, rows + i, n, gram + i * k + i, k);
-    });
+    constant<kTile>(std::min<int64_t>(kTile, k - i),
+                    [&](auto r) { tile<r, r, true>(rows + i, rows + i, n, gram + i * k + i, k); });
     for (int64_t j = i + kTile; j < k; j += kTile) {
-      constant<kTile>(std::min<int64_t>(kTile, k - j), [&](auto c) {
-        tile<kTile, c, false>(rows + i, rows + j, n, gram + i * k + j, k);
-      });
+      constant<kTile>(std::min<int64_t>(kTile, k - j),
+                      [&](auto c) { tile<kTile, c, false>(rows + i, rows + j, n, gram + i * k + j, k); });
     }
   }
 }
@@ -161,8 +159,10 @@ void combine_chunk(const void* const* data, int64_t k, int64_t begin, int64_t en
     const S* sum = nullptr;
     for (int r = 0; r < count; r += kGroup, sum = block) {
       constant<kGroup>(std::min(kGroup, count - r), [&](auto R) {
-        if (r + kGroup < count) accumulate<R>(sum, &rows[r], &factors[r], block, n);
-        else accumulate<R>(sum, &rows[r], &factors[r], out + begin, n);
+        if (r + kGroup < count)
+          accumulate<R>(sum, &rows[r], &factors[r], block, n);
+        else
+          accumulate<R>(sum, &rows[r], &factors[r], out + begin, n);
       });
     }
     for (auto& row : rows) row += kBlock;
@@ -172,10 +172,14 @@ void combine_chunk(const void* const* data, int64_t k, int64_t begin, int64_t en
 template <class F>
 void dispatch(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat: return f(float());
-    case DType::kDouble: return f(double());
-    case DType::kBFloat16: return f(BFloat16());
-    case DType::kHalf: return f(Half());
+    case DType::kFloat:
+      return f(float());
+    case DType::kDouble:
+      return f(double());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kHalf:
+      return f(Half());
   }
 }
 

@@ -233,8 +233,8 @@ void for_each_block(int64_t rows, int64_t classes, F f) {
 }
 
 template <class T>
-void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k,
-                  compute_t<T>* stats, compute_t<T>* loss) {
+void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k, compute_t<T>* stats,
+                  compute_t<T>* loss) {
   using S = compute_t<T>;
   for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
     Vec<T> block[kStats], block_loss;
@@ -319,9 +319,9 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
-                  static_cast<const S*>(stats.data_ptr()), Factor<S>(grad),
-                  weight ? Factor<S>(*weight) : Factor<S>(), S(reduction == kMean ? 1. / rows : 1.),
-                  need_input ? Rows<T>(grad_input) : Rows<T>(), need_target ? Rows<T>(grad_target) : Rows<T>());
+                  static_cast<const S*>(stats.data_ptr()), Factor<S>(grad), weight ? Factor<S>(*weight) : Factor<S>(),
+                  S(reduction == kMean ? 1. / rows : 1.), need_input ? Rows<T>(grad_input) : Rows<T>(),
+                  need_target ? Rows<T>(grad_target) : Rows<T>());
   });
   return {grad_input, grad_target};
 }

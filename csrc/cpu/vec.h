@@ -209,7 +209,7 @@ inline Floats exp_reduced(Floats x, Int& n) {
   n = bits<Int>(shifted) - 0x4b400000;
   Floats f = shifted - 0x1.8p23f;
   Floats r = x - f * 0.693359375f - f * -2.12194440e-4f;  // ln 2 in two parts, the first exact times n
-  Floats p = 1.394649735e-3f * r + 8.366610855e-3f;  // minimax: 1.3e-8 of e^r - 1
+  Floats p = 1.394649735e-3f * r + 8.366610855e-3f;       // minimax: 1.3e-8 of e^r - 1
   p = p * r + 4.166628048e-2f;
   p = p * r + 1.666654348e-1f;
   p = p * r + 0.5f;
@@ -288,10 +288,10 @@ inline Floats log(Floats x, Floats x_m1) {
   return log_reduced(n == 0 ? x_m1 : x * inverse_power(n) - 1.f, n);
 }
 
-#define UDI_LANE_BY_LANE(f)                                 \
-  inline Doubles f(Doubles x) {                             \
-    for (int i = 0; i < kLanes; ++i) x[i] = std::f(x[i]);   \
-    return x;                                               \
+#define UDI_LANE_BY_LANE(f)                               \
+  inline Doubles f(Doubles x) {                           \
+    for (int i = 0; i < kLanes; ++i) x[i] = std::f(x[i]); \
+    return x;                                             \
   }
 UDI_LANE_BY_LANE(exp)
 UDI_LANE_BY_LANE(log)

@@ -19,10 +19,10 @@ std::function<Image(const std::string&, int)> compile;
 namespace {
 
 // Types and numbers of cuda.h that its ABI has fixed.
-using Handle = void*;    // CUcontext, CUmodule, CUfunction, CUstream
-using Address = size_t;  // CUdeviceptr
-constexpr int kMultiprocessorCount = 16;    // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-constexpr int kRelaxed = 2;                 // CU_STREAM_CAPTURE_MODE_RELAXED
+using Handle = void*;                     // CUcontext, CUmodule, CUfunction, CUstream
+using Address = size_t;                   // CUdeviceptr
+constexpr int kMultiprocessorCount = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kRelaxed = 2;               // CU_STREAM_CAPTURE_MODE_RELAXED
 
 void* symbol(const char* name) {
   static void* const library = dlopen("libcuda.so.1", RTLD_NOW);
@@ -119,7 +119,8 @@ void OnDevice::zero(void* words, size_t count) const {
 
 void OnDevice::launch(const Kernel& kernel, unsigned x, unsigned y, int threads,
                       std::initializer_list<const void*> args) const {
-  static const Call<Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**>
+  static const Call<Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
+                    void**>
       launch("cuLaunchKernel");
   launch(kernel.function, x, y, 1, threads, 1, 1, 0, stream_, const_cast<void**>(args.begin()), nullptr);
 }

@@ -41,8 +41,12 @@ struct Launch {
     }
   }
 
-  int64_t* words() { return std::visit([](auto& t) { return t.word; }, table); }
-  const int64_t* words() const { return std::visit([](auto& t) { return t.word; }, table); }
+  int64_t* words() {
+    return std::visit([](auto& t) { return t.word; }, table);
+  }
+  const int64_t* words() const {
+    return std::visit([](auto& t) { return t.word; }, table);
+  }
 
   bool few() const { return shape.k <= kFewRows; }
   int rows() const { return std::max(shape.k, 3); }  // of the instance of gramian_few

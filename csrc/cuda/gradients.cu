@@ -122,7 +122,8 @@ inline void finish(const Sums& sums, int k) {
     for (int bit = kWarp / 2; bit; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
     if (lane > (i < j)) continue;
     const int at = lane ? j * k + i : i * k + j;
-    sums.wide ? static_cast<double*>(sums.gram)[at] = sum : static_cast<float*>(sums.gram)[at] = static_cast<float>(sum);
+    sums.wide ? static_cast<double*>(sums.gram)[at] = sum
+              : static_cast<float*>(sums.gram)[at] = static_cast<float>(sum);
   }
 }
 
@@ -138,7 +139,11 @@ void flush(double (&sums)[N], S (&products)[N]) {
 // partial[i, j] = sum_e row_i[e] row_j[e] for up to K rows: each thread sums all pairs over its elements, in the
 // compute type within a chunk and in double beyond.
 template <class T, int K, int kWords>
-__global__ void __launch_bounds__(few_threads(K), K <= 3 ? 4 : K == 4 ? 2 : K == 5 ? 5 : K == 6 ? 4 : 3)
+__global__ void __launch_bounds__(few_threads(K), K <= 3   ? 4
+                                                  : K == 4 ? 2
+                                                  : K == 5 ? 5
+                                                  : K == 6 ? 4
+                                                           : 3)
     gramian_few(const Table<kWords> __grid_constant__ table, const Shape shape, const Sums out) {
   using S = compute_t<T>;
   constexpr int kPairs = K * (K + 1) / 2, kThreads = few_threads(K), kBatch = K <= 4 ? 2 : 1;
@@ -334,7 +339,8 @@ __global__ void __launch_bounds__(kSumThreads)
     for (int s = threadIdx.x; s < chunk.singles; s += kSumThreads) {
       const int e = chunk.single<T>(s);
       S sum = 0;
-      for_rows(S(0), [&](const T* at) { return static_cast<S>(at[e]); }, [&](S weight, S x) { sum += weight * x; });
+      for_rows(
+          S(0), [&](const T* at) { return static_cast<S>(at[e]); }, [&](S weight, S x) { sum += weight * x; });
       out[e] = static_cast<T>(sum);
     }
   });

@@ -22,8 +22,7 @@ struct CertaintyFusion : Function<CertaintyFusion> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    static const auto bwd =
-        op<Tensor(const Tensor&, const Tensor&, double, bool)>("udi_kernels::certainty_fusion_bwd");
+    static const auto bwd = op<Tensor(const Tensor&, const Tensor&, double, bool)>("udi_kernels::certainty_fusion_bwd");
     auto saved = ctx->get_saved_variables();
     BackwardMode mode;
     Tensor rows = matrix(grad[0], saved[0].scalar_type(), false);

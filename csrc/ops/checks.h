@@ -47,10 +47,14 @@ std::string python(at::ScalarType dtype) { return c10::str("torch.", c10::getDty
 
 std::string python(at::Layout layout) {
   switch (layout) {
-    case at::kSparse: return "torch.sparse_coo";
-    case at::kSparseCsr: return "torch.sparse_csr";
-    case at::kMkldnn: return "torch._mkldnn";
-    default: return c10::str("layout ", layout);
+    case at::kSparse:
+      return "torch.sparse_coo";
+    case at::kSparseCsr:
+      return "torch.sparse_csr";
+    case at::kMkldnn:
+      return "torch._mkldnn";
+    default:
+      return c10::str("layout ", layout);
   }
 }
 
@@ -63,15 +67,15 @@ void check_dense(const char* op, const char* name, const Tensor& t) {
                     "; call .to_dense()");
 }
 
-// Dense, floating point, all on one device. Returns the dtype that mixed ones (autocast makes them) have in common, as torch
-// finds it for its own operators.
+// Dense, floating point, all on one device. Returns the dtype that mixed ones (autocast makes them) have in common, as
+// torch finds it for its own operators.
 at::ScalarType check_tensors(const char* op, std::initializer_list<Named> tensors) {
   const auto& [first, like] = *tensors.begin();
   auto dtype = like.scalar_type();
   for (const auto& [name, t] : tensors) {
     check_dense(op, name, t);
-    TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name,
-                     " must be float16, bfloat16, float32 or float64, got ", python(t.scalar_type()));
+    TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+                     python(t.scalar_type()));
     TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " must be on ", like.device(), " as ", first,
                       " is, got ", t.device());
     if (t.scalar_type() != dtype) dtype = at::promote_types(dtype, t.scalar_type());

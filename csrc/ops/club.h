@@ -56,9 +56,8 @@ struct ClubNLL : Function<ClubNLL> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    static const auto bwd = op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                                  const Tensor&, bool, bool, bool)>(
-        "udi_kernels::club_nll_bwd");
+    static const auto bwd = op<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>("udi_kernels::club_nll_bwd");
     auto saved = ctx->get_saved_variables();
     BackwardMode mode;
     auto [mu, logvar, y] = bwd.call(grad[0], saved[0], saved[1], saved[2], ctx->needs_input_grad(0),
@@ -90,9 +89,8 @@ Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, const Ma
   const auto dtype = check_gaussian("club_mi", mu, logvar, y);
   if (given) check_given(*given, mu);
   if (!kernels_serve<ClubMI>(dtype, {{"mu", mu}, {"logvar", logvar}, {"y", y}})) {
-    static const auto reference =
-        op<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, int64_t)>(
-            "udi_kernels::club_mi_reference");
+    static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, int64_t)>(
+        "udi_kernels::club_mi_reference");
     return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype), given, reduction);
   }
   MaybeTensor classes;

@@ -11,8 +11,9 @@ namespace {
 
 struct DUCLoss : Function<DUCLoss> {
   static const auto& fwd() {
-    static const auto fwd = op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double,
-                                                                  int64_t, bool)>("udi_kernels::duc_loss_fwd");
+    static const auto fwd =
+        op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, int64_t, bool)>(
+            "udi_kernels::duc_loss_fwd");
     return fwd;
   }
 

@@ -33,7 +33,8 @@ Tensor effective_dims(const Tensor& features, const Tensor& labels, int64_t num_
                       "), got ", largest);
   }
   Tensor rows = matrix(features, features.scalar_type(), false), integers = labels.to(at::kLong);
-  if (!kernels_serve<EffectiveDims>(at::kFloat, {{"features", features}})) {  // kernels compute in float64, whatever the dtype
+  if (!kernels_serve<EffectiveDims>(at::kFloat,
+                                    {{"features", features}})) {  // kernels compute in float64, whatever the dtype
     static const auto reference = op<EffectiveDims::Signature>("udi_kernels::effective_dims_reference");
     return reference.call(rows, integers, num_classes);
   }

@@ -88,8 +88,8 @@ template <class Name>
 void admit(const char* op, const Tensor& t, const Tensor& like, Name name) {
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name(), " must be dense, got ", python(t.layout()),
                     "; call .to_dense()");
-  TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name(),
-                   " must be float16, bfloat16, float32 or float64, got ", python(t.scalar_type()));
+  TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name(), " must be float16, bfloat16, float32 or float64, got ",
+                   python(t.scalar_type()));
   TORCH_CHECK_VALUE(!t.requires_grad() || !at::GradMode::is_enabled(), op, ": ", name(),
                     " must not require grad (this op is not differentiable); detach it, or call under torch.no_grad()");
   TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name(), " must be on ", like.device(),
@@ -123,8 +123,8 @@ void align(Lists& g, int64_t p, bool may_copy) {
     if (first_dense < 0) first_dense = i;
     check_layout(g.op, g.name(i, p), {t, false}, {g.at(first_dense, p), false}, g.name(first_dense, p));
   }
-  const Tensor like = first_dense < 0 ? at::empty_like(g.at(first, p), at::MemoryFormat::Contiguous)
-                                      : g.at(first_dense, p);
+  const Tensor like =
+      first_dense < 0 ? at::empty_like(g.at(first, p), at::MemoryFormat::Contiguous) : g.at(first_dense, p);
   for (int64_t i = 0; i < g.k; ++i) {
     Tensor& t = g.at(i, p);
     if (!t.defined() || dense(t, false)) continue;
@@ -171,8 +171,8 @@ Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k,
         like = &t;
         alike = dense(t, g.stacked);
       } else {
-        alike = alike && t.scalar_type() == like->scalar_type() && !t.is_neg() &&
-                Layout(t, false) == Layout(*like, false);
+        alike =
+            alike && t.scalar_type() == like->scalar_type() && !t.is_neg() && Layout(t, false) == Layout(*like, false);
       }
     }
     if (alike) continue;
@@ -223,17 +223,21 @@ void check_out(const Lists& g, const std::vector<Tensor>& out) {
 // The weights as kernels take them.
 Tensor check_weights(const Lists& g, const Tensor& weights) {
   admit(g.op, weights, g.any, [] { return "weights"; });
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == g.k, g.op, ": weights must have shape (", g.k,
-                    ",), got ", python(weights.sym_sizes()));
+  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == g.k, g.op, ": weights must have shape (", g.k, ",), got ",
+                    python(weights.sym_sizes()));
   return weights.resolve_neg().to(g.sum_dtype).contiguous();
 }
 
 DType dtype(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return DType::kDouble;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kHalf;
-    default: return DType::kFloat;
+    case at::kDouble:
+      return DType::kDouble;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kHalf;
+    default:
+      return DType::kFloat;
   }
 }
 
@@ -282,9 +286,8 @@ Tensor compute_gramian(const Lists& g, const Plan* plan, bool wide) {
 // out, and so plan, leaves parameters out that have no gradient.
 void compute_weighted_sum(const Lists& g, const Plan* plan, const Tensor& weights, const std::vector<Tensor>& out) {
   if (plan) return plan->weighted_sum(weights.const_data_ptr(), weights.scalar_type() == at::kDouble);
-  static const auto reference =
-      op<std::vector<Tensor>(const MaybeTensors&, std::optional<int64_t>, const Tensor&)>(
-          "udi_kernels::weighted_sum_reference");
+  static const auto reference = op<std::vector<Tensor>(const MaybeTensors&, std::optional<int64_t>, const Tensor&)>(
+      "udi_kernels::weighted_sum_reference");
   const auto sums = reference.call(maybe(g.tensors), count(g), weights);
   for (size_t p = 0; p < out.size(); ++p)
     if (out[p].defined()) sums[p].numel() == out[p].numel() ? out[p].copy_(sums[p]) : out[p].zero_();

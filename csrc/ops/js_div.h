@@ -31,9 +31,9 @@ struct JSDiv : Function<JSDiv> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    static const auto bwd = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Weight&,
-                                                          const Tensor&, double, double, int64_t, bool, bool)>(
-        "udi_kernels::js_div_bwd");
+    static const auto bwd =
+        op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Tensor&, double,
+                                      double, int64_t, bool, bool)>("udi_kernels::js_div_bwd");
     auto saved = ctx->get_saved_variables();
     Weight weight = saved[2].defined() ? Weight(saved[2]) : std::nullopt;
     auto [beta, temperature, reduction] = ctx->saved_data["options"].to<Options>();
@@ -53,8 +53,8 @@ void check_weight(const Tensor& weight, const Tensor& input) {
   TORCH_CHECK_VALUE(weight.device() == input.device(), "js_div: weight must be on ", input.device(),
                     " as input is, got ", weight.device());
   const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
-  TORCH_CHECK_VALUE(weight.sym_sizes() == rows, "js_div: weight must have shape ", python(rows),
-                    ", one per row, got ", python(weight.sym_sizes()));
+  TORCH_CHECK_VALUE(weight.sym_sizes() == rows, "js_div: weight must have shape ", python(rows), ", one per row, got ",
+                    python(weight.sym_sizes()));
   TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(),
                     "js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction");
 }
@@ -66,13 +66,12 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0,
                     "js_div: input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
   TORCH_CHECK_VALUE(0 <= beta && beta <= 1, "js_div: beta must lie in [0, 1], got ", beta);
-  TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY,
-                    "js_div: temperature must be positive and finite, got ", temperature);
+  TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY, "js_div: temperature must be positive and finite, got ",
+                    temperature);
   if (weight) check_weight(*weight, input);
   if (!kernels_serve<JSDiv>(dtype, {{"input", input}, {"target", target}})) {
-    static const auto reference =
-        op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(
-            "udi_kernels::js_div_reference");
+    static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(
+        "udi_kernels::js_div_reference");
     return reference.call(input.to(dtype), target.to(dtype), weight, beta, temperature, reduction);
   }
   const bool recorded = records({{"input", input}, {"target", target}});

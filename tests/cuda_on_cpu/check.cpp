@@ -40,10 +40,14 @@ struct BFloat16 {
 template <class F>
 auto with_type(DType type, F f) {
   switch (type) {
-    case DType::kFloat: return f(float());
-    case DType::kDouble: return f(double());
-    case DType::kBFloat16: return f(BFloat16(0));
-    default: return f(_Float16());
+    case DType::kFloat:
+      return f(float());
+    case DType::kDouble:
+      return f(double());
+    case DType::kBFloat16:
+      return f(BFloat16(0));
+    default:
+      return f(_Float16());
   }
 }
 
@@ -70,7 +74,9 @@ struct Row {
       for (int64_t e = 0; e < before + n; ++e) t[e] = e < before ? T(NAN) : T(float(bits() * 0x1p-31 - 1));
     });
   }
-  Row(Row&& other) : type(other.type), before(other.before), n(other.n), memory(other.memory) { other.memory = nullptr; }
+  Row(Row&& other) : type(other.type), before(other.before), n(other.n), memory(other.memory) {
+    other.memory = nullptr;
+  }
   ~Row() { std::free(memory); }
 
   void* data() const { return memory + before * size_of(type); }
@@ -135,7 +141,8 @@ void run(int k, const std::vector<Param>& params) {
           want += term, size += std::abs(term), narrow |= params[p].type != DType::kDouble;
         }
       const double bound = size * (narrow ? 3e-7 : 1e-14);
-      expect(std::abs(static_cast<double>(gram[i * k + j] - want)) <= bound, "gramian", k, params[0], gram[i * k + j], want);
+      expect(std::abs(static_cast<double>(gram[i * k + j] - want)) <= bound, "gramian", k, params[0], gram[i * k + j],
+             want);
     }
 
   // What is expected first: out may be a row.
@@ -147,7 +154,8 @@ void run(int k, const std::vector<Param>& params) {
     want.emplace_back(params[p].n), bound.emplace_back(params[p].n);
     for (int64_t e = 0; e < params[p].n; ++e) {
       double size = 0;
-      for (int i = 0; i < k; ++i) want[p][e] += weights[i] * value(p, i, e), size += std::abs(weights[i] * value(p, i, e));
+      for (int i = 0; i < k; ++i)
+        want[p][e] += weights[i] * value(p, i, e), size += std::abs(weights[i] * value(p, i, e));
       bound[p][e] = 1.01 * rounding(params[p].type) * std::abs(want[p][e]) +
                     2 * k * rounding(params[p].type == DType::kDouble ? DType::kDouble : DType::kFloat) * size +
                     (params[p].type == DType::kHalf ? 0x1p-25 : 0);
@@ -158,7 +166,8 @@ void run(int k, const std::vector<Param>& params) {
     const Row& out = params[p].alias < 0 ? outs[p] : rows[p][params[p].alias];
     for (int64_t e = 0; e < params[p].n; ++e)
       expect(std::abs(out.at(e) - want[p][e]) <= bound[p][e], "weighted_sum", k, params[p], out.at(e), want[p][e]);
-    for (int64_t e = 0; e < out.before; ++e) expect(std::isnan(out[e]), "what lies before out", k, params[p], out[e], NAN);
+    for (int64_t e = 0; e < out.before; ++e)
+      expect(std::isnan(out[e]), "what lies before out", k, params[p], out[e], NAN);
   }
 }
 

@@ -1,11 +1,10 @@
 // libcuda.so.1 for the tests: what csrc/cuda/driver.cpp asks of it, with the kernels of gradients.cu in it, on the CPU.
 // Its machine code is the name of a kernel. Device d has 1 + d % 3 multiprocessors of one block each.
-#include "device.h"
-
 #include <deque>
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "kernels.h"
 
 namespace {
@@ -26,7 +25,9 @@ int aoti_torch_get_current_cuda_stream(int, void** stream) {
 }
 
 int cuGetErrorString(int error, const char** text) {
-  *text = error == kInvalidContext ? "invalid device context" : error == kNotFound ? "named symbol not found" : "invalid";
+  *text = error == kInvalidContext ? "invalid device context"
+          : error == kNotFound     ? "named symbol not found"
+                                   : "invalid";
   return kSuccess;
 }
 

@@ -21,15 +21,17 @@ CpuKernel entry(const char* name, size_t words, void (*)(const Table<kMost>&, Ar
             const auto* const* a = static_cast<const void* const*>(arguments);
             [&]<size_t... I>(std::index_sequence<I...>) {
               kKernel(*static_cast<const Table<kMost>*>(a[0]), *static_cast<const Args*>(a[1 + I])...);
-            }(std::index_sequence_for<Args...>());
+            }
+            (std::index_sequence_for<Args...>());
           },
           {words * sizeof(int64_t), sizeof(Args)...}};
 }
 
 #define TEXT_OF(...) #__VA_ARGS__
 #define TEXT(...) TEXT_OF(__VA_ARGS__)
-#define NAMED(name, words, ...) \
-  entry<&name<__VA_ARGS__, kMost>>("udi::" #name "<" TEXT(__VA_ARGS__) ", " #words ">", words, &name<__VA_ARGS__, kMost>)
+#define NAMED(name, words, ...)                                                                \
+  entry<&name<__VA_ARGS__, kMost>>("udi::" #name "<" TEXT(__VA_ARGS__) ", " #words ">", words, \
+                                   &name<__VA_ARGS__, kMost>)
 #define FEW(k, words) NAMED(gramian_few, words, TYPE, k)
 #if defined(LEAST)  // those of `check least`
 #define ALL_FEW(words) FEW(3, words), FEW(5, words)
