@@ -1,4 +1,4 @@
-"""A compact trainer of multimodal models without a joint loss: UDI, its baselines, and what a method needs."""
+"""A compact trainer for multimodal models without a joint loss: UDI, its baselines, and the parts of a method."""
 
 from importlib.util import find_spec as _find
 
@@ -6,7 +6,7 @@ for _module in ("torch", "numpy", "sklearn", "matplotlib", "tqdm"):
     if _find(_module) is None:
         raise ModuleNotFoundError(f'udi_trainer needs {_module}: pip install -e ".[train]"', name=_module)
 
-from . import data, methods, models  # noqa: E402  what is in them registers itself
+from . import data, methods, models  # noqa: E402  importing them fills the registries
 from .api import Result, train  # noqa: E402
 from .data import Dataset, Modality, Split  # noqa: E402
 from .errors import UserError  # noqa: E402

@@ -1,4 +1,4 @@
-"""Training from Python: :func:`train`, of which the command is a user."""
+"""Training from Python: :func:`train`. The command line uses the same classes."""
 
 import contextlib
 import io
@@ -40,13 +40,13 @@ Method = str | Callable[[Run], Outcome]
 
 @dataclass
 class Result:
-    """What a training reached.
+    """The result of a training.
 
     Attributes:
         metrics: as in metrics.json: ``metrics["fused"]["test_acc"]`` and the like.
-        models: the trained classifiers by modality, each from a batch of inputs to (features, logits); of a joint
-            method one of all modalities.
-        history: the log of each stage, a dict an epoch.
+        models: the trained classifiers by modality, each from a batch of inputs to (features, logits); for a joint
+            method one model of all modalities.
+        history: the log of each stage, one dict per epoch.
         folder: the run folder, or None.
     """
 
@@ -60,11 +60,11 @@ class Result:
         return self.predictor.models
 
     def table(self) -> str:
-        """Everything that was trained, as text."""
+        """The comparison of everything that was trained, as text."""
         return table(self.metrics)
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone."""
+        """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors."""
         return self.predictor.predict(split)
 
 
@@ -77,22 +77,22 @@ def train(
     progress: bool = True,
     **options: Any,
 ) -> Result:
-    """Trains a method, and baselines beside it; the figures are those of the command with the same options.
+    """Trains a method and its baselines; the figures equal those of the command with the same options.
 
-    Leaves torch as it was: its number of threads, TF32, the state of its random generators.
+    torch's global state is restored afterwards: number of threads, TF32, random generators.
 
     Args:
-        dataset: tensors in memory, or the name of one of the trainer's datasets.
+        dataset: tensors in memory, or the name of a registered data set.
         method: ``"udi"``, ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an :class:`Outcome`.
-        encoders: in the place of the modalities' own, by modality: a name, or a callable from a sample's shape to a
-            fresh module from inputs (N, *shape) to features (N, width). It is called anew for each model.
-        resume: the folder of an interrupted run to go on with, with its options; dataset and encoders are given again.
+        encoders: replace the modalities' own, by modality: a name, or a callable from a sample's shape to a fresh
+            module from inputs ``(N, *shape)`` to features (N, width). It is called once for each model.
+        resume: the folder of an interrupted run, which continues with its options; give data set and encoders again.
         progress: print messages and a progress bar.
         options: those of the command, with underscores: ``epochs=30``, ``baselines=["joint", "ensemble"]``, ``out=DIR``
-            for a run folder (without it nothing is written), ...; those that the method declares, too.
+            for a run folder (without it nothing is written); and those that the method declares.
 
     Raises:
-        UserError: naming what is wrong with data or options, before anything is trained.
+        UserError: before anything is trained; it names what is wrong with data or options.
     """
     if isinstance(dataset, str):
         choose("dataset", dataset, datasets)
@@ -111,7 +111,7 @@ def train(
 
 
 def restored(folder: str | Path, given: dict, method: Callable | None = None) -> tuple[Path, Options]:
-    """Folder and options of an interrupted run."""
+    """The folder and the options of an interrupted run."""
     try:
         config = distributed.on_first(lambda: read_config(Path(folder)))
     except UserError as error:
@@ -122,7 +122,7 @@ def restored(folder: str | Path, given: dict, method: Callable | None = None) ->
 
 
 class Training:
-    """A training that is about to start; what it needs has been checked."""
+    """A training that is ready to start: its options and data have been checked."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Training:
         self.data = data
 
     def new_folder(self) -> Path:
-        """With config.json in it."""
+        """A run folder with config.json in it."""
         options = self.options
         with self.settings():
             config = options.flat() | environment(self.device)
@@ -160,15 +160,15 @@ class Training:
         return distributed.on_first(lambda: new_folder(options.out, label, config))
 
     def run(self, folder: Path | None, stop: Stop | None = None) -> Result:
-        """``stop``: what asks it to end before it is done."""
-        options, ours = self.options, folder if distributed.first() else None
-        with locked(ours), self.settings(), memory_errors(f"with {sizes(options)}"):
+        """Trains the method and its baselines. ``stop``: a request to end early."""
+        options, written = self.options, folder if distributed.first() else None
+        with locked(written), self.settings(), memory_errors(f"with {sizes(options)}"):
             where = f", {distributed.world()} processes" if distributed.world() > 1 else ""
             where += f"; run folder {folder}" if folder else ""
             log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
             if unlabelled := int((self.data.train.labels < 0).sum()):
                 log.info("train: %d of %d samples have no label", unlabelled, len(self.data.train))
-            run = Run(options, self.data, self.device, RunFolder(ours), stop)
+            run = Run(options, self.data, self.device, RunFolder(written), stop)
             outcome = self.method(run)
             metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
@@ -190,7 +190,7 @@ class Training:
                 each = predictor.logits(run.data.test, shares=True)
                 run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
             run.show("fused", metrics["fused"], options.epochs)
-            if ours:
+            if written:
                 predictor.save(run.folder, self.data)
                 picture(metrics, run)
                 run.folder.write("metrics.json", as_json(metrics))
@@ -201,7 +201,7 @@ class Training:
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """torch as the options want it, and afterwards as it was."""
+        """Sets torch's global state as the options say, and restores it afterwards."""
         gpus = [self.device] if self.device.type == "cuda" else []
         threads = torch.get_num_threads()
         with contextlib.ExitStack() as stack:
@@ -209,28 +209,28 @@ class Training:
             if gpus:
                 stack.enter_context(tf32(self.options.tf32))
                 stack.enter_context(warnings.catch_warnings())
-                for usual in ("Synchronization debug mode", "This instance was constructed with capturable=True"):
-                    warnings.filterwarnings("ignore", usual)  # of steps that will be captured, and of the look at them
-            if self.options.compile:  # else a compiled graph serves one of its losses' gradients alone
+                for expected in ("Synchronization debug mode", "This instance was constructed with capturable=True"):
+                    warnings.filterwarnings("ignore", expected)  # from steps that are captured, or tested for it
+            if self.options.compile:  # otherwise a compiled graph gives the gradients of one loss only
                 stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
             try:
-                if self.small():
+                if self.steps_are_small():
                     torch.set_num_threads(1)
                 yield
             finally:
                 torch.set_num_threads(threads)
 
-    def small(self) -> bool:
-        """Whether a step takes about a millisecond: more than one thread gains nothing, and on a busy machine waits.
+    def steps_are_small(self) -> bool:
+        """Whether a step takes about a millisecond: then more threads gain nothing, and wait on a busy machine.
 
-        Measured on cgdigits with 2 cores: as quick with one as with two when idle, 40 times quicker beside a compiler.
+        Measured on cgdigits with 2 cores: one thread is as quick as two when idle, 40 times quicker beside a compiler.
         """
         sizes = (view.sample(self.data.train)[0].numel() for view in self.data.modalities.values())
         return self.options.batch_size * sum(sizes) < 2**16
 
 
 def with_encoders(modalities: dict[str, Modality], options: Options, given: dict[str, Encoder]) -> dict[str, Modality]:
-    """The modalities with the encoders that are given, or chosen by option."""
+    """The modalities with the encoders given here or by option."""
     chosen, weights = (options.encoder or {}) | given, options.encoder_weights or {}
     for m in [*chosen, *weights]:
         choose("modality", m, modalities)
@@ -245,9 +245,9 @@ def with_encoders(modalities: dict[str, Modality], options: Options, given: dict
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """float32 products and convolutions of a GPU by TF32 or not; afterwards as they were, by torch's old or new flags.
+    """Switches TF32 for float32 products and convolutions on a GPU; restores torch's old and new flags afterwards.
 
-    torch refuses to tell its old flags where its new ones (``fp32_precision``) disagree, and the old set the new.
+    torch refuses to read its old flags where its new ones (``fp32_precision``) disagree; setting the old sets the new.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     backends = matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -266,7 +266,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def add_shifted(metrics: dict, predictor: Predictor, data: Dataset) -> None:
-    """To scores the accuracy on the shifted test split, if there is one."""
+    """Adds the accuracy on the shifted test split to the scores, if there is one."""
     if data.shifted is None or not predictor.models:
         return
     labels = data.shifted.labels.cpu()
@@ -277,9 +277,10 @@ def add_shifted(metrics: dict, predictor: Predictor, data: Dataset) -> None:
 
 
 def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
-    """To scores the accuracy without each modality, in turn, where a model reads them all: its features are then 0.
+    """Adds the accuracy of a joint model without each modality in turn: the features of that one are then 0.
 
-    Of models by modality fusion has told, from their logits; one of the user's own class may not know what is missing.
+    For models by modality, fusion has done so from their logits. A model of the user's own class may not know what a
+    missing modality is.
     """
     joint = [model for name, model in predictor.models.items() if name not in data.modalities]
     if not joint or not all(isinstance(model, (JointClassifier, FeatureHead)) for model in joint):
@@ -291,7 +292,7 @@ def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
 
 
 def picture(metrics: dict, run: Run) -> None:
-    """report.png, without which a run is none the worse."""
+    """Writes report.png; a failure is only a warning."""
     image = io.BytesIO()
     draw(metrics, run.history, image)
     try:
@@ -301,7 +302,7 @@ def picture(metrics: dict, run: Run) -> None:
 
 
 def sizes(options: Options) -> str:
-    """What takes memory, and what would take less."""
+    """What takes memory, and the options that need less."""
     less = ["a smaller one"]
     if options.amp == "none":
         less.append("--amp bf16")
@@ -311,7 +312,7 @@ def sizes(options: Options) -> str:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """By phase, and in all."""
+    """Seconds by phase, and in total."""
     phases = {"anchor_phase": 0.0, "follower_phase": 0.0}
     for rows in run.history.values():
         phase = f"{rows[0]['phase']}_phase"
@@ -320,7 +321,7 @@ def seconds(run: Run) -> dict[str, float]:
 
 
 def environment(device: torch.device) -> dict:
-    """What else the figures depend on."""
+    """Versions and hardware, on which the figures depend, too."""
     return {
         "environment": {
             "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The command line, made from the options."""
+"""The command line, generated from the options."""
 
 import argparse
 import contextlib
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     except KeyboardInterrupt:
         number, reason = stop.number or signal.SIGINT, "interrupted"
     except BrokenPipeError:
-        number, reason = signal.SIGPIPE, "nobody reads its output"
-        with contextlib.suppress(OSError):  # what is still in the buffer would be tried again at the end of the process
+        number, reason = signal.SIGPIPE, "its output is no longer read"
+        with contextlib.suppress(OSError):  # Python would flush the rest of the buffer at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and os.environ["RANK"] != "0":
@@ -144,7 +144,7 @@ def readable(extra: list[str], options: Options, prog: str) -> list[str]:
 
 
 def restarted(given: dict) -> str | None:
-    """The folder of the run that torchrun has begun with these options, if it has; it starts all processes alike."""
+    """The folder of the run that torchrun started before with these options, if any: restarts look like starts."""
     if "out" not in given:
         raise UserError("torchrun --max-restarts needs --out DIR, to find the run again")
     begun = distributed.on_first(lambda: (Path(given["out"]) / "config.json").exists())
@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument(kind: Callable) -> Callable:
-    """As argparse takes it, which hides the words of any other error."""
+    """A type for argparse, which shows the text of ArgumentTypeError only."""
 
     def parse(text: str) -> Any:
         try:

@@ -508,7 +508,10 @@ def resumed(folder: str, config: dict[str, Any], given: dict[str, Any], method: 
     for name in ("method", "dataset", "epochs", "seed"):  # others have their defaults in an older folder
         if name not in config:
             raise UserError(f"--resume {folder}: config.json is damaged: it lacks {name}")
-    if method is None and given.get("method") == config["method"]:
+    if given.get("method", config["method"]) != config["method"]:
+        saved = config["method"]
+        raise UserError(f"--method {given['method']} conflicts with --resume ({saved} there): leave it out")
+    if method is None and "method" in given:
         method = find_method(config["method"])
     try:
         options = saved_options(config, method)

@@ -1,4 +1,4 @@
-"""A trained method as one predictor, kept in a run folder and loaded from it in another process."""
+"""A trained method as one predictor, saved in a run folder and loaded in another process."""
 
 import dataclasses
 from dataclasses import asdict, replace
@@ -24,8 +24,8 @@ FILE = Path("checkpoints") / "model.pt"
 class Predictor:
     """The models of a method, and the rule that fuses their logits.
 
-    A model named as a modality reads that one's inputs; a joint one reads all modalities' inputs; a head reads the
-    features of the models before it.
+    A model named after a modality reads its inputs, a joint model the inputs of all modalities, and a head the features
+    of the models before it.
     """
 
     def __init__(
@@ -34,22 +34,22 @@ class Predictor:
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Fused probabilities (N, C), on the CPU, of a split or of its stored tensors alone.
+        """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors.
 
-        Of samples that lack a modality, see :class:`Split`, the others' predictions are fused.
+        For samples that lack a modality, see :class:`Split`, the predictions of the others are fused.
         """
         return combine(self.rule, torch.stack(list(self.logits(split).values())))
 
     @torch.no_grad()
     def logits(self, split: Split | dict[str, torch.Tensor], shares: bool = False) -> dict[str, torch.Tensor]:
-        """What is fused: each model's logits (N, C), on the CPU; NaN of samples that lack its modality.
+        """The logits (N, C) of each model before fusion, on the CPU; NaN for samples that lack its modality.
 
-        ``shares``: of a single joint model the shares of its modalities.
+        ``shares``: for a single joint model, the share of each modality instead.
         """
         stored = split.stored if isinstance(split, Split) else split
         for m, modality in self.modalities.items():
             if missing := [name for name in modality.reads if name not in stored]:
-                raise UserError(f"{m} reads {', '.join(missing)}, which is not there: got {', '.join(stored)}")
+                raise UserError(f"{m} reads {', '.join(missing)}, which is missing: got {', '.join(stored)}")
         sizes = {name: len(stored[name]) for modality in self.modalities.values() for name in modality.reads}
         if len(set(sizes.values())) != 1:
             raise UserError(f"stored tensors differ in their number of samples: {sizes}")
@@ -76,14 +76,14 @@ class Predictor:
     def _outputs(
         self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features, logits), on the CPU; of a model of all modalities the logits twice."""
+        """(features, logits), on the CPU; for a model of all modalities the logits twice."""
         device, joint = next(model.parameters()).device, name not in self.modalities
         views = self.modalities if joint else {name: self.modalities[name]}
         names = {stored_name for view in views.values() for stored_name in view.reads}
         names |= {presence(m) for m in views} & set(stored)
         parts = []
         model.eval()
-        for start in range(0, max(count, 1), 1000):  # of no samples: no rows
+        for start in range(0, max(count, 1), 1000):  # no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
             with self._autocast(device):
@@ -97,7 +97,7 @@ class Predictor:
         return features, logits
 
     def save(self, folder: RunFolder, data: Dataset) -> None:
-        """All that :func:`load` needs; encoders and functions by name, and two samples for their shapes."""
+        """Saves what :func:`load` needs: encoders and functions by name, and two samples for their shapes."""
         rules = {rule: name for name, rule in fusion_rules.items()}
         folder.save(
             "model",
@@ -132,21 +132,21 @@ def load(
     encoders: dict[str, Encoder] | None = None,
     device: str = "auto",
 ) -> Predictor:
-    """The predictor of a finished run, in whatever process: ``load(folder).predict(split)``.
+    """The predictor of a finished run, in any process: ``load(folder).predict(split)``.
 
-    Encoders and functions of one's own are imported from the modules that defined them. What has no name there (a
-    lambda, a class of a notebook) is given again.
+    Encoders and functions of your own are imported from the modules that defined them. What has no name there (a
+    lambda, a class of a notebook) has to be given again.
 
     Args:
-        folder: of the run.
-        dataset: the modalities as they were trained on, where they cannot be imported.
+        folder: the run folder.
+        dataset: the modalities as in training, if they cannot be imported.
         encoders: as for :func:`train`.
         device: where to compute.
     """
     folder, given = Path(folder), encoders or {}
     if not (folder / FILE).exists():
         raise UserError(
-            f"{folder} has no {FILE}: no run has ended there; an unended one goes on with --resume {folder}"
+            f"{folder} has no {FILE}: no run has finished there; an unfinished one continues with --resume {folder}"
         )
     remedy = f"delete it, then --resume {folder} makes it again"
     saved = load_tensors(folder / FILE, remedy)
@@ -157,7 +157,9 @@ def load(
     models, place = {}, choose_device(device)
     for name, part in saved["models"].items():
         if part["kind"] is None:
-            raise UserError(f"model {name} is of a class of its own: build it, and load its state from {folder / FILE}")
+            raise UserError(
+                f"model {name} is of a class of your own: build it, and load its state from {folder / FILE}"
+            )
         alone = part["kind"] == "unimodal"
         named = [name] if alone else [] if part["kind"] == FeatureHead.kind else views
         made = {m: make_encoder(m, views[m], samples[m]) for m in named}
@@ -174,12 +176,12 @@ def load(
 
 
 def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
-    """The modalities as a run had them: of the dataset, of one of the trainer's own, or put together by name."""
+    """The modalities of a run: those of the data set given, of a registered one, or rebuilt from their names."""
     for m in given:
         choose("modality", m, specs)
     config = read_config(folder)
-    whole = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
-    if dataset is None and config.get("dataset") in datasets and not whole:
+    by_name = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
+    if dataset is None and config.get("dataset") in datasets and not by_name:
         make = datasets.find(config["dataset"])
         dataset = make(Options.of_flat(config, groups_of([make])))
     views = {}
@@ -196,7 +198,7 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
 
 
 def described(make: object) -> Any:
-    """How a run folder keeps the maker of an input: a dataclass with its fields, else by name."""
+    """The function that makes an input, as a run folder keeps it: a dataclass with its fields, or a name."""
     if dataclasses.is_dataclass(make) and not isinstance(make, type):
         fields = {field.name: getattr(make, field.name) for field in dataclasses.fields(make)}
         return {"class": address(type(make)), "fields": fields}
@@ -213,5 +215,5 @@ def restored_make(spec: Any) -> Any:
 
 
 def address(thing: object) -> str:
-    """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
+    """module:name of a class or function; for anything else, such as a partial, a name that cannot be imported."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"

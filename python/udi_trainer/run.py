@@ -1,4 +1,4 @@
-"""What all parts of a run share: options, data, device, seeds and the log."""
+"""State that all parts of a run share: options, data, device, seeds and the log."""
 
 import os
 import time
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """A run: its options, data and device, and what it has logged of each stage."""
+    """A run: its options, data, device and folder, and the log of each stage."""
 
     def __init__(
         self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
@@ -37,8 +37,10 @@ class Run:
             raise UserError(
                 f"--batch-size: {self.batch_size} samples have no equal parts for {distributed.world()} processes"
             )
-        self.steps = len(data.train) // self.batch_size  # of an epoch: full batches; the other shuffled samples wait
-        self.history: dict[str, list[dict]] = {}  # stage -> its lines of metrics.jsonl
+        self.steps = (
+            len(data.train) // self.batch_size
+        )  # per epoch: full batches only; the remaining samples are others in each epoch
+        self.history: dict[str, list[dict]] = {}  # stage: its lines of metrics.jsonl
         self.began = time.perf_counter()
         self.board = event_writer(folder) if options.tensorboard and distributed.first() else None
 
@@ -58,11 +60,11 @@ class Run:
         if options.optimizer == "adamw":
             on_gpu = self.device.type == "cuda"
             return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
-        fused = not options.shard  # FSDP2's parameters have no fused SGD with a learning rate that is a tensor
+        fused = not options.shard  # fused SGD does not take a tensor as learning rate for FSDP2's parameters
         return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=fused)
 
     def fusion(self, own: str = "auto") -> str:
-        """The fusion rule: the one asked for, else the method's own, else what the dataset recommends."""
+        """The fusion rule: the user's choice, else the method's own, else the one that the data set recommends."""
         recommended = datasets.recommended.get(self.options.dataset, {}).get("fusion", "auto")
         chosen = self.options.of(FusionOptions).fusion
         return next((rule for rule in (chosen, own) if rule != "auto"), recommended)
@@ -71,7 +73,7 @@ class Run:
         return time.perf_counter() - self.began
 
     def restore(self, stage: str) -> dict | None:
-        """The stage's last checkpoint, or None; takes up its log from there."""
+        """The stage's last checkpoint, or None; its log continues from there."""
         saved = distributed.on_first(lambda: self.checkpoint(stage))
         if saved:
             self.began = min(self.began, time.perf_counter() - saved["elapsed"])
@@ -80,19 +82,21 @@ class Run:
         return saved
 
     def checkpoint(self, stage: str) -> dict | None:
-        """The stage's last one, if it is of this stage, and of a run with these options."""
+        """The stage's last checkpoint, after checking that it belongs to this stage and these options."""
         saved = self.folder.checkpoint(stage)
         if saved is None:
             return None
         path, mine = self.folder.checkpoint_path(stage), identity(self.options)
         keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
         if saved.keys() != keys or saved["stage"] != stage:
-            raise UserError(f"{path} is no checkpoint of {stage}: {REPEAT}")
+            raise UserError(f"{path} is not a checkpoint of {stage}: {REPEAT}")
         theirs = identity(Options.of_flat(upgraded(saved["options"]), map(type, self.options.groups)))
         for name, value in mine.items():
             if value != theirs[name]:
                 values = f"{name} {theirs[name]}, in config.json {value}"
-                raise UserError(f"{path} is of a run with other options ({values}): mend config.json, or {REPEAT}")
+                raise UserError(
+                    f"{path} belongs to a run with other options ({values}): correct config.json, or {REPEAT}"
+                )
         return saved
 
     def save(self, stage: str, **state: Any) -> None:
@@ -102,12 +106,12 @@ class Run:
             self.folder.save(stage, **common, **state, rows=self.history[stage])
 
     def log(self, stage: str, row: dict):
-        """A line of metrics.jsonl, and what TensorBoard shows of it."""
+        """Writes a line of metrics.jsonl, and its figures as TensorBoard events."""
         self.folder.append_log(row)
         self.show(stage, row, row["epoch"])
 
     def show(self, label: str, values: dict, epoch: int):
-        """Figures as TensorBoard events."""
+        """Writes figures as TensorBoard events."""
         if self.board:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -116,7 +120,7 @@ class Run:
 
 
 def event_writer(folder: RunFolder):
-    """Of TensorBoard events; a resumed run goes on where the epochs end that it has."""
+    """A writer of TensorBoard events; a resumed run appends to them."""
     from torch.utils.tensorboard import SummaryWriter
 
     if folder.path is None:
@@ -136,7 +140,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and distributed.world() > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # each process has a GPU of its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one GPU per process
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
@@ -145,21 +149,21 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices here: use --device cpu")
     if device.type == "cuda" and distributed.world() > 1:
-        torch.cuda.set_device(device)  # else each process would open a context on the first GPU, too
+        torch.cuda.set_device(device)  # otherwise each process would open a context on the first GPU, too
     return device
 
 
 def choose_engine(option: str, device: torch.device, shard: bool = False) -> str:
     if device.type == "cuda" and not shard:
         if option == "auto" and distributed.world() > 1:
-            return "eager"  # messages inside of graphs are for those who ask for them
+            return "eager"  # communication inside graphs only on request
         return "eager" if option == "eager" else "graph"
     if option == "graph":
-        reason = "hold no messages of sharded parameters" if shard else f"need a GPU and this is {device}"
+        reason = "cannot hold the communication of sharded parameters" if shard else f"need a GPU and this is {device}"
         log.info("--engine graph: eager steps, for CUDA graphs %s", reason)
     return "eager"
 
 
 def fits(data: Dataset, device: torch.device) -> bool:
-    """Whether the data may live on the device: there is room for as much again, and more."""
+    """Whether the data may live on the device: it takes less than a third of the free memory."""
     return device.type == "cpu" or data.nbytes() < torch.cuda.mem_get_info(device)[0] / 3

@@ -174,7 +174,8 @@ class Pretrained(nn.Module):
 def test_encoders_with_frozen_and_unused_parts(mixed, method):
     encoders = dict.fromkeys(mixed.modalities, Pretrained)
     options = {"controller": "dynamic", "align_every": 2} if method == "udi" else {}
-    result = train(mixed, method, encoders, epochs=2, baselines=[], q_warmup=1, progress=False, **options)
+    options |= {"q_warmup": 1} if method == "udi" else {}
+    result = train(mixed, method, encoders, epochs=2, baselines=[], progress=False, **options)
     for model in result.models.values():
         for name, parameter in model.named_parameters():
             assert "frozen.weight" not in name or (parameter == 0.1).all()

@@ -88,11 +88,11 @@ def narrower(parts):
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is damaged (cut off"),
         (lambda path: path.write_text("no checkpoint"), "is damaged"),
         (lambda path: torch.save([1, 2], path), "not a checkpoint"),
-        (lambda path: torch.save({"weights": torch.ones(2)}, path), "is no checkpoint of joint"),
-        (change("stage", "anchor-gray"), "is no checkpoint of joint"),
+        (lambda path: torch.save({"weights": torch.ones(2)}, path), "is not a checkpoint of joint"),
+        (change("stage", "anchor-gray"), "is not a checkpoint of joint"),
         (change("parts", narrower), "does not fit the model of joint"),
         (change("parts", {}), "does not fit the model of joint"),
-        (change("options", {"epochs": 9}), "of a run with other options"),
+        (change("options", {"epochs": 9}), "to a run with other options"),
     ],
 )
 def test_damaged_checkpoints(cut, capsys, damage, wanted):
@@ -161,8 +161,8 @@ def test_flipped_bit_in_weights(cut, capsys):
         ({"epochs": None}, "config.json is damaged"),
         ({"method": "no"}, "unknown method 'no'"),
         ({"dataset": 3}, "config.json is damaged: dataset"),
-        ({"epochs": 4}, "of a run with other options (epochs 2, in config.json 4)"),
-        ({"seed": 1}, "of a run with other options (seed 0, in config.json 1)"),
+        ({"epochs": 4}, "to a run with other options (epochs 2, in config.json 4)"),
+        ({"seed": 1}, "to a run with other options (seed 0, in config.json 1)"),
     ],
 )
 def test_damaged_config(cut, capsys, text, wanted):

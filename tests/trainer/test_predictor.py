@@ -59,7 +59,8 @@ def test_the_same_probabilities_in_another_process(mixed, mine):
         ("sum", data, "joint-sum", encoders),
         ("digits", "cgdigits", "joint", None),
     ]:
-        result = train(dataset, method, own, out=folder, fusion="weighted", **options)
+        fusion = {"fusion": "weighted"} if method == "udi" else {}
+        result = train(dataset, method, own, out=folder, **fusion, **options)
         split = (digits if dataset == "cgdigits" else data).test
         torch.save(split.stored, f"{folder}/stored.pt")
         torch.save(result.predict(split), f"{folder}/ours.pt")
@@ -75,7 +76,7 @@ def test_encoders_without_a_name_are_given_again(mixed):
 
     for number, encoder in enumerate((make, functools.partial(make))):
         result = train(mixed, "ensemble", {"sensor": encoder}, epochs=1, out=str(number), progress=False)
-        with pytest.raises(UserError, match=r"cannot be imported: .* load\(folder, encoders={'sensor': \.\.\.}\)"):
+        with pytest.raises(UserError, match=r"cannot be imported .* load\(folder, encoders={'sensor': \.\.\.}\)"):
             load(str(number))
         again = load(str(number), encoders={"sensor": encoder})
         assert torch.equal(again.predict(mixed.test), result.predict(mixed.test))
@@ -85,13 +86,13 @@ def test_encoders_without_a_name_are_given_again(mixed):
 def test_functions_without_a_name_are_given_again(mixed, make):
     data = replace(mixed, modalities=mixed.modalities | {"sensor": Modality("mlp", ("vector",), make)})
     result = train(data, "joint", epochs=1, out="run", progress=False)
-    with pytest.raises(UserError, match=r"cannot be imported: .* load\(folder, dataset=\.\.\.\)"):
+    with pytest.raises(UserError, match=r"cannot be imported .* load\(folder, dataset=\.\.\.\)"):
         load("run")
     assert torch.equal(load("run", dataset=data).predict(data.test), result.predict(data.test))
 
 
 def test_what_cannot_be_loaded(mixed):
-    with pytest.raises(UserError, match="nowhere has no .*model.pt: no run has ended there"):
+    with pytest.raises(UserError, match="nowhere has no .*model.pt: no run has finished there"):
         load("nowhere")
 
     def own(run):
@@ -125,7 +126,7 @@ def test_predict_takes_what_the_modalities_read(mixed):
     assert predict({n: t[:0] for n, t in stored.items()}).shape == (0, 2)
     unlabelled = Split(torch.full((41,), -1), stored)
     assert torch.equal(predict(unlabelled), whole)
-    with pytest.raises(UserError, match="picture reads image, which is not there: got sound, vector"):
+    with pytest.raises(UserError, match="picture reads image, which is missing: got sound, vector"):
         predict({n: stored[n] for n in ("sound", "vector")})
     with pytest.raises(UserError, match="differ in their number of samples: .*'sound': 41, 'image': 40"):
         predict(stored | {"image": stored["image"][:40]})

@@ -1,7 +1,7 @@
-"""Methods, by name: each a function from a run to an :class:`Outcome`.
+"""Methods by name: each is a function from a run to an :class:`Outcome`.
 
-A new method is one file here with a function decorated with ``@methods.register(name)``, imported below. Methods
-that train the same stage share it: what is trained once in a run folder is loaded the next time.
+A new method is one file here with a function decorated with ``@methods.register(name)``, imported below. Methods that
+train the same stage share it: a stage that has been trained in a run folder is loaded from there.
 """
 
 from . import dimml, ensemble, gramian, joint, joint_sum, ogm_ge, self_training, udi

@@ -1,10 +1,10 @@
-"""Joint training on several losses, weighted by their gradients' Gramian: Jacobian descent by TorchJD on our ops.
+"""Joint training on several losses, weighted by their gradients' Gramian: TorchJD's Jacobian descent on our ops.
 
-The losses are the joint one and the cross-entropy of each modality's share of the logits, so that no modality can live
-on what another one explains (MMPareto, ICML 2024, arXiv 2405.17730, integrates joint and unimodal losses so). The model
-is that of joint training, and every loss reaches its parameters: heads of their own would hold parameters in which
-nothing conflicts. UPGrad (arXiv 2406.16232) drops from each gradient what would raise another loss; where none
-conflict it is their mean.
+The losses are the joint one and the cross-entropy of each modality's share of the logits, so that no modality can rely
+on what another explains (as MMPareto, ICML 2024, arXiv 2405.17730, combines joint and unimodal losses). The model is
+that of joint training, and every loss reaches all its parameters; separate heads would have parameters without
+conflicts. UPGrad (arXiv 2406.16232) removes from each gradient what would increase another loss. Without conflicts it
+is the mean.
 """
 
 from torch.nn.functional import cross_entropy

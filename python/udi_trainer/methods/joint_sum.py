@@ -8,10 +8,11 @@ from .outcome import Outcome
 
 
 class JointSum(Joint):
-    """As the field does it (``SumFusion`` in OGM-GE's code, GeWu-Lab/OGM-GE_CVPR2022): heads with a bias each.
+    """The common form (``SumFusion`` in OGM-GE's code, GeWu-Lab/OGM-GE_CVPR2022): each head has a bias.
 
-    A sum of linear heads is a linear head on the concatenated features, so it can learn the same functions. It starts
-    elsewhere (a head draws its weights for one modality's features, so they are larger) and moves the bias faster.
+    A sum of linear heads is a linear head on the concatenated features, so it can learn the same functions. It differs
+    in its initial weights, which are larger because each head is drawn for one modality's width, and in the speed of
+    the bias.
     """
 
     key = "joint-sum"

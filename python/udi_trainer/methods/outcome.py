@@ -1,4 +1,4 @@
-"""What a method hands back."""
+"""The return value of a method."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from ..evaluation.fusion import Mean, Rule
 
 @dataclass
 class Outcome:
-    """Its part of metrics.json, and what predicts: models whose logits the rule fuses.
+    """The method's part of metrics.json, and its predictor: models, and the rule that fuses their logits.
 
-    A model named as a modality reads that one's inputs; any other reads all modalities' inputs.
+    A model named after a modality reads its inputs; any other reads the inputs of all modalities.
     """
 
     metrics: dict

@@ -1,1 +1,1 @@
-"""How a task is trained: its steps, the loop around them, the engine that runs them, the batches that feed them."""
+"""Training of one task: its step, the loop, the engine that runs steps, the batches, and inference."""

@@ -1,6 +1,6 @@
-"""How the steps of a task run: one operator after the other, or as whole-step CUDA graphs.
+"""How the steps of a task run: operator by operator, or as CUDA graphs of whole steps.
 
-Both see the same batches, seeds and kinds of steps, so that they train the same.
+Both see the same batches, seeds and kinds of steps, so both train the same model.
 """
 
 import contextlib
@@ -17,19 +17,21 @@ from .task import Task
 
 
 class Eager:
-    """Launches a step's operators one by one. Sums its scalars on the device; nothing waits for it until `means`."""
+    """Launches a step's operators one by one. Scalars are summed on the device; nothing waits for it before `means`."""
 
-    kept = ("names", "totals", "finite", "steps")  # of an epoch that is interrupted
+    kept = ("names", "totals", "finite", "steps")  # saved when an epoch is interrupted
 
     def __init__(self, task: Task, feed: Feed, seed: int) -> None:
-        self.task, self.feed, self.seed = task, feed, seed + (distributed.rank() << 40)  # masks of their own
-        # torch.manual_seed would take 130 us, to look for other devices too.
+        self.task, self.feed, self.seed = task, feed, seed + (distributed.rank() << 40)  # ranks draw different masks
+        # torch.manual_seed would take 130 us, because it looks for other devices too.
         self.generator = torch.default_generator
         if feed.device.type == "cuda":
             index = feed.device.index
             self.generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
         self.names: list[str] = []
-        self.totals = self.finite = torch.empty(0)  # of each scalar: its sum, and in how many steps that was finite
+        self.totals = self.finite = torch.empty(
+            0
+        )  # for each scalar: its sum, and the number of steps with a finite sum
         self.steps = 0
 
     def step(self, batch: Batch, number: int) -> None:
@@ -38,7 +40,7 @@ class Eager:
         self.steps += 1
 
     def reseed(self, number: int) -> None:
-        """A step's random numbers depend on its number alone, whatever ran before it."""
+        """A step's random numbers depend on its number alone, not on what ran before."""
         if self.task.random:
             self.generator.manual_seed(self.seed + number)
 
@@ -49,19 +51,19 @@ class Eager:
             self.names, self.totals = list(scalars), torch.zeros_like(values)
             self.finite = torch.zeros_like(values, dtype=torch.int64)
         self.totals += values
-        self.finite += self.totals.isfinite()  # a sum that is not finite stays so
+        self.finite += self.totals.isfinite()  # a non-finite sum stays non-finite
 
     def gather(self) -> None:
-        """The sums of all processes that train together, in each."""
+        """Reduces the sums over all processes."""
         distributed.average_([self.totals])
         distributed.minimum_(self.finite)
 
     def means(self) -> dict[str, float]:
-        """The scalars' means over the steps since :meth:`clear`."""
+        """The mean of each scalar over the steps since :meth:`clear`."""
         return dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))
 
     def fault(self) -> tuple[str, int] | None:
-        """The first scalar that was not finite, and in which step since :meth:`clear`, counted from 0."""
+        """The first scalar that was not finite, and its step since :meth:`clear`, counted from 0."""
         finite = dict(zip(self.names, self.finite.tolist(), strict=True))
         first = min(finite.values())
         faulty = [name for name, count in finite.items() if count == first < self.steps]
@@ -82,12 +84,12 @@ class Eager:
 
 
 class Graphs(Eager):
-    """Replays a CUDA graph for each kind of step (the flags that it runs with).
+    """Replays one CUDA graph for each kind of step, that is, for each combination of flags.
 
-    The first step of a kind runs eagerly: it compiles and allocates what the second, which is captured, finds there. A
-    step that waits for the GPU shows itself then, and is left eager: a capture that fails half-way leaves the memory
-    pool and the random generator in a state that torch cannot mend. The very first step may wait, for what is copied to
-    the device once.
+    The first step of a kind runs eagerly; it compiles kernels and allocates memory for the second, which is captured. A
+    step that synchronises with the GPU raises in that first run, and its task stays eager: a capture that fails halfway
+    leaves the memory pool and the random generator in a state that torch cannot repair. The very first step may
+    synchronise, because some data is copied to the device once.
     """
 
     def __init__(self, *args):
@@ -121,7 +123,7 @@ class Graphs(Eager):
 
     def capture(self, batch: Batch, number: int, flags: dict) -> tuple[torch.cuda.CUDAGraph, Batch]:
         graph, static = torch.cuda.CUDAGraph(), {name: t.clone() for name, t in batch.items()}
-        # Thread-local: a thread may be allocating the next batch meanwhile.
+        # Thread-local, because another thread may be allocating the next batch.
         stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
@@ -138,7 +140,7 @@ class Graphs(Eager):
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever waits for the GPU raises an error."""
+    """Makes every synchronisation with the GPU an error."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

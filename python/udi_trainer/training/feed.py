@@ -1,4 +1,4 @@
-"""Batches on the device: of data that lives there, or prefetched from the host, in the same order either way."""
+"""Batches on the device, from data that lives there or is prefetched from the host; the order is the same."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,30 +13,30 @@ AHEAD = 2  # batches prefetched
 
 
 class Feed:
-    """The batches of a split, with the stored tensors that these modalities read."""
+    """The batches of a split, with the stored tensors that the given modalities read."""
 
     def __init__(self, run: Run, split: Split, modalities: Sequence[str]) -> None:
         self.split, self.device, self.resident = split, run.device, run.resident
         views = {m: run.data.modalities[m] for m in modalities}
-        lacked = {presence(m) for m in views} & set(split.stored)
-        self.names = sorted({name for view in views.values() for name in view.reads} | lacked)
+        masks = {presence(m) for m in views} & set(split.stored)
+        self.names = sorted({name for view in views.values() for name in view.reads} | masks)
         self.varies = any(view.vary for view in views.values())
-        # Of high priority: these streams come from a pool that no stage computes on.
+        # High-priority streams come from a pool that no stage computes on.
         copying = not self.resident and self.device.type == "cuda"
         self.copies = torch.cuda.Stream(self.device, priority=-1) if copying else None
 
     def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """``order`` (samples, on the CPU) in batches: of resident data the indices alone, see :meth:`complete`."""
+        """Batches of the samples ``order`` (on the CPU); for resident data, indices alone, see :meth:`complete`."""
         if self.resident:
             return ({"index": index} for index in order.to(self.device).split(size))
         return self._stream(order.split(size))
 
     def complete(self, batch: Batch) -> Batch:
-        """The whole batch. Of resident data it is gathered here, on the device: a graph can contain that."""
+        """The batch with its tensors. Resident data is gathered here, on the device, so that a graph can contain it."""
         return self.split.batch(batch["index"], self.names) if self.resident else batch
 
     def training_batch(self, batch: Batch) -> Batch:
-        """The whole batch, with what its modalities vary by."""
+        """The complete batch, with the random numbers that augment its modalities."""
         batch = self.complete(batch)
         chance = {"chance": torch.rand(len(batch["index"]), 4, device=self.device)} if self.varies else {}
         return batch | chance

@@ -1,4 +1,4 @@
-"""Training of tasks to their end: epochs, validation, checkpoints, several tasks side by side."""
+"""The training loop: epochs, validation and checkpoints, for several tasks side by side."""
 
 import contextlib
 import copy
@@ -25,22 +25,22 @@ from .task import Task
 
 
 def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
-    """Trains the tasks to their end, or to an earlier epoch; leaves the one that was best on validation in each.
+    """Trains the tasks to their end, or to an earlier epoch; each model is left at its best epoch on validation.
 
-    Several tasks are trained side by side: on a GPU step by step in turn, each on a stream of its own; on a CPU in
+    Several tasks train side by side: on a GPU they alternate step by step, each on its own stream; on a CPU they run in
     threads that share its cores.
     """
     stages = [Stage(task, run) for task in tasks]
-    share_stream(stages)  # before their streams wait for what restores them
+    share_stream(stages)  # before their streams wait for the restoring
     for stage in stages:
         stage.restore()
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
-    apart = len(stages) > 1 and cores > 1 and distributed.world() == 1  # messages have an order, which threads have not
-    share = max(1, cores // len(stages)) if apart else None
+    parallel = len(stages) > 1 and cores > 1 and distributed.world() == 1  # threads would reorder messages
+    share = max(1, cores // len(stages)) if parallel else None
     total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
-            active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # resumed ones may lag behind
+            active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # a resumed stage may lag behind
             began = time.perf_counter()
             try:
                 train_epoch(active, share, progress)
@@ -58,39 +58,39 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
 
 
 def share_stream(stages: Sequence["Stage"]) -> None:
-    """Stages that draw random numbers share a stream: graphs read their seeds from one place, one after the other."""
+    """Stages that draw random numbers share a stream: their graphs read seeds from one place, in order."""
     drawing = [stage for stage in stages if stage.task.random and stage.stream]
     for stage in drawing:
         stage.stream = drawing[0].stream
 
 
 def train_epoch(stages: Sequence["Stage"], threads: int | None, progress: Progress) -> None:
-    """An epoch of each stage, step by step in turn; or at the same time, each with so many threads of the CPU.
+    """Trains an epoch of each stage, alternating step by step; or in parallel, with ``threads`` CPU threads each.
 
-    Stages that draw random numbers take turns there too, for the generator is one for all.
+    Stages that draw random numbers alternate in any case, because they share the generator.
     """
     steps = [stage.epoch_steps() for stage in stages]
     if threads is None:
-        take_turns(steps, progress)
+        alternate(steps, progress)
         return
 
-    for ours in steps:  # the first here, so that whatever it builds is built once
+    for ours in steps:  # the first step runs here, so that native code is built once
         progress.update(next(ours, 0))
     in_turn = [ours for stage, ours in zip(stages, steps, strict=True) if stage.task.random]
     groups = [in_turn] * bool(in_turn) + [[s] for s in steps if s not in in_turn]
     stopped = threading.Event()
 
-    # The number of threads, on which rounding depends, is the same whatever runs beside a stage.
+    # Rounding depends on the number of threads, so it does not depend on what runs in parallel.
     with ThreadPoolExecutor(len(stages), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
-            list(pool.map(lambda group: take_turns(group, progress, stopped), groups))
+            list(pool.map(lambda group: alternate(group, progress, stopped), groups))
         except BaseException:
             stopped.set()
             raise
 
 
-def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None) -> None:
-    """Step by step, each to its end: one that was interrupted in the midst of an epoch has fewer."""
+def alternate(steps: Sequence[Iterator[int]], progress: Progress, stopped: threading.Event | None = None) -> None:
+    """Alternates step by step until all end; a resumed epoch has fewer steps."""
     for done in itertools.zip_longest(*steps, fillvalue=0):
         progress.update(sum(done))
         if stopped and stopped.is_set():
@@ -98,29 +98,29 @@ def take_turns(steps: Sequence[Iterator[int]], progress: Progress, stopped: thre
 
 
 class Stage:
-    """A task on its way: trained epoch by epoch, checkpointed after each."""
+    """A task in training: epoch by epoch, with a checkpoint after each."""
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
-        task.model = task.parts.get("model", task.model)  # sharded again, if it was trained to an earlier end
+        task.model = task.parts.get("model", task.model)  # the sharded one again, if training goes on
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
-        self.usable = None if task.modality is None else run.data.train.present(task.modality)
+        self.present = None if task.modality is None else run.data.train.present(task.modality)
         labelled = run.data.train.labels.cpu() >= 0
-        self.labelled = labelled if self.usable is None else labelled & self.usable
+        self.labelled = labelled if self.present is None else labelled & self.present
         self.history: list[dict] = []
-        self.done, self.seconds = 0, 0.0  # steps of the epoch under way, and what they took before they were resumed
+        self.done, self.seconds = 0, 0.0  # steps of the current epoch, and their time before the run was resumed
         self.best: dict | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
         self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
 
     def restore(self) -> None:
-        """Goes on from its last checkpoint, if there is one."""
+        """Continues from the last checkpoint, if there is one."""
         saved = self.run.restore(self.task.name)
         self.history = self.run.history[self.task.name]
         if saved:
-            self.take_up(saved)
+            self.load_checkpoint(saved)
         optimizers = [part for part in self.task.parts.values() if isinstance(part, torch.optim.Optimizer)]
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.groups:
@@ -131,7 +131,7 @@ class Stage:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
 
-    def take_up(self, saved: dict) -> None:
+    def load_checkpoint(self, saved: dict) -> None:
         try:
             self.best, (self.done, self.seconds) = saved["best"], saved["under_way"]
             for name, part in self.task.parts.items():
@@ -146,9 +146,9 @@ class Stage:
     def save(self) -> None:
         parts, best = {name: part.state_dict() for name, part in self.task.parts.items()}, self.best
         if self.run.options.shard:
-            from .sharding import whole
+            from .sharding import full_state
 
-            parts, best = whole(parts), whole(best)
+            parts, best = full_state(parts), full_state(best)
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
         self.run.save(self.task.name, parts=parts, best=best, under_way=under_way, engine=engine)
@@ -166,12 +166,12 @@ class Stage:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
     def epoch_steps(self) -> Iterator[int]:
-        """Trains an epoch, or the rest of one; yields 1 after each step."""
+        """Trains an epoch, or what is left of it; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
         shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
-        kept = [self.labelled, self.usable] if self.task.semi_supervised else [self.labelled]
+        kept = [self.labelled, self.present] if self.task.semi_supervised else [self.labelled]
         orders = [
-            cycled(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
+            cycle(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
         ]
         with self.on_stream():
             if not self.done:
@@ -191,14 +191,14 @@ class Stage:
             self.run.stop.check(self.done)
 
     def suspend(self, began: float, shared: int) -> None:
-        """Keeps an epoch that is under way, to go on with it when the run is resumed."""
+        """Checkpoints an unfinished epoch, so that a resumed run continues it."""
         if self.done:
             self.seconds += (time.perf_counter() - began) / shared
             self.engine.gather()
             self.save()
 
     def end(self, began: float, shared: int) -> None:
-        """Ends an epoch, whose time was shared by so many stages: validates, logs, checkpoints."""
+        """Ends an epoch: validates, logs, checkpoints. ``shared``: the number of stages that shared its time."""
         self.engine.gather()
         distributed.average_([b for b in self.task.model.buffers() if b.is_floating_point()])
         means, fault = self.engine.means(), self.engine.fault()
@@ -236,7 +236,7 @@ class Stage:
 
             self.task.model = unsharded(self.task.model)
         for parameter in self.task.parameters:
-            parameter.grad = None  # it may lie in the memory of a graph, which it would keep
+            parameter.grad = None  # it may keep the memory of a graph alive
         kept, planned = best_epoch(self.history), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
@@ -244,7 +244,7 @@ class Stage:
 
 
 def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int | None = None) -> float:
-    """Of an epoch, counted from 0; a stage may have a length of its own."""
+    """The learning rate of an epoch, counted from 0. ``epochs``: the length of the stage, if not that of the run."""
     lr = options.lr * scale
     if options.schedule == "cosine":
         return lr * (1 + math.cos(math.pi * epoch / (epochs or options.epochs))) / 2
@@ -255,12 +255,12 @@ def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int 
 
 
 def best_epoch(history: Sequence[dict]) -> dict:
-    """The row of the highest validation accuracy, of the lowest loss among these; the first of equals."""
+    """The row with the highest validation accuracy; ties go to the lowest loss, then to the first."""
     return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
 
 
-def cycled(order: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
-    """So many of the samples that are kept, all in this order, again and again: an epoch is as many steps for all."""
+def cycle(order: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The first ``count`` of the kept samples in this order, repeated as needed: all epochs have as many steps."""
     if kept is not None and not kept.all():
         order = order[kept[order]]
         order = order.repeat(-(-count // len(order)))

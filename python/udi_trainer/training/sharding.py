@@ -1,8 +1,8 @@
-"""Parameters, gradients and optimizer state spread over the processes by FSDP2, for models that fit in none.
+"""Sharding of parameters, gradients and optimizer state by FSDP2, for models that do not fit in one process.
 
-Checkpoints hold whole tensors, so that any number of processes goes on with them. A model that is trained to its end is
-whole in every process again: others learn from it, predict with it, after the processes have parted too. It needs a
-quarter of the memory that its training took, and no message.
+Checkpoints hold full tensors, so any number of processes can resume them. After its training, a model is full in every
+process again: others learn from it and predict with it, even after the process group has ended. It then needs a quarter
+of the memory that training took, and no communication.
 """
 
 import copy
@@ -26,9 +26,9 @@ def shard(model: nn.Module, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the one that FSDP2 takes
     mesh = init_device_mesh(device.type, (distributed.world(),))
-    object.__setattr__(model, "plain", hollow(model))  # unseen by nn.Module
+    object.__setattr__(model, "plain", empty_copy(model))  # hidden from nn.Module
     for p in model.parameters():
-        p.data = p.data.contiguous()  # FSDP2 takes no other
+        p.data = p.data.contiguous()  # FSDP2 needs that
     try:
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
@@ -40,9 +40,9 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Members of its sequences, inner ones first, whose own parameters fill a message; the rest goes with the model.
+    """Members of its sequences with enough parameters for a message, inner ones first; the model takes the rest.
 
-    None where modules share a parameter, which FSDP2 would part if it were in two blocks.
+    There are none where modules share a parameter: FSDP2 would split it if it were in two blocks.
     """
     if len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
         return
@@ -53,8 +53,8 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
                 yield block
 
 
-def hollow(model: nn.Module) -> nn.Module:
-    """A copy whose parameters have no memory yet; its buffers are the model's."""
+def empty_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters have no memory yet; it shares the model's buffers."""
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p), p.requires_grad)
@@ -63,7 +63,7 @@ def hollow(model: nn.Module) -> nn.Module:
 
 
 def unsharded(model: nn.Module) -> nn.Module:
-    """The model, whole in every process; its parameters lie in memory as they did before."""
+    """The model with full parameters in every process, in their original memory layout."""
     if not isinstance(model, FSDPModule):
         return model
     plain: nn.Module = model.__dict__["plain"]
@@ -75,26 +75,28 @@ def unsharded(model: nn.Module) -> nn.Module:
     return plain
 
 
-def whole(state: Any) -> Any:
-    """A state with tensors in the place of DTensors: in the first process, which writes them; None in the others."""
+def full_state(state: Any) -> Any:
+    """The state with full tensors instead of DTensors in the first process, which writes it; None in the others."""
     if isinstance(state, DTensor):
         full = state.full_tensor()
         return full.cpu() if distributed.first() else None
-    return {name: whole(value) for name, value in state.items()} if isinstance(state, dict) else state
+    return {name: full_state(value) for name, value in state.items()} if isinstance(state, dict) else state
 
 
-def spread(state: dict, part: Any) -> dict:
-    """A state of whole tensors as one for this module or optimizer, sharded as its parameters are."""
+def shard_state(state: dict, part: Any) -> dict:
+    """A state with full tensors, sharded as the parameters of this module or optimizer are."""
     if isinstance(part, torch.optim.Optimizer):
         parameters = dict(enumerate(p for group in part.param_groups for p in group["params"]))
-        entries = {i: {name: like(t, parameters[i]) for name, t in kept.items()} for i, kept in state["state"].items()}
+        entries = {
+            i: {name: shard_like(t, parameters[i]) for name, t in kept.items()} for i, kept in state["state"].items()
+        }
         return state | {"state": entries}
     own = part.state_dict()
-    return {name: like(t, own.get(name)) for name, t in state.items()}
+    return {name: shard_like(t, own.get(name)) for name, t in state.items()}
 
 
-def like(t: Any, sharded: Any) -> Any:
-    """The shard that belongs beside this one, if they are of one shape."""
+def shard_like(t: Any, sharded: Any) -> Any:
+    """The tensor sharded as ``sharded`` is, if both have one shape."""
     if not isinstance(sharded, DTensor) or isinstance(t, DTensor) or getattr(t, "shape", None) != sharded.shape:
         return t
     full = t.to(sharded.device).contiguous()

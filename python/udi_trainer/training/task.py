@@ -1,4 +1,4 @@
-"""What a stage of a method is made of: a model, and how a step trains it."""
+"""A task: a model, and the step that trains it. A method consists of one or more tasks."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -17,17 +17,17 @@ Gradients = Sequence[torch.Tensor | None]
 
 
 class Task:
-    """One stage of a method.
+    """One stage of a method; made by :meth:`Run.make`.
 
-    A subclass has its ``key``, and sets ``model``, ``parameters`` and ``parts``: everything with a state_dict that
-    training changes, by name, the model and the optimizers among them. Its seed, its name and the number of an epoch or
-    step determine all that is random in it, so a checkpoint needs no random state. Made by :meth:`Run.make`.
+    A subclass has its ``key`` and sets ``model``, ``parameters`` and ``parts``: by name, everything with a state_dict
+    that training changes, including the model and the optimizers. The run's seed, the task's name and the number of the
+    epoch or step determine every random number, so a checkpoint needs no random state.
     """
 
-    key = ""  # first part of its name, which seeds it and names its checkpoint
-    capturable = True  # whether a CUDA graph can hold its steps: nothing in them waits for the GPU
-    semi_supervised = False  # whether its batches are of any samples, followed by as many that have a label
-    random = True  # whether its steps may draw random numbers; those that do not can run beside others in threads
+    key = ""  # first part of its name; the name seeds the task and names its checkpoint
+    capturable = True  # whether a CUDA graph can hold its steps: nothing in them synchronises with the GPU
+    semi_supervised = False  # whether a batch holds samples with or without label, then as many labelled ones
+    random = True  # whether its steps may draw random numbers; only tasks that do not can run in parallel threads
 
     model: nn.Module
     parameters: list[nn.Parameter]
@@ -35,58 +35,60 @@ class Task:
 
     def __init__(self, run: Run, modality: str | None = None) -> None:
         self.run, self.modality = run, modality
-        self.phase = self.key  # as the log calls it
+        self.phase = self.key  # its name in the log
         self.name = self.name_of(modality)
-        self.reads = tuple(run.data.modalities) if modality is None else (modality,)  # modalities whose input it needs
+        self.reads = (
+            tuple(run.data.modalities) if modality is None else (modality,)
+        )  # modalities that it needs as input
 
     @classmethod
     def name_of(cls, modality: str | None) -> str:
         return "-".join(filter(None, (cls.key, modality)))
 
     def place(self, model: Model) -> Model:
-        """The model on the run's device, compiled and sharded if the run wants that."""
+        """Moves the model to the run's device, and compiles and shards it if the options say so."""
         model.to(self.run.device)
         if self.run.options.compile:
             model.compile()
         return self.shard(model)
 
     def shard(self, model: Model) -> Model:
-        """The model on the run's device, its parameters spread over the processes if the run wants that."""
+        """Shards the model's parameters over the processes if the options say so."""
         if self.run.options.shard:
-            from .sharding import shard  # takes its time to import
+            from .sharding import shard  # slow to import
 
             shard(model, self.run.device)
         return model
 
     @property
     def epochs(self) -> int:
-        """Its length, which the learning rate's schedule follows."""
+        """Its length; the learning rate schedule spans it."""
         return self.run.options.epochs
 
     def rows(self, batch: Batch) -> tuple[slice, slice]:
-        """Of a batch the rows of any samples, and those of labelled ones; the same rows where all have a label."""
+        """Rows of a batch for losses without labels, and rows for those with; the same if all samples are labelled."""
         first = len(batch["labels"]) // 2 if self.semi_supervised else 0
         return slice(first or None), slice(first, None)
 
     def begin_epoch(self, epoch: int) -> None:
-        """What comes before an epoch's steps, outside of any graph; epochs count from 0."""
+        """Runs before the steps of an epoch, outside of any graph; epochs count from 0."""
 
     def flags(self, number: int) -> dict:
-        """What kind of step this is: keyword arguments of `step`, of few values, the same names in every step."""
+        """The kind of this step: keyword arguments of `step`, with few values and the same names in every step."""
         return {}
 
     def step(self, batch: Batch, **flags: Any) -> dict[str, torch.Tensor]:
-        """Trains on the batch; returns named scalars, left on the device."""
+        """Trains on the batch; returns scalars by name, on the device."""
         raise NotImplementedError
 
     def load(self, part: Any, state: dict) -> None:
-        """Takes up what a model or an optimizer was, from a state with whole tensors."""
+        """Restores a model or an optimizer from a state with unsharded tensors."""
         if self.run.options.shard:
-            from .sharding import spread
+            from .sharding import shard_state
 
-            state = spread(state, part)
+            state = shard_state(state, part)
         part.load_state_dict(state)
-        if isinstance(part, torch.optim.Optimizer):  # fused ones walk through memory: states lie there as parameters do
+        if isinstance(part, torch.optim.Optimizer):  # fused ones need states in the layout of the parameters
             for parameter, kept in part.state.items():
                 for name, t in kept.items():
                     if isinstance(t, torch.Tensor) and t.shape == parameter.shape and t.stride() != parameter.stride():
@@ -99,16 +101,18 @@ class Task:
         weights: Sequence[torch.Tensor] | None = None,
         retain_graph: bool = False,
     ) -> Gradients:
-        """Of a loss, or of a weighted sum of losses, averaged over the processes that train together.
+        """Gradients of a loss, or of a weighted sum of losses, averaged over the processes.
 
-        None for parameters that have no part in it. ``retain_graph``: others of the same graph follow.
+        None for parameters that the losses do not depend on. ``retain_graph``: keep the graph for further calls.
         """
         if not self.run.options.shard:
             grads = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
             return distributed.average(grads)
         for parameter in parameters:
             parameter.grad = None
-        torch.autograd.backward(losses, weights, retain_graph)  # FSDP2's hooks, which average, see no autograd.grad
+        torch.autograd.backward(
+            losses, weights, retain_graph
+        )  # autograd.grad would bypass FSDP2's hooks, which average
         return [parameter.grad for parameter in parameters]
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -126,12 +130,12 @@ class Task:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Its parameters without those that an encoder of one's own keeps frozen."""
+    """Its parameters that require a gradient; an encoder may keep others frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
-    """A step with these gradients."""
+    """An optimizer step with these gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from udi_trainer import UserError, distributed
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.training.loop import Stage
-from udi_trainer.training.sharding import shard, unsharded, whole
+from udi_trainer.training.sharding import full_state, shard, unsharded
 
 dist.init_process_group("gloo")
 distributed.BUCKET = 2**14
@@ -37,7 +37,7 @@ def stage(shard, folder=None, **options):
     return stage
 
 def states(stage):
-    found = [whole(part.state_dict()) for part in stage.task.parts.values()]
+    found = [full_state(part.state_dict()) for part in stage.task.parts.values()]
     return [*found[0].values(), *(t for kept in found[1]["state"].values() for t in kept.values())]
 
 def same(*stages, tolerance=0.0):
