@@ -102,7 +102,7 @@ def test_what_cannot_be_loaded(mixed):
         return Outcome({"fused": {"val_acc": 0, "test_acc": 0, "test_macro_f1": 0}}, {"audio": model})
 
     train(mixed, own, epochs=1, out="own", progress=False)
-    with pytest.raises(UserError, match="model audio is of a class of its own: build it"):
+    with pytest.raises(UserError, match="model audio is of a class of your own: build it"):
         load("own")
     train(mixed, "joint", epochs=1, out="run", progress=False)
     with pytest.raises(UserError, match="the encoders are not those of"):
