@@ -86,7 +86,7 @@ def train(
         dataset: tensors in memory, or the name of one of the trainer's datasets.
         method: ``"udi"``, ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an :class:`Outcome`.
         encoders: in the place of the modalities' own, by modality: a name, or a callable from a sample's shape to a
-            fresh module from inputs (N, *shape) to features (N, width). It is called anew for each model.
+            fresh module from inputs ``(N, *shape)`` to features (N, width). It is called anew for each model.
         resume: the folder of an interrupted run to go on with, with its options; dataset and encoders are given again.
         progress: print messages and a progress bar.
         options: those of the command, with underscores: ``epochs=30``, ``baselines=["joint", "ensemble"]``, ``out=DIR``
