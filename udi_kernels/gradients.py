@@ -25,7 +25,7 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
         grads: K sequences of P tensors or None (a zero gradient), the same P parameters in each. float16, bfloat16,
             float32 or float64, on one device. A parameter's gradients share shape, dtype and memory layout; those that
             are not dense are copied first. Parameters may differ.
-        stacked: grads is one sequence of P tensors or None instead, each of shape (K, *shape): the K gradients of a
+        stacked: grads is one sequence of P tensors or None instead, each of shape ``(K, *shape)``: the K gradients of a
             parameter.
 
     Returns:
