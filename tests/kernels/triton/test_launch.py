@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-from udi_kernels.triton import Launch, cdiv, next_power_of_2, plan, tile_grid  # noqa: E402
+from udi_kernels.triton import Launch, cdiv, next_power_of_2, plan, tile_grid
 
 
 class Kernel:
