@@ -23,3 +23,4 @@ bench:  ## measure the ops beside their peers
 docs:  ## build the documentation in build/docs and run its examples
 	$(SPHINX) -b html docs build/docs
 	$(SPHINX) -b doctest docs build/doctest
+	$(PYTHON) docs/sentences.py
