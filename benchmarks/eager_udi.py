@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from peers import club_mi_pairs, js_div_eager
-from udi_trainer.methods.udi import q_warmup
+from udi_trainer.methods.follower import FollowerOptions, q_warmup
 from udi_trainer.models.classifiers import Classifier, ConditionalGaussian
 from udi_trainer.models.encoders import FEATURES
 from udi_trainer.registry import encoders
@@ -90,7 +90,8 @@ class EagerUDI:
         if number < self.warmup:
             com = 0 * com
 
-        every = self.steps if self.options.align_every == "epoch" else self.options.align_every
+        align_every = self.options.of(FollowerOptions).align_every
+        every = self.steps if align_every == "epoch" else align_every
         if number % every == 0:
             g_cls, g_con, g_com = (self.flat_gradient(loss) for loss in (cls, con, com))
             con_gain, com_gain = max(0, (g_cls @ g_con).item()), max(0, (g_cls @ g_com).item())

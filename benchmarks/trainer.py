@@ -27,7 +27,8 @@ from udi_trainer import Dataset, Modality, Run, Split
 from udi_trainer.command import parse
 from udi_trainer.console import log
 from udi_trainer.data.digits import colored_and_gray
-from udi_trainer.methods.udi import Follower, Frozen
+from udi_trainer.methods.follower import Follower
+from udi_trainer.methods.frozen import Frozen
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.registry import methods
 from udi_trainer.run import choose_device
@@ -118,8 +119,8 @@ def whole_run(name, run):
 def steps(run, rounds=30):
     """Median seconds of a follower's step, of one with the controller, and of the encoder's own training step."""
     first, second = run.data.modalities
-    anchor, alone = run.make(Alone, first), run.make(Alone, second)
-    follower = run.make(Follower, second, Frozen(run, first, anchor.model, anchor.width))
+    anchor, alone = run.make(Alone, modality=first), run.make(Alone, modality=second)
+    follower = run.make(Follower, modality=second, teacher=Frozen(run, first, anchor.model, anchor.width))
     stages = [Stage(task, run) for task in (alone, follower)]
     for stage in stages:
         stage.restore()

@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
             commit = describe()
             seeds = options.seeds or list(range(study.seeds) if isinstance(study.seeds, int) else study.seeds)
             jobs = [Job(study, v, seed, extra, folder / "runs") for v in study.variants for seed in seeds]
+            for flag in (token for token in extra if token.startswith("--")):
+                if not any(token.startswith(flag.partition("=")[0]) for job in jobs for token in job.extra):
+                    raise UserError(f"{flag}: no variant of {options.study} reads it")
             slots = find_slots(jobs[0].settled.get("device"), options.jobs)
             failed = run_all([job for job in jobs if not job.finished()], slots, commit)
             results = {"study": options.study, "command": command, "options": extra, "seeds": seeds}

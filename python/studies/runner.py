@@ -29,14 +29,16 @@ class Job:
     def __init__(self, study: Study, variant: Variant, seed: int, extra: list[str], root: Path):
         self.study, self.variant, self.seed = study, variant, seed
         self.name = f"{variant}, seed {seed}"
-        self.options = [*shlex.split(variant.options), *extra, "--seed", str(seed)]
+        self.options = [*shlex.split(variant.options), "--seed", str(seed)]
+        self.extra = study.extra(self.options, extra)
+        self.options += self.extra
         self.settled = json.loads(json.dumps(study.settle(self.options)))  # as job.json has them
         self.folder = root / re.sub(r"[^\w.,]+", "-", f"{variant} seed{seed}")
         self.out, self.file = self.folder / "run", self.folder / "job.json"
         self.saved = load(self.file) if self.file.exists() else {"options": {}, "commits": []}
         for name, was in self.saved["options"].items():
             now = self.settled.get(name, was)
-            if name not in study.movable and was != now:
+            if not study.may_differ(name) and was != now:
                 raise UserError(
                     f"{self.folder} was run with another --{name.replace('_', '-')} ({was}, now {now}):"
                     " choose another --out, or delete that folder"

@@ -1,18 +1,18 @@
 """What a study is: the ancestor of all, and what it is made of."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from udi_trainer.command import parse
+from udi_trainer.command import parse, readable
 from udi_trainer.errors import choose
-from udi_trainer.options import MOVABLE
+from udi_trainer.options import movable
 from udi_trainer.registry import datasets, methods
 from udi_trainer.run import choose_device
 
 from . import plots, tables
 
+PROG = "experiments.py"
 SCORES = ("val_acc", "test_acc", "test_macro_f1")
 NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # conditions: options
 
@@ -52,17 +52,24 @@ class Study:
     seeding = SEEDING  # what they change
     unit = "seed"  # what a dot of the plots is, and intervals are over
     program = Path(__file__).parents[1] / "train.py"
-    movable = (*MOVABLE, "seed", "out")  # options that a finished run need not share with the command
     variants: Sequence[Variant] = ()
     columns = {"val acc": ("val_acc", 100), "test acc": ("test_acc", 100), "macro F1": ("test_macro_f1", 100)}
 
     def settle(self, argv: list[str]) -> dict:
         """All options of the program as it would take them; an error for those that it would refuse."""
-        options, _ = parse(argv, "experiments.py")
+        options, _ = parse(argv, PROG)
         choose("method", options.method, methods)
         choose("dataset", options.dataset, datasets)
         choose_device(options.device)
-        return dataclasses.asdict(options)
+        return options.flat()
+
+    def extra(self, argv: list[str], extra: list[str]) -> list[str]:
+        """Those of the arguments ``extra``, which are for all variants, that a run with ``argv`` reads."""
+        return readable(extra, parse(argv, PROG)[0], PROG)
+
+    def may_differ(self, name: str) -> bool:
+        """Whether a finished run need not share this option with the command."""
+        return movable(name) or name in ("seed", "out")
 
     def keep(self, metrics: dict, history: list[dict]) -> dict:
         """What tables and plots need of a run's metrics.json, and here of nothing in the rows of its metrics.jsonl."""

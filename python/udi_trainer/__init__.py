@@ -6,17 +6,18 @@ for _module in ("torch", "numpy", "sklearn", "matplotlib", "tqdm"):
     if _find(_module) is None:
         raise ModuleNotFoundError(f'udi_trainer needs {_module}: pip install -e ".[train]"', name=_module)
 
-from . import data, methods, models  # noqa: E402  their tenants register themselves
+from . import data, methods, models  # noqa: E402  what is in them registers itself
 from .api import Result, train  # noqa: E402
 from .data import Dataset, Modality, Split  # noqa: E402
 from .errors import UserError  # noqa: E402
 from .methods import Outcome  # noqa: E402
-from .options import Options  # noqa: E402
+from .options import Group, Options, option, reads  # noqa: E402
 from .predictor import Predictor, load  # noqa: E402
 from .run import Run  # noqa: E402
 
 __all__ = [
     "Dataset",
+    "Group",
     "Modality",
     "Options",
     "Outcome",
@@ -29,5 +30,7 @@ __all__ = [
     "load",
     "methods",
     "models",
+    "option",
+    "reads",
     "train",
 ]

@@ -1,7 +1,6 @@
 """Training from Python: :func:`train`, of which the command is a user."""
 
 import contextlib
-import dataclasses
 import io
 import platform
 import warnings
@@ -29,9 +28,9 @@ from .evaluation.report import draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .models.classifiers import FeatureHead, JointClassifier
-from .options import Options, resumed
-from .predictor import Predictor, imported
-from .registry import datasets, methods, offered
+from .options import Options, find_method, name_of, resumed
+from .predictor import Predictor
+from .registry import datasets, imported, methods
 from .run import Run, choose_device
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config
 from .stop import Stop
@@ -90,27 +89,28 @@ def train(
         resume: the folder of an interrupted run to go on with, with its options; dataset and encoders are given again.
         progress: print messages and a progress bar.
         options: those of the command, with underscores: ``epochs=30``, ``baselines=["joint", "ensemble"]``, ``out=DIR``
-            for a run folder (without it nothing is written), ...; see :class:`Options`.
+            for a run folder (without it nothing is written), ...; those that the method declares, too.
 
     Raises:
         UserError: naming what is wrong with data or options, before anything is trained.
     """
-    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    data_name = dataset if isinstance(dataset, str) else dataset.name
+    if isinstance(dataset, str):
+        choose("dataset", dataset, datasets)
     with distributed.joined(), console(distributed.first()) if progress else contextlib.nullcontext():
         if resume is None:
-            folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
+            folder, chosen = None, Options.make(method=method, dataset=dataset, **options)
         else:
-            said = {"method": name, "dataset": data_name}  # where they are not the defaults
-            said = {key: value for key, value in said.items() if value != getattr(Options, key)}
-            folder, chosen = restored(resume, options | said)
-        plan = Plan(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
+            said = {"dataset": dataset if isinstance(dataset, str) else dataset.name}
+            said |= {"method": method if isinstance(method, str) else name_of(method)}
+            said = {key: value for key, value in said.items() if value != getattr(Options, key)}  # not the defaults
+            folder, chosen = restored(resume, options | said, None if isinstance(method, str) else method)
+        training = Training(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
-            folder = plan.new_folder()
-        return plan.run(folder)
+            folder = training.new_folder()
+        return training.run(folder)
 
 
-def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
+def restored(folder: str | Path, given: dict, method: Callable | None = None) -> tuple[Path, Options]:
     """Folder and options of an interrupted run."""
     try:
         config = distributed.on_first(lambda: read_config(Path(folder)))
@@ -118,11 +118,11 @@ def restored(folder: str | Path, given: dict) -> tuple[Path, Options]:
         raise UserError(f"--resume {folder}: no run to resume, {error}") from None
     if distributed.world() == 1:
         config.pop("shard", None)  # which needs several processes, and made no difference to the figures
-    return Path(folder), resumed(str(folder), config, given)
+    return Path(folder), resumed(str(folder), config, given, method)
 
 
-class Plan:
-    """A training about to begin: what it needs is there, and fits."""
+class Training:
+    """A training that is about to start; what it needs has been checked."""
 
     def __init__(
         self,
@@ -132,14 +132,14 @@ class Plan:
         method: Method | None = None,
     ) -> None:
         self.options = options
-        self.method = method if callable(method) else methods.find(options.method)
+        self.method = method if callable(method) else find_method(options.method)
         self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
         if options.shard and distributed.world() == 1:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
         if options.tensorboard and find_spec("tensorboard") is None:
             raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
-        data = data or offered(datasets.find(options.dataset), options.data_root, options)
+        data = data or datasets.find(options.dataset)(options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
         if options.noise:
@@ -147,15 +147,15 @@ class Plan:
         if options.labels is not None:
             data = hide(data, options.labels, options.seed)
             check_presence(data)
+        for group in options.groups:
+            group.check(data)
         self.data = data
-        if options.anchor != "auto":
-            choose("anchor", options.anchor, data.modalities)
 
     def new_folder(self) -> Path:
         """With config.json in it."""
         options = self.options
         with self.settings():
-            config = dataclasses.asdict(options) | environment(self.device)
+            config = options.flat() | environment(self.device)
         label = f"{options.dataset}-{options.method}-seed{options.seed}"
         return distributed.on_first(lambda: new_folder(options.out, label, config))
 

@@ -2,23 +2,36 @@
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import os
 import shlex
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import distributed
-from .api import Plan, restored
+from .api import Training, restored
 from .console import console
 from .data import scan
-from .errors import UserError
-from .options import Options, as_text, filled, spelled
+from .errors import UserError, choose
+from .options import (
+    Group,
+    Machine,
+    Options,
+    What,
+    all_groups,
+    as_text,
+    fields_of,
+    filled,
+    groups_of,
+    readers,
+    spelled,
+)
+from .options import Training as TrainingOptions
+from .registry import datasets
 from .stop import Stop
 
 
@@ -29,9 +42,9 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
             return scan.main(argv[1:], prog)
         with stop.on_signals(), distributed.joined(), console(distributed.first()):
             options, folder = parse(argv, prog)
-            plan = Plan(options)
-            folder = folder or plan.new_folder()
-            result = plan.run(folder, stop)
+            training = Training(options)
+            folder = folder or training.new_folder()
+            result = training.run(folder, stop)
             if distributed.first():
                 total = result.metrics["seconds"]["total"]
                 print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
@@ -57,38 +70,77 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
 
 
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
-    """The options, and the folder of the run to resume, if that is asked for."""
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
-    text = (
-        "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. The word manifest in the place"
-        " of options writes a manifest of a folder's files: manifest --help."
-    )
-    parser = Parser(prog=prog, description=text, formatter_class=layout)
-    groups = {}
-    for field in dataclasses.fields(Options):
-        facts = field.metadata
-        if facts["group"] not in groups:
-            groups[facts["group"]] = parser.add_argument_group(facts["group"])
-        default = facts["shown"] or field.default
-        shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
-        kind: dict[str, Any] = {"help": filled(facts["help"]) + shown, "default": argparse.SUPPRESS}
-        if isinstance(field.default, bool):
-            kind["action"] = "store_true"
-        else:
-            number = not {int, float}.isdisjoint((field.type, *typing.get_args(field.type)))
-            kind |= {"type": argument(facts["kind"]), "metavar": facts["metavar"] or ("N" if number else "NAME")}
-        if field.name == "amp":
-            kind |= {"nargs": "?", "const": "bf16"}
-        groups[facts["group"]].add_argument(spelled(field.name), **kind)
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
-    given = vars(parser.parse_args(argv))
+    """The options, and the folder of the run to resume, if there is one."""
+    first = Parser(add_help=False, allow_abbrev=False)  # what decides which other options there are
+    first.add_argument("--method", default=Options.method)
+    first.add_argument("--dataset", default=Options.dataset)
+    first.add_argument("--baselines")
+    first.add_argument("-h", "--help", nargs="?", const="chosen")
+    chosen, _ = first.parse_known_args(argv)
+    if ":" in chosen.method and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a module of one's own is; as with python -m
+    own = groups_of(readers(chosen.method, chosen.baselines, chosen.dataset))
+    if chosen.help:
+        choose("help", chosen.help, ("chosen", "all"))
+        full_parser(prog, own, hidden=chosen.help != "all").print_help()
+        sys.exit(0)
+    given = vars(full_parser(prog, own).parse_args(argv))
     folder = given.pop("resume")
     if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         folder = restarted(given)
     if folder is None:
+        choose("dataset", given.get("dataset", Options.dataset), datasets)
         return Options.make(**given), None
     folder, options = restored(folder, given)
     return options, folder
+
+
+def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> "Parser":
+    """A parser of all options: those of every run, those of the method and data set, and all others.
+
+    ``hidden``: leave the others out of the help.
+    """
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
+    text = (
+        "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. The word manifest instead of"
+        " options writes a manifest of a folder's files: manifest --help."
+    )
+    end = "Options of other methods and data sets: --help all." if hidden else None
+    parser = Parser(prog=prog, description=text, epilog=end, formatter_class=layout, add_help=False)
+    others = [group for group in all_groups() if group not in own]
+    sections: dict[str, Any] = {}
+    groups: list[type[Group]] = [What, *own, TrainingOptions, Machine, *others]
+    for group in groups:
+        section = sections.setdefault(group.title, None) or parser.add_argument_group(group.title)
+        sections[group.title] = section
+        for field in fields_of(group).values():
+            facts = field.metadata
+            default = facts["shown"] or field.default
+            shown = "" if default is None or isinstance(default, bool) else f" (default: {as_text(default)})"
+            kind: dict[str, Any] = {"help": filled(facts["help"] + shown), "default": argparse.SUPPRESS}
+            if hidden and group in others:
+                kind["help"] = argparse.SUPPRESS
+            if isinstance(field.default, bool):
+                kind["action"] = "store_true"
+            else:
+                number = not {int, float}.isdisjoint((field.type, *typing.get_args(field.type)))
+                kind |= {"type": argument(facts["kind"]), "metavar": facts["metavar"] or ("N" if number else "NAME")}
+            if field.name == "amp":
+                kind |= {"nargs": "?", "const": "bf16"}
+            section.add_argument(spelled(field.name), **kind)
+    more = parser.add_argument_group("further")
+    more.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
+    text = "show this; with all, the options of all methods and data sets"
+    more.add_argument("-h", "--help", nargs="?", metavar="all", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def readable(extra: list[str], options: Options, prog: str) -> list[str]:
+    """Those of these arguments that a run with such options reads."""
+    given = vars(full_parser(prog, []).parse_args(extra))
+    read = options.fields()
+    tokens = ((spelled(name), as_text(value)) for name, value in given.items() if name in read)
+    return [token for flag, text in tokens for token in ((flag,) if text == "True" else (flag, text))]
 
 
 def restarted(given: dict) -> str | None:

@@ -1,16 +1,26 @@
-"""All options of a run: their kinds, defaults and help in one place, for the command, the Python API and --resume."""
+"""How options are declared and chosen; those of every run. The command, the Python API and --resume share them.
+
+A component declares its own options as a :class:`Group` in its own file and names the group by :func:`reads`. An option
+that nothing in a run reads is refused.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError, choose
-from .registry import datasets, encoders, fusion_rules, methods
+from .registry import datasets, encoders, fusion_rules, imported, methods
 
-# --- kinds: from text of a command line, or from a value, to the value; ValueError says what is wanted ---
+if TYPE_CHECKING:
+    from .data.dataset import Dataset
+
+F = TypeVar("F", bound=Callable)
+G = TypeVar("G", bound="Group")
+
+# --- kinds of values: each converts text of the command line, or a value; ValueError says what is wanted ---
 
 
 def number(
@@ -79,7 +89,7 @@ def text(x: Any) -> str:
     return x
 
 
-def path(x: Any) -> str:
+def pathname(x: Any) -> str:
     return str(x)
 
 
@@ -104,351 +114,65 @@ def one_of(*choices: str) -> Callable:
     return parse
 
 
-# --- the options ---
+# --- declaring options ---
 
 
 def option(
-    group: str, default: Any, kind: Callable, help: str, metavar: str | None = None, shown: str | None = None
+    default: Any,
+    kind: Callable,
+    help: str,
+    metavar: str | None = None,
+    shown: str | None = None,
+    *,
+    needs: dict[str, Any] | None = None,
+    movable: bool = False,
 ) -> Any:
-    """``shown``: the default as the help has it, where None stands for something else."""
-    return dataclasses.field(
-        default=default, metadata={"group": group, "kind": kind, "help": help, "metavar": metavar, "shown": shown}
-    )
+    """An option of a :class:`Group`.
+
+    Args:
+        default: its value where neither the user nor the data set gives one.
+        kind: from text or a value to the value; it raises ValueError.
+        metavar, shown: the value and the default as ``--help`` shows them.
+        needs: values of other options without which this one has no effect; it is then refused.
+        movable: whether it may change when a run is resumed on another machine.
+    """
+    facts = {"kind": kind, "help": help, "metavar": metavar, "shown": shown, "needs": needs or {}, "movable": movable}
+    return dataclasses.field(default=default, metadata=facts)
 
 
-WHAT, FILES, TRAINING, UDI, DIMML, MACHINE = (
-    "what to train", "data of your own", "training", "UDI", "DI-MML", "machine",
-)  # fmt: skip
+class Group:
+    """Options that one component declares and reads: a frozen, keyword-only dataclass of :func:`option` fields.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of a run, checked when it is made; all have a default.
+    ``class MyOptions(Group, title="my method")``; the title is its heading in ``--help``. Values are checked when a
+    group is made. Option names are flat: no two groups of a run may share one.
 
     Raises:
-        UserError: naming the option, what was given and what is wanted.
+        UserError: names the option, what was given and what is wanted.
     """
 
-    method: str = option(WHAT, "udi", text, "what to train: {methods}")
-    dataset: str = option(
-        WHAT, "fewdigits", text, "on what: {datasets}; what they recommend counts unless given: {recommended}"
-    )
-    data_root: str | None = option(WHAT, None, path, "folder of the dataset's files, where it needs any", "DIR")
-    noise: tuple[float, float] | None = option(
-        WHAT,
-        None,
-        pair("amounts INPUT,LABEL", number(float, 0), number(float, 0, below=1)),
-        "corrupt the training split (not validation, not test): add Gaussian noise of this standard deviation to"
-        " inputs (a fraction of pixels' range), make this fraction of labels wrong; the same for all seeds",
-        "INPUT,LABEL",
-    )
-    labels: int | float | None = option(
-        WHAT,
-        None,
-        count_or_fraction,
-        "labels that the training split keeps: how many, or what fraction; drawn by the seed, of each class alike."
-        " UDI's L_con and L_com, and self-training, learn from the other samples too; the rest from the labelled ones,"
-        " in as many steps",
-        "N|F",
-        "all",
-    )
-    resplit: int | None = option(
-        WHAT,
-        None,
-        number(int, 1),
-        "of splitdigits, fewdigits and huedigits: draw training, so many samples of validation, and test by the seed",
-        "N",
-        "one split for all seeds",
-    )
-    rho: float = option(
-        WHAT,
-        0.95,
-        number(float, 0, below=1 + 1e-9),
-        "of huedigits: how often the hue is the label's own; in the shifted test split it is random",
-    )
-    baselines: tuple[str, ...] | None = option(
-        WHAT,
-        None,
-        names,
-        "methods to train beside it, or none",
-        "A,B",
-        "joint for udi; udi, ensemble and joint for dimml",
-    )
-    fusion: str = option(
-        WHAT,
-        "auto",
-        text,
-        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else what the"
-        " dataset recommends, else the best on validation of mean, sum, weighted",
-    )
+    title = ""
 
-    encoder: dict[str, str] | None = option(
-        WHAT,
-        None,
-        assignments,
-        "encoders in the place of the modalities' own: {encoders}, or module:Class, called with a sample's shape",
-        "MODALITY=NAME,...",
-    )
-    encoder_weights: dict[str, str] | None = option(
-        WHAT, None, assignments, "files of weights that encoders start from, such as torchvision's", "MODALITY=FILE,..."
-    )
-    features: int = option(WHAT, 64, number(int, 1), "width of the encoders' features")
-
-    manifest: str | None = option(
-        FILES, None, path, "CSV of --dataset manifest: a column a modality, and label, split, group, id", "FILE"
-    )
-    kinds: dict[str, str] | None = option(
-        FILES,
-        None,
-        assignments,
-        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
-        "COLUMN=KIND,...",
-    )
-    tables: dict[str, str] | None = option(
-        FILES, None, assignments, "columns of numbers that are a modality each, by name", "NAME=COLUMN+COLUMN,...",
-        "one modality of them all, called table",
-    )  # fmt: skip
-    image_size: int | None = option(
-        FILES, None, number(int, 4), "pixels that images and frames are resized to", "N", "64 or as small as they are"
-    )
-    frames: int = option(FILES, 3, number(int, 1), "frames of a clip: random ones in training, else fixed ones")
-    sample_rate: int | None = option(
-        FILES, None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest there, 22050 at most"
-    )
-    audio_length: float | None = option(
-        FILES, None, number(float, above=0), "seconds of sound; shorter sound is repeated", "S",
-        "of the longest, 10 at most",
-    )  # fmt: skip
-    stft: tuple[float, float] = option(
-        FILES,
-        (23.22, 16.01),
-        pair("times WINDOW,HOP", number(float, above=0), number(float, above=0)),
-        "window and hop of the spectrogram, in milliseconds",
-        "WINDOW,HOP",
-    )
-    augment: tuple[str, ...] = option(
-        FILES, (), some_of("crop", "flip", "spec"), "in training, at random: crop (images, sound), flip (images),"
-        " spec (bands and times of spectrograms masked: SpecAugment)", "A,B", "none",
-    )  # fmt: skip
-    skip_bad: bool = option(FILES, False, flag, "leave out samples that cannot be read, and list them")
-    allow_missing: bool = option(
-        FILES, False, flag, "train on samples with empty cells, too: what modalities they have"
-    )
-    fold: int | None = option(
-        FILES,
-        None,
-        number(int, 0),
-        "who is held out, of spokendigits and cremad: speakers of validation and test are then never heard in training",
-        "N",
-        "0; of cremad none, its customary split",
-    )
-    labelled_speakers: int | None = option(
-        FILES, None, number(int, 1), "of spokendigits' training speakers: how many have labels", "N", "all"
-    )
-    image_noise: float = option(
-        FILES, 0.6, number(float, 0), "of spokendigits' images: standard deviation, of pixels' range"
-    )
-    cache_dir: str | None = option(FILES, None, path, "where decoded data is kept", "DIR", "the user's cache")
-
-    epochs: int = option(TRAINING, 30, number(int, 1), "epochs of each phase")
-    patience: int | None = option(
-        TRAINING, None, number(int, 1), "end a training after so many epochs without a better one on validation"
-    )
-    batch_size: int = option(TRAINING, 64, number(int, 1), "samples of a step")
-    optimizer: str = option(TRAINING, "adamw", one_of("adamw", "sgd"), "adamw or sgd")
-    lr: float = option(TRAINING, 3e-3, number(float, above=0), "first learning rate")
-    schedule: str = option(
-        TRAINING,
-        "cosine",
-        one_of("cosine", "step", "constant"),
-        "of the learning rate, epoch by epoch: cosine (to 0), step (see --lr-step) or constant",
-    )
-    lr_step: tuple[int, float] = option(
-        TRAINING,
-        (70, 0.1),
-        pair("numbers EPOCHS,FACTOR", number(int, 1), number(float, above=0)),
-        "of --schedule step: every so many epochs the learning rate is multiplied by this",
-        "EPOCHS,FACTOR",
-    )
-    momentum: float = option(TRAINING, 0.9, number(float, 0, below=1), "of sgd")
-    weight_decay: float | None = option(
-        TRAINING, None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd"
-    )
-    seed: int = option(TRAINING, 0, number(int, 0), "of initial weights and order of samples; all see the same dataset")
-
-    anchor: str = option(
-        UDI,
-        "auto",
-        text,
-        "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best on validation",
-    )
-    race: float | None = option(
-        UDI,
-        None,
-        number(float, above=0, below=1),
-        "choose the anchor after this fraction of its epochs, and train no other modality to the end",
-        "F",
-    )
-    follower_init: str = option(
-        UDI,
-        "scratch",
-        one_of("scratch", "anchor-phase"),
-        "weights that followers start from: scratch, or anchor-phase (trained alone)",
-    )
-    teacher: str = option(
-        UDI,
-        "anchor",
-        one_of("anchor", "fused"),
-        "whom followers learn from: anchor, or fused: the fused prediction of all, by all (co-training, no longer one"
-        " way)",
-    )
-    rounds: int = option(
-        UDI, 1, number(int, 1), "of --teacher fused: how often followers are trained, each time by the last ones"
-    )
-    follower_loss: str = option(
-        UDI,
-        "label",
-        one_of("label", "residual"),
-        "L_cls of a follower: of its own logits (label), or of their sum with the anchor's (residual), so that it"
-        " learns what the anchor does not know",
-    )
-    controller: str = option(
-        UDI,
-        "static",
-        one_of("dynamic", "static"),
-        "weights of L_con and L_com: static, or dynamic, from the losses' gradients",
-    )
-    alpha: tuple[float, float] | None = option(
-        UDI,
-        None,
-        pair("weights CON,COM", number(float, 0), number(float, 0)),
-        "the two weights of the static controller",
-        "CON,COM",
-        "1,1",
-    )
-    align_every: str | int = option(
-        UDI, "epoch", steps_or_epoch, "when the dynamic one measures: every epoch, or every N steps", "epoch|N"
-    )
-    club: str = option(
-        UDI,
-        "marginal",
-        one_of("marginal", "given-label"),
-        "information that L_com bounds: what anchor and follower share (marginal), or share beyond the label"
-        " (given-label)",
-    )
-    club_norm: str = option(
-        UDI,
-        "layer",
-        one_of("layer", "none"),
-        "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none",
-    )
-    q_depth: int = option(UDI, 1, number(int, 0), "hidden layers of q, the network that CLUB fits")
-    q_width: int = option(UDI, 128, number(int, 1), "units of each")
-    q_lr: float = option(UDI, 1.0, number(float, above=0), "q's learning rate, as a multiple of --lr")
-    q_steps: int = option(UDI, 1, number(int, 1), "steps of q on each batch")
-    q_warmup: int | None = option(
-        UDI,
-        None,
-        number(int, 0),
-        "steps in which q is only fitted, before its bound counts",
-        shown="100, or a quarter of a shorter follower phase",
-    )
-
-    shared_weight: float = option(DIMML, 1.0, number(float, 0), "weight of the shared classifier's loss")
-    contrast: str = option(
-        DIMML,
-        "duc",
-        one_of("duc", "full"),
-        "contrastive loss between modalities: duc (one way, on complementary dimensions) or full (both ways, on all)",
-    )
-    contrast_weight: float = option(DIMML, 1.0, number(float, 0), "its weight")
-    contrast_temperature: float = option(DIMML, 10.0, number(float, above=0), "its temperature")
-    contrast_warmup: float = option(
-        DIMML,
-        20 / 150,
-        number(float, 0),
-        "fraction of the epochs before it counts; then the effective dimensions are found",
-        shown="20 of 150",
-    )
-    fusion_epochs: int = option(DIMML, 20, number(int, 1), "epochs of the fusion head")
-
-    device: str = option(MACHINE, "auto", text, "auto (a GPU if there is one), cpu, cuda or cuda:i")
-    engine: str = option(
-        MACHINE,
-        "auto",
-        one_of("auto", "eager", "graph"),
-        "how steps run: eager, graph (whole steps as CUDA graphs) or auto (graph on a GPU)",
-    )
-    data: str = option(
-        MACHINE,
-        "auto",
-        one_of("auto", "device", "host"),
-        "where samples live: device, host (prefetched), or auto: on the device if they fit",
-    )
-    amp: str = option(MACHINE, "none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
-    tf32: bool = option(MACHINE, False, flag, "float32 convolutions and matrix products by TF32 on a GPU")
-    tensorboard: bool = option(MACHINE, False, flag, "write metrics as TensorBoard events, too, to the run folder")
-    shard: bool = option(
-        MACHINE,
-        False,
-        flag,
-        "spread parameters, gradients and optimizer state over the processes of torchrun (FSDP2), for models that do"
-        " not fit otherwise",
-    )
-    compile: bool = option(MACHINE, False, flag, "encoders by torch.compile")
-    out: str | None = option(
-        MACHINE, None, path, "the run folder to make", "DIR", "a new one under runs/; from Python none"
-    )
+    def __init_subclass__(cls, title: str = "") -> None:
+        cls.title = title
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            self._set(field.name, checked(field, getattr(self, field.name)))
-        choose("fusion rule", self.fusion, ("auto", *fusion_rules))
-        if self.baselines is None:
-            usual = {"udi": ("joint",), "dimml": ("udi", "ensemble", "joint")}
-            self._set("baselines", usual.get(self.method, ()))
-        for name in self.baselines or ():
-            choose("baseline", name, methods)
-        for encoder in (self.encoder or {}).values():
-            if ":" not in encoder:
-                choose("encoder", encoder, encoders)
-        if self.controller != "static" and self.alpha is not None:
-            raise UserError("--alpha needs --controller static")
-        if self.controller != "dynamic" and self.align_every != "epoch":
-            raise UserError("--align-every needs --controller dynamic")
-        if self.controller == "static" and self.alpha is None:
-            self._set("alpha", (1.0, 1.0))
-        if self.race and self.anchor != "auto":
-            raise UserError("--race chooses the anchor: it needs --anchor auto")
-        if self.teacher != "fused" and self.rounds > 1:
-            raise UserError("--rounds needs --teacher fused")
-        if self.teacher == "fused" and (self.race or self.anchor != "auto"):
-            raise UserError("--teacher fused trains all modalities: leave out --anchor and --race")
-        if self.teacher == "fused" and self.follower_loss == "residual":
-            raise UserError("--follower-loss residual needs --teacher anchor: there must be one that stays as it is")
-        if self.weight_decay is None:
-            self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
+        for name, field in fields_of(type(self)).items():
+            self._set(name, checked(field, getattr(self, name)))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    @classmethod
-    def make(cls, **given: Any) -> "Options":
-        """Of these, and what the dataset recommends; an error names the nearest option for one that does not exist."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in given:
-            choose("option", name, known)
-        recommended = dict(datasets.recommended.get(given.get("dataset", cls.dataset), {}))
-        recommended.pop("fusion", None)  # for methods without a rule of their own: Run.fusion
-        if given.get("controller") == "dynamic":  # which finds the weights itself
-            recommended.pop("alpha", None)
-        if given.get("teacher") == "fused" or given.get("race"):  # which need all modalities trained alone
-            recommended.pop("anchor", None)
-        return cls(**recommended | given)
+    def check(self, data: "Dataset") -> None:
+        """Raises UserError where the options do not fit the data; called before anything is trained."""
+
+
+def fields_of(group: type[Group]) -> dict[str, dataclasses.Field]:
+    """The options of a group, by name."""
+    return {field.name: field for field in dataclasses.fields(group) if "kind" in field.metadata}  # type: ignore
 
 
 def checked(field: dataclasses.Field, value: Any) -> Any:
-    """The value as an option has it, or an error that names the option."""
+    """The value converted to the option's kind; the error names the option."""
     if value is None and field.default is None:
         return None
     try:
@@ -457,43 +181,344 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         raise UserError(f"{field.name}: {error}") from None
 
 
-# These may differ when a run is resumed: it may have moved to another machine.
-MOVABLE = ("device", "data_root", "manifest", "cache_dir", "tensorboard", "data", "engine", "shard", "compile")
+def reads(*groups: type[Group]) -> Callable[[F], F]:
+    """Declares the groups of options that a method or a data set reads: a decorator of its function."""
+
+    def declare(function: F) -> F:
+        function.reads = groups  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+# --- the options of every run ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class What(Group, title="what to train"):
+    method: str = option("udi", text, "what to train: {methods}; or module:function, a method of your own")
+    dataset: str = option(
+        "fewdigits", text, "on what: {datasets}; what they recommend counts unless given: {recommended}"
+    )
+    noise: tuple[float, float] | None = option(
+        None,
+        pair("amounts INPUT,LABEL", number(float, 0), number(float, 0, below=1)),
+        "corrupt the training split (not validation, not test): add Gaussian noise of this standard deviation to"
+        " inputs (a fraction of pixels' range), make this fraction of labels wrong; the same for all seeds",
+        "INPUT,LABEL",
+    )
+    labels: int | float | None = option(
+        None,
+        count_or_fraction,
+        "labels that the training split keeps: how many, or what fraction; drawn by the seed, stratified by class."
+        " UDI's L_con and L_com, and self-training, learn from the other samples too; the rest from the labelled ones,"
+        " in as many steps",
+        "N|F",
+        "all",
+    )
+    baselines: tuple[str, ...] | None = option(
+        None, names, "methods to train for comparison, or none", "A,B", "the method's own: {baselines}"
+    )
+    encoder: dict[str, str] | None = option(
+        None,
+        assignments,
+        "encoders that replace the modalities' own: {encoders}, or module:Class, called with a sample's shape",
+        "MODALITY=NAME,...",
+    )
+    encoder_weights: dict[str, str] | None = option(
+        None, assignments, "files of weights that encoders start from, such as torchvision's", "MODALITY=FILE,..."
+    )
+    features: int = option(64, number(int, 1), "width of the encoders' features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Group, title="training"):
+    epochs: int = option(30, number(int, 1), "epochs of each phase")
+    patience: int | None = option(
+        None, number(int, 1), "end a training after this many epochs without a better one on validation"
+    )
+    batch_size: int = option(64, number(int, 1), "samples of a step")
+    optimizer: str = option("adamw", one_of("adamw", "sgd"), "adamw or sgd")
+    lr: float = option(3e-3, number(float, above=0), "initial learning rate")
+    schedule: str = option(
+        "cosine",
+        one_of("cosine", "step", "constant"),
+        "of the learning rate, epoch by epoch: cosine (to 0), step (see --lr-step) or constant",
+    )
+    lr_step: tuple[int, float] = option(
+        (70, 0.1),
+        pair("numbers EPOCHS,FACTOR", number(int, 1), number(float, above=0)),
+        "of --schedule step: multiply the learning rate by FACTOR every EPOCHS epochs",
+        "EPOCHS,FACTOR",
+        needs={"schedule": "step"},
+    )
+    momentum: float = option(0.9, number(float, 0, below=1), "of sgd", needs={"optimizer": "sgd"})
+    weight_decay: float | None = option(None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd")
+    seed: int = option(0, number(int, 0), "of initial weights and order of samples; all see the same data set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Group, title="machine"):
+    device: str = option("auto", text, "auto (a GPU if there is one), cpu, cuda or cuda:i", movable=True)
+    engine: str = option(
+        "auto",
+        one_of("auto", "eager", "graph"),
+        "how steps run: eager, graph (whole steps as CUDA graphs) or auto (graph on a GPU)",
+        movable=True,
+    )
+    data: str = option(
+        "auto",
+        one_of("auto", "device", "host"),
+        "where samples live: device, host (prefetched), or auto: on the device if they fit",
+        movable=True,
+    )
+    amp: str = option("none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
+    tf32: bool = option(False, flag, "float32 convolutions and matrix products in TF32 on a GPU")
+    tensorboard: bool = option(False, flag, "write metrics as TensorBoard events, too, to the run folder", movable=True)
+    shard: bool = option(
+        False,
+        flag,
+        "shard parameters, gradients and optimizer state over the processes of torchrun (FSDP2), for models that do"
+        " not fit otherwise",
+        movable=True,
+    )
+    compile: bool = option(False, flag, "compile encoders with torch.compile", movable=True)
+    out: str | None = option(None, pathname, "the run folder to make", "DIR", "a new one under runs/; from Python none")
+
+
+RESERVED = ("encoders", "help", "progress", "resume")  # arguments of `train` and flags of the command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Machine, Training, What):
+    """The options of a run: those that every run reads, and the groups that its method, baselines and data set declare.
+
+    ``options.epochs`` is one of the former, ``options.of(UDIOptions).anchor`` one of the latter.
+    """
+
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for encoder in (self.encoder or {}).values():
+            if ":" not in encoder:
+                choose("encoder", encoder, encoders)
+        for name in self.baselines or ():
+            choose("baseline", name, methods)
+        if self.baselines is None:
+            self._set("baselines", own_baselines(self.method))
+        if self.weight_decay is None:
+            self._set("weight_decay", 0.01 if self.optimizer == "adamw" else 1e-4)
+
+    def of(self, group: type[G]) -> G:
+        """The run's options of this group; its defaults where nothing in the run declares the group."""
+        return next((own for own in self.groups if isinstance(own, group)), None) or group()
+
+    def flat(self) -> dict[str, Any]:
+        """All values by name, as in config.json."""
+        return {name: getattr(part, name) for part in (self, *self.groups) for name in fields_of(type(part))}
+
+    def fields(self) -> dict[str, dataclasses.Field]:
+        """All declarations by name."""
+        return {name: field for part in (self, *self.groups) for name, field in fields_of(type(part)).items()}
+
+    def replace(self, **changes: Any) -> "Options":
+        """The same with other values of some options."""
+        return self.of_flat(self.flat() | changes, map(type, self.groups))
+
+    @classmethod
+    def of_flat(cls, values: dict[str, Any], groups: Iterable[type[Group]]) -> "Options":
+        """The options among these values, and these groups of them."""
+
+        def pick(group: type[Group]) -> dict[str, Any]:
+            return {name: values[name] for name in fields_of(group) if name in values}
+
+        return cls(groups=tuple(group(**pick(group)) for group in groups), **pick(cls))
+
+    @classmethod
+    def make(cls, *, method: str | Callable = What.method, dataset: Any = What.dataset, **given: Any) -> "Options":
+        """Options that the user gives, completed by what the data set recommends.
+
+        Args:
+            method: a name, module:function, or a function.
+            dataset: a name, or a :class:`Dataset`, which reads and recommends nothing.
+
+        Raises:
+            UserError: an option does not exist, or nothing in the run reads it.
+        """
+        name = method if isinstance(method, str) else name_of(method)
+        functions = readers(method, given.get("baselines"), dataset)
+        groups = groups_of(functions)
+        own = fields_of(cls) | {n: field for group in groups for n, field in fields_of(group).items()}
+        on = {"method": name, "dataset": dataset if isinstance(dataset, str) else dataset.name}
+        for n in given:
+            if n not in own:
+                choose("option", n, own | all_fields())
+                raise UserError(f"{spelled(n)} has no effect on this run: it belongs to {who_reads(n)}")
+        recommended = datasets.recommended.get(dataset, {}) if isinstance(dataset, str) else {}
+        # A recommended fusion rule is for methods without a rule of their own: Run.fusion asks for it.
+        kept = {n: value for n, value in recommended.items() if n in own and n not in given and n != "fusion"}
+        kept = {n: value for n, value in kept.items() if compatible(n, own, given)}
+        options = cls.of_flat(kept | given | on, groups)
+        values = options.flat()
+        for n in given:
+            for other, wanted in own[n].metadata["needs"].items():
+                if values[n] != own[n].default and values[other] != wanted:
+                    raise UserError(f"{spelled(n)} needs {spelled(other)} {as_text(wanted)}")
+        return options
+
+
+def compatible(name: str, own: dict[str, dataclasses.Field], given: dict[str, Any]) -> bool:
+    """Whether a recommended option agrees with what it needs, and with what the given options need."""
+    needs = own[name].metadata["needs"].items()
+    unmet = any(given.get(other, wanted) != wanted for other, wanted in needs)
+    needed = any(name in own[n].metadata["needs"] for n, value in given.items() if value != own[n].default)
+    return not (unmet or needed)
+
+
+# --- who reads what ---
+
+
+def name_of(method: Callable) -> str:
+    return getattr(method, "__name__", type(method).__name__)
+
+
+def own_baselines(method: str) -> tuple[str, ...]:
+    """The baselines that a registered method brings along."""
+    return methods.recommended.get(method, {}).get("baselines", ())
+
+
+def readers(method: str | Callable, baselines: Any, dataset: Any) -> list[Callable]:
+    """The method, its baselines and the data set, as far as they are functions."""
+    chosen = checked(fields_of(What)["baselines"], baselines)
+    names = own_baselines(method) if chosen is None and isinstance(method, str) else chosen or ()
+    own = methods.get(method) if isinstance(method, str) else method  # whether its modules are there is asked later
+    found = [own or find_method(method), *(methods[choose("baseline", name, methods)] for name in names)]
+    return [*found, *([datasets[dataset]] if isinstance(dataset, str) and dataset in datasets else [])]
+
+
+def find_method(method: str | Callable) -> Callable:
+    """A registered method, module:function, or the function itself."""
+    if callable(method):
+        return method
+    if ":" in method:
+        return imported(method, "give a method of your own as module:function")
+    return methods.find(method)
+
+
+def groups_of(functions: Iterable[Callable]) -> list[type[Group]]:
+    """The groups that these functions declare, each once; an error where one takes a name that is in use."""
+    groups = list(dict.fromkeys(group for function in functions for group in declared(function)))
+    everything: set[type[Group]] = {Options, *groups, *all_groups()}
+    for group in groups:
+        for name in fields_of(group):
+            others = [other for other in everything - {group} if name in fields_of(other)]
+            if others or name in RESERVED:
+                owner = others[0].title or "every run" if others else "train"
+                raise UserError(f"option {name} of {group.__name__} is taken by {owner!r}: choose another name")
+    return groups
+
+
+def all_groups() -> list[type[Group]]:
+    """The groups of everything that is registered."""
+    functions = [*methods.values(), *datasets.values()]
+    return list(dict.fromkeys(group for function in functions for group in declared(function)))
+
+
+def declared(function: Callable) -> tuple[type[Group], ...]:
+    return getattr(function, "reads", ())
+
+
+def all_fields() -> dict[str, dataclasses.Field]:
+    groups: list[type[Group]] = [Options, *all_groups()]
+    return {name: field for group in groups for name, field in fields_of(group).items()}
+
+
+def who_reads(name: str) -> str:
+    """The methods and data sets that read an option, in words."""
+    kinds = {"method": methods, "data set": datasets}
+    words = []
+    for kind, registry in kinds.items():
+        found = [n for n, f in registry.items() if any(name in fields_of(group) for group in declared(f))]
+        words += [f"{kind}{'s' if len(found) > 1 else ''} {', '.join(found)}"] if found else []
+    return " and ".join(words)
+
+
+def movable(name: str) -> bool:
+    """Whether a resumed run may have another value of this option: it may have moved to another machine."""
+    field = all_fields().get(name)
+    return field is not None and field.metadata["movable"]
+
+
+# --- as text ---
 
 
 def spelled(name: str) -> str:
-    """As the command line has it."""
+    """The option's flag on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def filled(help: str) -> str:
     """A help text with the names that can be chosen."""
-    lists = {"methods": methods, "datasets": datasets, "fusion_rules": fusion_rules, "encoders": encoders}
-    recommended = [
+    lists: dict[str, Iterable[str]] = {"methods": methods, "datasets": datasets, "encoders": encoders}
+    lists |= {"fusion_rules": fusion_rules}
+    said = {kind: ", ".join(names) for kind, names in lists.items()}
+    said["recommended"] = "; ".join(
         f"for {name} {' '.join(f'{spelled(option)} {as_text(value)}' for option, value in options.items())}"
         for name, options in datasets.recommended.items()
         if options
-    ]
-    return help.format(recommended="; ".join(recommended), **{kind: ", ".join(names) for kind, names in lists.items()})
+    )
+    said["baselines"] = "; ".join(f"{', '.join(own_baselines(m))} for {m}" for m in methods if own_baselines(m))
+    for word, words in said.items():
+        help = help.replace(f"{{{word}}}", words)
+    return help
 
 
 def as_text(value: object) -> str:
-    """As the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """The value as the command line takes it."""
+    if isinstance(value, dict):
+        value = tuple(f"{name}={part}" for name, part in value.items())
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
-def resumed(folder: str, config: dict, given: dict) -> Options:
-    """The options of the run in ``folder``; those given beside --resume must agree with them."""
-    fields = {field.name: field for field in dataclasses.fields(Options)}
+# --- resuming ---
+
+
+def saved_options(config: dict[str, Any], method: str | Callable | None = None) -> Options:
+    """The options of a config.json; those that nothing in the run reads are ignored.
+
+    Nothing is imported because a config.json names it: a method of one's own has to be given again.
+    """
+    own = config["method"] if method is None else method
+    if isinstance(own, str) and own not in methods:
+        again = f"--method {own}" if ":" in own else "train(..., method=...)"
+        raise UserError(f"its method {own!r} is not the trainer's own: give it again, {again}")
+    functions = readers(own, config.get("baselines"), config["dataset"])
+    return Options.of_flat(upgraded(config), groups_of(functions))
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Saved options as this version names them: self-training once borrowed its weight from UDI's alpha."""
+    alpha = config.get("alpha") or (1.0,)
+    return {"self_training_weight": alpha[0]} | config
+
+
+def resumed(folder: str, config: dict[str, Any], given: dict[str, Any], method: Callable | None = None) -> Options:
+    """The options of the run in ``folder``; those given with --resume must agree with them."""
+    for name in ("method", "dataset", "epochs", "seed"):  # others have their defaults in an older folder
+        if name not in config:
+            raise UserError(f"--resume {folder}: config.json is damaged: it lacks {name}")
+    if method is None and given.get("method") == config["method"]:
+        method = find_method(config["method"])
     try:
-        options = Options(**{name: value for name, value in config.items() if name in fields})
-        for name in ("method", "dataset", "epochs", "seed"):  # younger options have their defaults in an older folder
-            if name not in config:
-                raise UserError(f"it lacks {name}")
+        options = saved_options(config, method)
     except UserError as error:
-        raise UserError(f"--resume {folder}: config.json is damaged: {error}") from None
+        raise UserError(f"--resume {folder}: config.json cannot be used: {error}") from None
+    values, fields = options.flat(), all_fields() | options.fields()
     for name, value in given.items():
-        value, saved = checked(fields[choose("option", name, fields)], value), getattr(options, name)
-        if name not in MOVABLE and value != saved:
-            raise UserError(f"{spelled(name)} {value} conflicts with --resume ({saved} there): leave it out")
-    return dataclasses.replace(options, **{name: value for name, value in given.items() if name in MOVABLE})
+        value = checked(fields[choose("option", name, fields)], value)
+        if name not in values:
+            raise UserError(f"{spelled(name)} has no effect on this run: it belongs to {who_reads(name)}")
+        if not fields[name].metadata["movable"] and value != values[name]:
+            raise UserError(f"{spelled(name)} {value} conflicts with --resume ({values[name]} there): leave it out")
+    return options.replace(**{name: value for name, value in given.items() if fields[name].metadata["movable"]})

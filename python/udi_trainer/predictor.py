@@ -1,9 +1,7 @@
 """A trained method as one predictor, kept in a run folder and loaded from it in another process."""
 
 import dataclasses
-import importlib
 from dataclasses import asdict, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from .errors import UserError, choose
 from .evaluation.fusion import Rule, combine
 from .models.classifiers import FeatureHead, JointClassifier
 from .models.encoders import make_encoder
-from .options import resumed
-from .registry import classifiers, datasets, fusion_rules, offered
+from .options import Options, groups_of
+from .registry import classifiers, datasets, fusion_rules, imported
 from .run import choose_device
 from .run_folder import RunFolder, load_tensors, read_config
 
@@ -182,8 +180,8 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     config = read_config(folder)
     whole = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
     if dataset is None and config.get("dataset") in datasets and not whole:
-        options = resumed(str(folder), config, {})
-        dataset = offered(datasets.find(options.dataset), options.data_root, options)
+        make = datasets.find(config["dataset"])
+        dataset = make(Options.of_flat(config, groups_of([make])))
     views = {}
     for m, spec in specs.items():
         if dataset:
@@ -217,11 +215,3 @@ def restored_make(spec: Any) -> Any:
 def address(thing: object) -> str:
     """module:name of a class or function; of anything else, such as a partial, a name that cannot be imported."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
-
-
-def imported(where: str, remedy: str) -> Any:
-    module, _, path = where.partition(":")
-    try:
-        return attrgetter(path)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{where} cannot be imported: {remedy}") from None

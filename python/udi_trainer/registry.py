@@ -1,8 +1,12 @@
-"""What can be chosen by name: methods, datasets, encoders, fusion rules. Rooms fill these; this file imports none."""
+"""What can be chosen by name: methods, datasets, encoders, fusion rules.
 
-import inspect
+Packages register here; this module imports none of them.
+"""
+
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from .errors import UserError, choose
@@ -11,7 +15,7 @@ T = TypeVar("T", bound=Callable)
 
 
 class Registry(dict[str, Any]):
-    """Names to things, filled by a decorator: ``@encoders.register("cnn")``."""
+    """Objects by name. A decorator fills it: ``@encoders.register("cnn")``."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -22,9 +26,12 @@ class Registry(dict[str, Any]):
     def register(
         self, name: str, needs: tuple[str, ...] = (), extra: str | None = None, **recommended: Any
     ) -> Callable:
-        """``needs``: modules without which it is of no use, that this extra of the package installs.
+        """Registers what it decorates.
 
-        ``recommended``: options with it, where the user has not chosen others.
+        Args:
+            needs: modules that it cannot work without.
+            extra: the extra of this package that installs them.
+            recommended: options for it, unless the user chooses others.
         """
 
         def add(thing: T) -> T:
@@ -34,7 +41,7 @@ class Registry(dict[str, Any]):
         return add
 
     def find(self, name: str) -> Any:
-        """The thing of this name, or an error that lists the names, or says what it lacks."""
+        """The object of this name; the error lists the names, or the modules that are missing."""
         thing = self[choose(self.kind, name, self)]
         modules, extra = self._needs[name]
         missing = [module for module in modules if find_spec(module) is None]
@@ -43,11 +50,13 @@ class Registry(dict[str, Any]):
         return thing
 
 
-def offered(function: Callable, *args):
-    """Calls it with the first of these arguments, as many as it takes."""
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    taken = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds]
-    return function(*args[: len(taken)])
+def imported(where: str, remedy: str) -> Any:
+    """The object that ``module:name`` refers to."""
+    module, _, path = where.partition(":")
+    try:
+        return attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} cannot be imported ({error}): {remedy}") from None
 
 
 methods = Registry("method")

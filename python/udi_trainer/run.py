@@ -1,10 +1,9 @@
 """What all parts of a run share: options, data, device, seeds and the log."""
 
-import dataclasses
 import os
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,11 +11,14 @@ from . import distributed
 from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
-from .options import MOVABLE, Options
+from .evaluation.fusion import FusionOptions
+from .options import Options, upgraded
 from .registry import datasets
 from .run_folder import REPEAT, RunFolder
 from .seeds import derive_seed, seeded
 from .stop import Stop
+
+T = TypeVar("T")
 
 
 class Run:
@@ -43,11 +45,10 @@ class Run:
     def seed(self, *key: object) -> int:
         return derive_seed(self.options.seed, *key)
 
-    def make(self, task: Any, *args: Any, **named: Any) -> Any:
-        """A task of this class, its initial weights drawn from the seed of its name."""
-        modality = args[0] if args else None
-        with seeded(self.seed(task.name_of(modality))):
-            return task(self, *args, **named)
+    def make(self, task: Callable[..., T], **arguments: Any) -> T:
+        """A task of this class with these arguments; its initial weights are drawn from the seed of its name."""
+        with seeded(self.seed(task.name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
+            return task(self, **arguments)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
@@ -63,7 +64,8 @@ class Run:
     def fusion(self, own: str = "auto") -> str:
         """The fusion rule: the one asked for, else the method's own, else what the dataset recommends."""
         recommended = datasets.recommended.get(self.options.dataset, {}).get("fusion", "auto")
-        return next((rule for rule in (self.options.fusion, own) if rule != "auto"), recommended)
+        chosen = self.options.of(FusionOptions).fusion
+        return next((rule for rule in (chosen, own) if rule != "auto"), recommended)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -86,7 +88,7 @@ class Run:
         keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
         if saved.keys() != keys or saved["stage"] != stage:
             raise UserError(f"{path} is no checkpoint of {stage}: {REPEAT}")
-        theirs = identity(Options.make(**saved["options"]))
+        theirs = identity(Options.of_flat(upgraded(saved["options"]), map(type, self.options.groups)))
         for name, value in mine.items():
             if value != theirs[name]:
                 values = f"{name} {theirs[name]}, in config.json {value}"
@@ -123,8 +125,9 @@ def event_writer(folder: RunFolder):
 
 
 def identity(options: Options) -> dict:
-    """What the figures depend on."""
-    return {name: value for name, value in dataclasses.asdict(options).items() if name not in (*MOVABLE, "out")}
+    """The options that the figures depend on."""
+    fixed = {name for name, field in options.fields().items() if name != "out" and not field.metadata["movable"]}
+    return {name: value for name, value in options.flat().items() if name in fixed}
 
 
 def choose_device(name: str) -> torch.device:

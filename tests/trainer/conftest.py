@@ -39,7 +39,7 @@ def register(monkeypatch):
 def three_views(register):
     """The name of a dataset of three modalities, the first the cleanest."""
 
-    def three(data_root):
+    def three(options):
         generator = torch.Generator().manual_seed(0)
         centers = torch.randn(4, 6, generator=generator)
         noise = {"clean": 0.3, "noisy": 1.0, "worse": 2.0}

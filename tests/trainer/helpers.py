@@ -81,8 +81,9 @@ def one_line(text):
 
 def make_run(dataset="cgdigits", **options):
     """A run of these options on the CPU, that writes nothing. ``dataset``: its name, or itself."""
-    data = datasets[dataset](None) if isinstance(dataset, str) else dataset
-    return Run(Options(**options), data, torch.device("cpu"), RunFolder(None))
+    options = Options.make(dataset=dataset, **options)
+    data = datasets[dataset](options) if isinstance(dataset, str) else dataset
+    return Run(options, data, torch.device("cpu"), RunFolder(None))
 
 
 def training_batch(task, size=32, seed=0):

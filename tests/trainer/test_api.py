@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from udi_trainer import Outcome, Split, UserError, train
+from udi_trainer import Options, Outcome, Split, UserError, train
 from udi_trainer.command import main
 from udi_trainer.evaluation.fusion import combine
 from udi_trainer.evaluation.scores import accuracy, scores
 from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets
-from udi_trainer.training.loop import outputs
+from udi_trainer.training.inference import outputs
 
 from .helpers import METHODS, read_log, read_metrics, without_times
 
@@ -68,7 +68,7 @@ def test_every_method_on_data_and_encoders_of_one_s_own(mixed, method, tmp_path)
 def test_a_model_of_all_modalities_is_judged_without_each(three_views, method):
     """Features of what is missing are 0; DI-MML's own head of it says nothing, and its fusion head less."""
     result = train(three_views, method, epochs=2, baselines=[], progress=False)
-    test = datasets[three_views](None).test
+    test = datasets[three_views](Options()).test
     whole, inputs = result.predictor.logits(test), {name: x.float() for name, x in test.stored.items()}
     for i, m in enumerate(test.stored):
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_the_same_figures_as_the_command(three_views):
     assert main(["--dataset", three_views, *text, "--out", "command"]) == 0
     options = {"epochs": 2, "baselines": ["joint", "ensemble"], "controller": "dynamic", "align_every": 3, "seed": 4}
     by_name = train(three_views, **options)
-    in_memory = train(datasets[three_views](None), **options, out="python", progress=False)
+    in_memory = train(datasets[three_views](Options()), **options, out="python", progress=False)
     command = without_times(read_metrics("command"))
     for result in (by_name, in_memory):
         assert without_times(json.loads(json.dumps(result.metrics))) == command

@@ -1,6 +1,5 @@
 """The command: what a run leaves behind and prints, what it refuses, what its help says."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ import pytest
 from udi_trainer import Options, console
 from udi_trainer.command import main, parse
 from udi_trainer.data.dataset import Split
-from udi_trainer.options import spelled
+from udi_trainer.options import all_fields, spelled
 from udi_trainer.registry import datasets
 
 from .helpers import METHODS, TRAIN, one_line, read_log, read_metrics, start
@@ -209,8 +208,8 @@ def test_bad_input_has_no_traceback():
 def test_bad_data_is_refused_before_a_folder_is_made(register, capsys):
     """The check of the data is the command's too; see data/test_check.py for what it finds."""
 
-    def damaged(data_root):
-        data = datasets["cgdigits"](data_root)
+    def damaged(options):
+        data = datasets["cgdigits"](options)
         color = data.test.stored["color"].clone()
         color[7] = float("nan")
         data.test = Split(data.test.labels, data.test.stored | {"color": color})
@@ -228,23 +227,81 @@ def test_loss_that_explodes(capsys):
     assert "not finite" in message and "lower --lr" in message
 
 
-def test_help_explains_every_option_in_groups(capsys):
+def help_of(argv, capsys):
+    """Headings, flags and text."""
     with pytest.raises(SystemExit) as end:
-        main(["--help"])
+        main([*argv, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(Options):
-        assert f"  {spelled(field.name)} " in text or f"  {spelled(field.name)}\n" in text
-    assert "default: 30" in text and "udi, joint" in text.replace("\n", " ") or "ensemble" in text
-    groups = re.findall(r"^(\S.*):$", text, re.MULTILINE)
-    assert groups[-6:] == ["what to train", "data of your own", "training", "UDI", "DI-MML", "machine"]
+    return re.findall(r"^(\S.*):$", text, re.MULTILINE), set(re.findall(r"^  (--\S+)", text, re.MULTILINE)), text
+
+
+def test_help_shows_what_belongs_to_the_chosen_method(capsys):
+    headings, flags, text = help_of([], capsys)
+    followers = "UDI: the followers' losses"
+    assert headings == ["what to train", "UDI", followers, "fusion", "data", "training", "machine", "further"]
+    assert {"--q-width", "--anchor", "--resplit", "--epochs"} <= flags and "default: 30" in text
+    assert not {"--contrast-weight", "--frames", "--rho"} & flags and "--help all" in text
+    headings, flags, _ = help_of(["--method", "ogm-ge", "--dataset", "cremad", "--baselines", "self-training"], capsys)
+    assert headings[:4] == ["what to train", "OGM-GE", "self-training", "fusion"] and "--anchor" not in flags
+    assert {"--data-root", "--stft", "--fold", "--skip-bad"} <= flags
+
+
+def test_help_all_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help", "all"])
+    text = capsys.readouterr().out
+    for name in all_fields():
+        assert f"  {spelled(name)} " in text or f"  {spelled(name)}\n" in text
+
+
+def test_options_of_one_s_own(capsys):
+    """By --method module:function, from the working directory, in its help too."""
+    Path("of_my_own.py").write_text(METHOD)
+    argv = ["--method", "of_my_own:mine", "--dataset", "cgdigits", "--epochs", "1"]
+    assert main([*argv, "--my-alpha", "0.3", "--out", "run"]) == 0
+    assert read_metrics("run")["fused"]["alpha"] == 0.3
+    assert json.loads(Path("run/config.json").read_text())["my_alpha"] == 0.3
+    assert "--my-alpha" in help_of(argv, capsys)[1]
+    assert main(["--resume", "run"]) == 2
+    assert "give it again, --method of_my_own:mine" in one_line(capsys.readouterr().err)
+    assert main(["--resume", "run", "--method", "of_my_own:mine"]) == 0
+    capsys.readouterr()
+    assert main(["--my-alpha", "0.3"]) == 2 and "unrecognized" in one_line(capsys.readouterr().err)
+
+
+METHOD = """
+from dataclasses import dataclass
+
+from udi_trainer import Group, option, reads
+from udi_trainer.methods.joint import joint
+from udi_trainer.options import number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Group, title="mine"):
+    my_alpha: float = option(0.1, number(float, 0), "a number")
+
+
+@reads(Mine)
+def mine(run):
+    outcome = joint(run)
+    outcome.metrics["fused"]["alpha"] = run.options.of(Mine).my_alpha
+    return outcome
+"""
 
 
 def test_options_of_the_command_are_those_of_python():
     """The same values from text, commas and dashes as from Python."""
-    text = "--epochs 3 --baselines joint,ensemble --noise 0.1,0.2 --lr-step 5,0.5 --amp --tf32 --q-warmup 0"
+    text = "--epochs 3 --baselines joint,ensemble --noise 0.1,0.2 --schedule step --lr-step 5,0.5 --amp --q-warmup 0"
     options, folder = parse(text.split())
     assert folder is None and options == Options.make(
-        epochs=3, baselines=["joint", "ensemble"], noise=(0.1, 0.2), lr_step=[5, 0.5], amp="bf16", tf32=True, q_warmup=0
+        epochs=3,
+        baselines=["joint", "ensemble"],
+        noise=(0.1, 0.2),
+        schedule="step",
+        lr_step=[5, 0.5],
+        amp="bf16",
+        q_warmup=0,
     )
     assert parse([])[0] == Options.make()

@@ -2,13 +2,23 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from udi_trainer import Options, UserError
-from udi_trainer.options import MOVABLE, resumed
+from udi_trainer import Group, Options, UserError, option, reads
+from udi_trainer.data.cache import CacheOptions
+from udi_trainer.data.dataset import DataRoot
+from udi_trainer.data.digits import Resplit
+from udi_trainer.data.manifest import ManifestFile
+from udi_trainer.evaluation.fusion import FusionOptions
+from udi_trainer.methods.follower import FollowerOptions
+from udi_trainer.methods.self_training import SelfTrainingOptions
+from udi_trainer.methods.udi import UDIOptions
+from udi_trainer.options import fields_of, number, resumed
+from udi_trainer.registry import datasets, methods
 
 
 @pytest.mark.parametrize(
@@ -21,10 +31,10 @@ from udi_trainer.options import MOVABLE, resumed
         ({"lr": float("nan")}, "lr: nan is not a number above 0"),
         ({"lr": "fast"}, "lr: 'fast' is not a number"),
         ({"lr": [0.1]}, r"lr: \[0.1\] is not a number"),
-        ({"momentum": 1.0}, "momentum: 1.0 is not a number of at least 0 and below 1"),
+        ({"momentum": 1.0, "optimizer": "sgd"}, "momentum: 1.0 is not a number of at least 0 and below 1"),
         ({"noise": 0.3}, "noise: 0.3 is not two amounts INPUT,LABEL such as 0.5,0.5"),
         ({"noise": (0.3, 0.1, 0.2)}, "noise: .* is not two amounts"),
-        ({"lr_step": (1.5, 0.1)}, "lr_step: 1.5 is not an integer"),
+        ({"lr_step": (1.5, 0.1), "schedule": "step"}, "lr_step: 1.5 is not an integer"),
         ({"align_every": 2.5, "controller": "dynamic"}, "align_every: 2.5 is not an integer"),
         ({"optimizer": "adam"}, "optimizer: unknown value 'adam': choose from adamw, sgd"),
         ({"schedule": 3}, "schedule: unknown value 3: choose from cosine, step, constant"),
@@ -37,20 +47,82 @@ from udi_trainer.options import MOVABLE, resumed
         ({"fusion": "median"}, "unknown fusion rule 'median': choose from auto, mean, sum, weighted"),
         ({"controller": "dynamic", "alpha": (1, 1)}, "--alpha needs --controller static"),
         ({"align_every": 3}, "--align-every needs --controller dynamic"),
-        ({"race": 0.5, "anchor": "gray"}, "--race chooses the anchor"),
+        ({"race": 0.5, "anchor": "gray"}, "--race needs --anchor auto"),
         ({"labels": 0}, "labels: 0 is not an integer of at least 1"),
         ({"labels": 1.5}, "labels: 1.5 is not a number above 0"),
         ({"labels": "few"}, "labels: 'few' is not an integer"),
-        ({"rho": 1.1}, "rho: 1.1 is not a number of at least 0"),
+        ({"rho": 1.1, "dataset": "huedigits"}, "rho: 1.1 is not a number of at least 0"),
         ({"rounds": 2}, "--rounds needs --teacher fused"),
-        ({"teacher": "fused", "anchor": "left"}, "--teacher fused trains all modalities"),
-        ({"teacher": "fused", "race": 0.5}, "--teacher fused trains all modalities"),
-        ({"teacher": "fused", "follower_loss": "residual"}, "--follower-loss residual needs --teacher anchor"),
+        ({"teacher": "fused", "anchor": "left"}, "--anchor needs --teacher anchor"),
+        ({"teacher": "fused", "race": 0.5}, "--race needs --teacher anchor"),
+        ({"teacher": "fused", "follower_loss": "residual"}, "--follower-loss needs --teacher anchor"),
+        ({"lr_step": (5, 0.1)}, "--lr-step needs --schedule step"),
+        ({"momentum": 0.5}, "--momentum needs --optimizer sgd"),
     ],
 )
 def test_what_is_refused(given, wanted):
     with pytest.raises(UserError, match=wanted):
-        Options(**given)
+        Options.make(**given)
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ({"method": "joint", "contrast_weight": 5.0}, "--contrast-weight has no effect .* belongs to method dimml"),
+        ({"method": "joint", "q_width": 7}, "--q-width has no effect on this run: it belongs to method udi"),
+        ({"dataset": "cgdigits", "rho": 0.2}, "--rho has no effect on this run: it belongs to data set huedigits"),
+        ({"dataset": "cgdigits", "frames": 9}, "--frames has no effect .* data sets manifest, cremad, kinetics-sounds"),
+        ({"method": "joint", "fusion": "sum"}, "--fusion has no effect .* methods dimml, ensemble, self-training, udi"),
+        ({"dataset": "cgdigits", "data_root": "x"}, "--data-root has no effect .* data sets cgmnist, splitdigits"),
+        ({"method": "udi", "ogm_alpha": 0.5}, "--ogm-alpha has no effect on this run: it belongs to method ogm-ge"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(given, wanted):
+    with pytest.raises(UserError, match=wanted):
+        Options.make(**given)
+
+
+def test_options_of_baselines_are_read():
+    options = Options.make(method="joint", baselines="dimml,udi", contrast_weight=5.0, q_width=7)
+    assert options.flat()["contrast_weight"] == 5 and options.of(FollowerOptions).q_width == 7
+    assert "contrast_weight" not in Options.make().flat()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Group, title="my method"):
+    my_alpha: float = option(0.1, number(float, 0), "a number of one's own")
+
+
+@reads(Own)
+def mine(run):
+    raise NotImplementedError
+
+
+def test_options_of_one_s_own():
+    assert Options.make(method=mine, my_alpha="0.3").of(Own).my_alpha == 0.3
+    assert Options.make(method=mine).of(Own) == Own() == Options.make().of(Own)
+    with pytest.raises(UserError, match="my_alpha: -1 is not a number of at least 0"):
+        Options.make(method=mine, my_alpha=-1)
+    with pytest.raises(UserError, match="unknown option 'my_alpha'"):
+        Options.make(my_alpha=1)
+
+
+@pytest.mark.parametrize(
+    "name, owner", [("lr", "every run"), ("q_width", "UDI: the followers' losses"), ("resume", "train")]
+)
+def test_a_name_that_is_taken_is_refused(name, owner):
+    group = dataclasses.make_dataclass(
+        "Clash", [(name, int, option(1, number(int), "taken"))], bases=(Group,), frozen=True, kw_only=True
+    )
+    with pytest.raises(UserError, match=f"option {name} of Clash is taken by {owner!r}: choose another name"):
+        Options.make(method=reads(group)(lambda run: None))
+
+
+def test_names_are_unique():
+    """All registered groups together, so that any method goes with any data set."""
+    groups = {group for registry in (methods, datasets) for f in registry.values() for group in getattr(f, "reads", ())}
+    names = [field.name for group in groups | {Options} for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names)) > 60
 
 
 def test_an_option_that_does_not_exist():
@@ -60,45 +132,49 @@ def test_an_option_that_does_not_exist():
 
 def test_values_are_of_the_option_s_type():
     """However they come: as text, as NumPy's numbers, as lists, as paths."""
-    options = Options(epochs=np.int64(3), lr=1, noise="0.1,0.2", lr_step=[5, "0.5"], baselines="joint", out=Path("a"))
+    given = {"epochs": np.int64(3), "lr": 1, "noise": "0.1,0.2", "lr_step": [5, "0.5"], "out": Path("a")}
+    options = Options.make(**given, schedule="step", baselines="joint")
     assert (options.epochs, options.lr, options.noise, options.lr_step) == (3, 1.0, (0.1, 0.2), (5, 0.5))
     assert type(options.epochs) is int and type(options.lr) is float
     assert options.baselines == ("joint",) and options.out == "a"
-    assert json.loads(json.dumps(dataclasses.asdict(options)))["epochs"] == 3
+    assert json.loads(json.dumps(options.flat()))["epochs"] == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.epochs = 4
 
 
 def test_defaults_that_follow_others():
-    assert Options().baselines == ("joint",) and Options(method="joint").baselines == ()
-    assert Options(baselines="none").baselines == Options(baselines=[]).baselines == ()
-    assert Options().alpha == (1, 1) and Options(controller="dynamic").alpha is None
-    assert Options().weight_decay == 0.01 and Options(optimizer="sgd").weight_decay == 1e-4
-    assert Options(optimizer="sgd", weight_decay=0).weight_decay == 0
+    assert Options().baselines == ("joint",) and Options.make(method="joint").baselines == ()
+    assert Options.make(baselines="none").baselines == Options.make(baselines=[]).baselines == ()
+    assert FollowerOptions().alpha == (1, 1) and FollowerOptions(controller="dynamic").alpha is None
+    assert Options().weight_decay == 0.01 and Options.make(optimizer="sgd").weight_decay == 1e-4
+    assert Options.make(optimizer="sgd", weight_decay=0).weight_decay == 0
 
 
 def test_published_protocols_can_be_said():
     """SGD with momentum, a learning rate cut to a tenth after 70 epochs; a modality trained until it has converged."""
-    options = Options(optimizer="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4, schedule="step", lr_step=(70, 0.1))
+    options = Options.make(
+        optimizer="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4, schedule="step", lr_step=(70, 0.1)
+    )
     assert (options.momentum, options.lr_step) == (0.9, (70, 0.1))
-    assert Options(schedule="constant", epochs=1000, patience=20).patience == 20
+    assert Options.make(schedule="constant", epochs=1000, patience=20).patience == 20
 
 
 def test_counts_and_fractions():
-    kinds = [Options(labels=x).labels for x in ("100", "0.1", "1", "1.0", np.int64(5), 1.0)]
+    kinds = [Options.make(labels=x).labels for x in ("100", "0.1", "1", "1.0", np.int64(5), 1.0)]
     assert kinds == [100, 0.1, 1, 1.0, 5, 1.0] and [type(x) for x in kinds] == [int, float, int, float, int, float]
 
 
 def test_what_a_dataset_recommends():
-    """It gives way to what the user says, and is no business of other datasets."""
+    """It yields to what the user says, concerns no other data set, and reaches only what reads it."""
     few = Options.make(dataset="fewdigits")
-    assert (few.labels, few.resplit, few.alpha, few.fusion) == (100, 100, (1, 0), "auto")
-    assert Options.make(dataset="fewdigits", labels=50, alpha=(1, 1)).alpha == (1, 1)
-    assert Options.make(dataset="fewdigits", controller="dynamic").alpha is None
-    assert Options.make(dataset="huedigits").anchor == "hue"
-    assert Options.make(dataset="huedigits", teacher="fused").anchor == "auto"
-    assert Options.make(dataset="huedigits", race=0.2).anchor == "auto"
-    assert Options.make(dataset="splitdigits") == Options(dataset="splitdigits")
+    assert (few.labels, few.of(Resplit).resplit, few.of(FollowerOptions).alpha) == (100, 100, (1, 0))
+    assert few.of(FusionOptions).fusion == "auto"
+    assert Options.make(dataset="fewdigits", labels=50, alpha=(1, 1)).of(FollowerOptions).alpha == (1, 1)
+    assert Options.make(dataset="fewdigits", controller="dynamic").of(FollowerOptions).alpha is None
+    assert Options.make(dataset="fewdigits", method="joint").labels == 100
+    for given, anchor in ({}, "hue"), ({"teacher": "fused"}, "auto"), ({"race": 0.2}, "auto"):
+        assert Options.make(dataset="huedigits", **given).of(UDIOptions).anchor == anchor
+    assert Options.make(dataset="splitdigits").of(Resplit).resplit is None
     assert resumed("run", saved(dataset="fewdigits", labels=50), {}).labels == 50
 
 
@@ -106,11 +182,11 @@ def test_what_a_dataset_recommends():
 
 
 def saved(**options):
-    return json.loads(json.dumps(dataclasses.asdict(Options(**options)) | {"environment": {"torch": "9"}}))
+    return json.loads(json.dumps(Options.make(**options).flat() | {"environment": {"torch": "9"}}))
 
 
 def test_a_run_is_resumed_with_its_own_options():
-    options = Options(epochs=3, noise=(0.1, 0.2), alpha=(0.5, 2), baselines=["joint", "ensemble"], patience=4)
+    options = Options.make(epochs=3, noise=(0.1, 0.2), alpha=(0.5, 2), baselines=["joint", "ensemble"], patience=4)
     config = saved(epochs=3, noise=(0.1, 0.2), alpha=(0.5, 2), baselines=["joint", "ensemble"], patience=4)
     assert resumed("run", config, {}) == options
     same = {"epochs": 3, "noise": "0.1,0.2", "alpha": [0.5, 2], "baselines": "joint,ensemble", "race": None}
@@ -118,11 +194,32 @@ def test_a_run_is_resumed_with_its_own_options():
 
 
 def test_it_may_have_moved_to_another_machine():
-    moved = {"device": "cpu", "data_root": "elsewhere", "data": "host", "engine": "eager", "compile": True}
-    moved |= {"manifest": "elsewhere.csv", "cache_dir": "cache", "tensorboard": True, "shard": False}
-    assert set(moved) == set(MOVABLE)
-    options = resumed("run", saved(data_root="here", shard=True), moved)
-    assert {name: getattr(options, name) for name in moved} == moved
+    moved = {"device": "cpu", "data": "host", "engine": "eager", "compile": True, "tensorboard": True, "shard": False}
+    moved |= {"manifest": "elsewhere.csv", "cache_dir": "cache"}
+    options = resumed("run", saved(dataset="manifest", manifest="here.csv", shard=True), moved)
+    assert {name: options.flat()[name] for name in moved} == moved
+    options = resumed("run", saved(data_root="here"), {"data_root": "elsewhere"})
+    assert options.of(DataRoot).data_root == "elsewhere"
+    movable = {name for group in (Options, DataRoot, ManifestFile, CacheOptions, FollowerOptions)
+               for name, field in fields_of(group).items() if field.metadata["movable"]}  # fmt: skip
+    assert movable == {*moved, "data_root"}
+
+
+def test_a_run_of_an_older_version_is_resumed():
+    """Its config.json has all options there were, and lacks younger ones."""
+    older = saved(method="self-training") | {"alpha": [3.0, 1.0], "q_width": 7, "rho": 0.5, "noise": None}
+    del older["self_training_weight"]
+    options = resumed("run", older, {})
+    assert options.of(SelfTrainingOptions).self_training_weight == 3 and "q_width" not in options.flat()
+
+
+def test_nothing_is_imported_because_a_folder_names_it(tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="method 'hostile:run' is not the trainer's own: give it again, --method host"):
+        resumed("run", saved() | {"method": "hostile:run"}, {})
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -142,5 +239,5 @@ def test_what_conflicts_with_it(given, wanted):
 
 
 def test_damaged_options():
-    with pytest.raises(UserError, match="--resume run: config.json is damaged: epochs: 0 is not"):
+    with pytest.raises(UserError, match="--resume run: config.json cannot be used: epochs: 0 is not"):
         resumed("run", saved() | {"epochs": 0}, {})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from udi_trainer import Modality, Outcome, Split, UserError, load, train
+from udi_trainer import Modality, Options, Outcome, Split, UserError, load, train
 from udi_trainer.command import main
 from udi_trainer.methods.unimodal import train_alone
 from udi_trainer.registry import datasets
@@ -52,7 +52,7 @@ def test_the_same_probabilities_in_another_process(mixed, mine):
     """Of encoders and functions of one's own in a module, of a joint model, of a dataset of the trainer."""
     modalities = mixed.modalities | {"sensor": Modality("mlp", ("vector",), mine.halved)}
     data, encoders = replace(mixed, modalities=modalities), {"audio": mine.Flat, "sensor": mine.Flat}
-    digits = datasets["cgdigits"](None)
+    digits = datasets["cgdigits"](Options())
     options = {"epochs": 2, "baselines": [], "progress": False}
     for folder, dataset, method, own in [
         ("udi", data, "udi", encoders),
@@ -109,7 +109,7 @@ def test_what_cannot_be_loaded(mixed):
     with pytest.raises(UserError, match="unknown modality 'sound': choose from audio, picture, sensor"):
         load("run", encoders={"sound": "mlp"})
     with pytest.raises(UserError, match="unknown modality 'audio': choose from gray, color"):
-        load("run", dataset=datasets["cgdigits"](None))
+        load("run", dataset=datasets["cgdigits"](Options()))
     file = Path("run/checkpoints/model.pt")
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(UserError, match="model.pt is damaged .*: delete it"):
@@ -139,6 +139,6 @@ def test_many_samples_are_predicted_in_pieces(mixed):
 
 def test_a_finished_folder_of_the_command():
     assert main(["--dataset", "cgdigits", "--epochs", "1", "--method", "ensemble", "--amp", "--out", "run"]) == 0
-    test = datasets["cgdigits"](None).test
+    test = datasets["cgdigits"](Options()).test
     scored = (load("run").predict(test).argmax(1) == test.labels).double().mean().item()
     assert scored == json.loads(Path("run/metrics.json").read_text())["fused"]["test_acc"]

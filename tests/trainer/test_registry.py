@@ -13,8 +13,8 @@ from .helpers import read_metrics
 def test_additions_are_there_for_the_command(register):
     """A method, an encoder and a dataset."""
 
-    def linear_digits(data_root):
-        digits = datasets["cgdigits"](data_root)
+    def linear_digits(options):
+        digits = datasets["cgdigits"](options)
         for modality in digits.modalities.values():
             modality.encoder = "linear"
         return digits

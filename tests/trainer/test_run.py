@@ -52,7 +52,7 @@ def test_adamw_decays_as_asked(mixed):
 
 def test_the_optimizer_is_that_of_all_methods(mixed):
     run = make_run(mixed, optimizer="sgd")
-    for task in (run.make(Alone, "audio"), run.make(Joint)):
+    for task in (run.make(Alone, modality="audio"), run.make(Joint)):
         assert isinstance(task.optimizer, torch.optim.SGD)
 
 
@@ -62,10 +62,10 @@ def test_tasks_are_made_from_their_own_seed(mixed):
     for seed in (0, 1):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        states.append(run.make(Alone, "audio").model.state_dict())
+        states.append(run.make(Alone, modality="audio").model.state_dict())
         assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
-    other = make_run(mixed, seed=1).make(Alone, "audio").model.state_dict()
+    other = make_run(mixed, seed=1).make(Alone, modality="audio").model.state_dict()
     assert not torch.equal(other["head.weight"], states[0]["head.weight"])
 
 

@@ -44,6 +44,9 @@ class Estimator(Study):
     def settle(self, argv):
         return vars(gaussian.parse([*argv, "--out", "unused"]))
 
+    def extra(self, argv, extra):
+        return extra
+
     def keep(self, metrics, history):
         return {"metrics": metrics}
 

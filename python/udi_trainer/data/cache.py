@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,18 @@ import torch
 
 from ..console import Progress
 from ..errors import UserError
+from ..options import Group, option, pathname
 from ..run_folder import read_json, write_json
 
 VERSION = 1  # of how things are decoded: another number decodes all anew
 KEY = 16  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(Group, title="data"):
+    cache_dir: str | None = option(
+        None, pathname, "where decoded data is kept", "DIR", "the user's cache", movable=True
+    )
 
 
 class Unreadable(Exception):

@@ -34,7 +34,7 @@ def check_presence(data: Dataset) -> None:
     """Each split has samples of each modality, with a label."""
     for m in data.modalities:
         for name, split in data.splits().items():
-            if (has := split.has(m)) is not None and not (has & (split.labels >= 0)).any():
+            if (has := split.present(m)) is not None and not (has & (split.labels.cpu() >= 0)).any():
                 raise UserError(f"no {name} sample has {m}: leave the modality out")
 
 

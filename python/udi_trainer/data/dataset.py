@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..options import Group, number, option, pathname
+
 Encoder = str | Callable[[torch.Size], nn.Module]
 FEATURES = 64  # width of the trainer's own encoders, unless an option says otherwise
 Batch = dict[str, torch.Tensor]  # what is stored of some samples, their labels, and what samples they are
@@ -15,6 +17,22 @@ Batch = dict[str, torch.Tensor]  # what is stored of some samples, their labels,
 def presence(modality: str) -> str:
     """Name of the stored tensor, bool (N,), that tells which samples have this modality; without it all have."""
     return f"{modality} present"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRoot(Group, title="data"):
+    data_root: str | None = option(None, pathname, "folder of the data set's files", "DIR", movable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Group, title="data"):
+    fold: int | None = option(
+        None,
+        number(int, 0),
+        "which speakers, actors or films are held out for validation and test",
+        "N",
+        "0; of cremad none, its customary split",
+    )
 
 
 @dataclass
@@ -38,9 +56,10 @@ class Split:
         tensors = {"labels": self.labels} | {name: self.stored[name] for name in names}
         return {"index": index} | {name: t.index_select(0, index) for name, t in tensors.items()}
 
-    def has(self, modality: str) -> torch.Tensor | None:
-        """Which samples have this modality, bool (N,); None: all."""
-        return self.stored.get(presence(modality))
+    def present(self, modality: str) -> torch.Tensor | None:
+        """The samples that have this modality, bool (N,) on the CPU; None if all do."""
+        mask = self.stored.get(presence(modality))
+        return None if mask is None or mask.all() else mask.cpu()
 
     def take(self, index: torch.Tensor) -> "Split":
         """These samples: numbers, or a bool of each."""

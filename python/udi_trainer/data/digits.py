@@ -1,24 +1,24 @@
 """Handwritten digits as two modalities: scikit-learn's and MNIST's, colored-and-gray, in halves, or with their hue.
 
-A new dataset is one function decorated with ``@datasets.register(name)`` that takes ``data_root`` (a path or None)
-and returns a :class:`Dataset`. Nothing here depends on the seed of a run, unless --resplit asks for that: all seeds see
-the same samples.
+A new data set is one function from :class:`Options` to a :class:`Dataset`, decorated with ``@datasets.register(name)``
+and, for options of its own, ``@reads(...)``. Nothing here depends on the seed of a run, unless --resplit asks for that:
+all seeds see the same samples.
 """
 
 import gzip
 import math
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
-from ..options import Options
+from ..options import Group, Options, number, option, reads
 from ..registry import datasets
 from ..seeds import derive_seed
-from .dataset import Dataset, Modality, Split
+from .dataset import DataRoot, Dataset, Modality, Split
 from .labels import stratified
 from .noise import noisy
 
@@ -98,55 +98,81 @@ def in_color(pixels: torch.Tensor, color: torch.Tensor) -> torch.Tensor:
     return pixels[:, None] * (color / 255)[:, :, None, None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resplit(Group, title="data"):
+    resplit: int | None = option(
+        None,
+        number(int, 1),
+        "draw training, this many samples of validation, and test by the seed",
+        "N",
+        "one split for all seeds",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hue(Group, title="data"):
+    rho: float = option(
+        0.95,
+        number(float, 0, below=1 + 1e-9),
+        "how often the hue is the label's own; in the shifted test split it is random",
+    )
+
+
 @datasets.register("cgdigits")
-def cgdigits(data_root: str | Path | None) -> Dataset:
+def cgdigits(options: Options) -> Dataset:
     """Colored-and-gray digits, 8x8, from scikit-learn."""
     return colored_and_gray(**digits())
 
 
 @datasets.register("cgmnist")
-def cgmnist(data_root: str | Path | None) -> Dataset:
+@reads(DataRoot)
+def cgmnist(options: Options) -> Dataset:
     """Colored-and-gray MNIST, 28x28."""
-    if data_root is None:
+    root = options.of(DataRoot).data_root
+    if root is None:
         raise UserError("dataset cgmnist needs --data-root DIR, the folder of MNIST's four idx.gz files")
-    return colored_and_gray(**mnist(data_root))
+    return colored_and_gray(**mnist(root))
 
 
 @datasets.register("splitdigits")
-def splitdigits(data_root: str | Path | None, options: Options | None = None) -> Dataset:
+@reads(DataRoot, Resplit)
+def splitdigits(options: Options) -> Dataset:
     """The halves of scikit-learn's digits, 8x4, or with a data root of MNIST's, 28x14."""
-    return split_in_halves(**drawn(mnist(data_root) if data_root else digits(), options))
+    return split_in_halves(**drawn(options))
 
 
 @datasets.register("fewdigits", labels=100, resplit=100, alpha=(1.0, 0.0), fusion="loglinear")
-def fewdigits(data_root: str | Path | None, options: Options | None = None) -> Dataset:
-    """splitdigits of which few have labels: what consistency with the anchor is for."""
-    return splitdigits(data_root, options)
+@reads(DataRoot, Resplit)
+def fewdigits(options: Options) -> Dataset:
+    """splitdigits with few labels: a task for consistency with the anchor."""
+    return splitdigits(options)
 
 
 @datasets.register("huedigits", anchor="hue")
-def huedigits(data_root: str | Path | None, options: Options | None = None) -> Dataset:
+@reads(DataRoot, Resplit, Hue)
+def huedigits(options: Options) -> Dataset:
     """Digits in a hue that mostly tells the label, and that hue; scikit-learn's, or with a data root MNIST's."""
-    parts = drawn(mnist(data_root) if data_root else digits(), options)
-    return with_hue(**parts, rho=options.rho if options else Options.rho)
+    return with_hue(**drawn(options), rho=options.of(Hue).rho)
 
 
-def drawn(parts: dict[str, Any], options: Options | None) -> dict[str, Any]:
-    """The splits as they are; or of --resplit redrawn by the seed.
+def drawn(options: Options) -> dict[str, Any]:
+    """scikit-learn's digits, or with a data root MNIST's: their own splits, or with --resplit splits drawn by the seed.
 
-    Training is as large as before, validation as asked for, and the rest is for test.
+    Training is then as large as before, validation as asked for, and the rest is for test.
     """
-    if options is None or options.resplit is None:
+    root, count = options.of(DataRoot).data_root, options.of(Resplit).resplit
+    parts = mnist(root) if root else digits()
+    if count is None:
         return parts
     names, seed = ("train", "val", "test"), derive_seed(options.seed, "resplit")
     generator = torch.Generator().manual_seed(seed)
     pixels, labels = (torch.cat([parts[name][i] for name in names]) for i in (0, 1))
     size, free = len(parts["train"][1]), torch.ones(len(labels), dtype=torch.bool)
-    if options.resplit >= len(labels) - size:
-        raise UserError(f"--resplit {options.resplit}: of {len(labels)} digits training takes {size}, and test some")
-    for name, count in (("train", size), ("val", options.resplit), ("test", len(labels) - size - options.resplit)):
+    if count >= len(labels) - size:
+        raise UserError(f"--resplit {count}: of {len(labels)} digits training takes {size}, and test some")
+    for name, wanted in (("train", size), ("val", count), ("test", len(labels) - size - count)):
         left = free.nonzero().flatten()
-        index = left[stratified(labels[left], count, generator)]
+        index = left[stratified(labels[left], wanted, generator)]
         free[index] = False
         parts[name] = pixels[index], labels[index]
     return parts | {"seed": seed}

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..options import Options
+from ..options import Group, Options, number, option, pair, some_of
 from ..registry import Registry
+from . import pipelines
 from .cache import KEY, Cache, Unreadable, digest, key_of, numpy_type
 from .dataset import Modality
-from .pipelines import Features, Pictures, Spectrogram, Tokens
+from .pipelines import Features, Spectrogram, Tokens
 
 kinds = Registry("kind")
 SAMPLES = 2000  # of training, spread evenly, that means and standard deviations are taken from
@@ -32,6 +33,46 @@ BUCKETS = 8191  # of hashed words; 0 is none
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SOUNDS = (".wav", ".flac", ".ogg")
 ARRAYS = (".npy", ".npz", ".pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Group, title="pictures and sound"):
+    image_size: int | None = option(
+        None, number(int, 4), "pixels that images and frames are resized to", "N", "64 or as small as they are"
+    )
+    frames: int = option(3, number(int, 1), "frames of a clip: random ones in training, else fixed ones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(Group, title="pictures and sound"):
+    sample_rate: int | None = option(
+        None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest there, 22050 at most"
+    )
+    audio_length: float | None = option(
+        None,
+        number(float, above=0),
+        "seconds of sound; shorter sound is repeated",
+        "S",
+        "of the longest, 10 at most",
+    )
+    stft: tuple[float, float] = option(
+        (23.22, 16.01),
+        pair("times WINDOW,HOP", number(float, above=0), number(float, above=0)),
+        "window and hop of the spectrogram, in milliseconds",
+        "WINDOW,HOP",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(Group, title="pictures and sound"):
+    augment: tuple[str, ...] = option(
+        (),
+        some_of("crop", "flip", "spec"),
+        "in training, at random: crop (images, sound), flip (images), spec (mask bands and times of spectrograms:"
+        " SpecAugment)",
+        "A,B",
+        "none",
+    )
 
 
 @dataclass
@@ -60,7 +101,8 @@ class Kind:
     facts = 4  # numbers that the first pass keeps of a file; 0: it has nothing to find out
 
     def __init__(self, column: Column):
-        self.column, self.options = column, column.options
+        self.column, self.pictures, self.sound = column, column.options.of(Pictures), column.options.of(Sound)
+        self.augment = column.options.of(Augmentation).augment
 
     def paths(self, cell) -> list[Path]:
         """The files that a cell stands for."""
@@ -203,8 +245,8 @@ class Image(Kind):
     def settle(self, facts):
         self.channels = int(facts[:, 0].max())
         self.mode = "L" if self.channels == 1 else "RGB"
-        self.size = self.options.image_size or min(64, int(facts[:, 1:3].max()))
-        self.margin = round(self.size / 7) if "crop" in self.options.augment else 0
+        self.size = self.pictures.image_size or min(64, int(facts[:, 1:3].max()))
+        self.margin = round(self.size / 7) if "crop" in self.augment else 0
         self.shape = self.channels, self.size + self.margin, self.size + self.margin
 
     def settings(self):
@@ -230,11 +272,11 @@ class Image(Kind):
 
     def modality(self, name, sample, keys):
         mean, std = self.normalisation(sample, keys, lambda x: x.movedim(-3, -1) / 255)
-        augment, clip = self.options.augment, len(self.shape) == 4
-        frames = self.options.frames if clip and self.shape[0] > self.options.frames else None
-        pipeline = Pictures(mean, std, self.size, frames, "flip" in augment, self.channels == 2)
+        augment, clip = self.augment, len(self.shape) == 4
+        frames = self.pictures.frames if clip and self.shape[0] > self.pictures.frames else None
+        pipeline = pipelines.Pictures(mean, std, self.size, frames, "flip" in augment, self.channels == 2)
         vary = pipeline.vary if self.margin or frames or pipeline.flip else None
-        still = Pictures(mean, std, self.size, frames, False, self.channels == 2)
+        still = pipelines.Pictures(mean, std, self.size, frames, False, self.channels == 2)
         return Modality(self.encoder, (name,), still, vary=vary)
 
 
@@ -256,7 +298,7 @@ class Frames(Image):
 
     def settle(self, facts):
         super().settle(facts)
-        wanted = self.options.frames
+        wanted = self.pictures.frames
         self.shape = max(wanted, min(int(facts[:, 3].max()), 4 * wanted)), *self.shape
 
     def decode(self, cell):
@@ -336,11 +378,11 @@ class Audio(Kind):
         return [facts.samplerate, facts.frames, facts.channels, 0]
 
     def settle(self, facts):
-        options = self.options
+        options = self.sound
         self.rate = options.sample_rate or min(FIELD_RATE, int(facts[:, 0].min()))
         longest = (facts[:, 1] / facts[:, 0]).max()
         used = options.audio_length or min(longest, LONGEST)
-        stored = max(used, min(longest, LONGEST)) if "crop" in options.augment else used
+        stored = max(used, min(longest, LONGEST)) if "crop" in self.augment else used
         self.window, self.hop = (max(1, round(self.rate * ms / 1000)) for ms in options.stft)
         self.length = max(round(used * self.rate), self.window)
         self.shape = (max(round(stored * self.rate), self.length),)
@@ -365,12 +407,11 @@ class Audio(Kind):
         return (np.resize(x, self.shape).clip(-1, 1) * 32767).round()
 
     def modality(self, name, sample, keys):
-        augment = self.options.augment
         plain = Spectrogram(0.0, 1.0, self.window, self.hop, self.length)
         mean, std = self.normalisation(
             sample, keys, lambda x: torch.cat([plain(part).flatten() for part in x.split(100)])[:, None], plain
         )
-        pipeline = Spectrogram(mean[0], std[0], self.window, self.hop, self.length, "spec" in augment)
+        pipeline = Spectrogram(mean[0], std[0], self.window, self.hop, self.length, "spec" in self.augment)
         vary = pipeline.vary if self.length < self.shape[0] or pipeline.mask else None
         return Modality(self.encoder, (name,), pipeline, vary=vary)
 

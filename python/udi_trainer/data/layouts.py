@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..options import Options
+from ..options import Options, reads
 from ..registry import datasets
-from .dataset import Dataset
-from .manifest import Rows, build
+from .cache import CacheOptions
+from .dataset import DataRoot, Dataset, Fold
+from .kinds import Augmentation, Pictures, Sound
+from .manifest import Columns, Rows, build
 from .pipelines import Features
 
+FILES = (DataRoot, Columns, CacheOptions)  # options of all readers here
 FOLDS = 7  # of cremad's actors: one for validation, the next for test
 
 
@@ -52,10 +55,11 @@ def one_of(folders: Sequence[Path], *names: str) -> str:
     return str(next((place for place in places if place.exists()), places[0]))
 
 
-def need_root(name: str, data_root) -> Path:
-    if data_root is None or not Path(data_root).is_dir():
-        raise UserError(f"dataset {name} needs --data-root DIR, the folder of its files (got {data_root})")
-    return Path(data_root)
+def need_root(name: str, options: Options) -> Path:
+    root = options.of(DataRoot).data_root
+    if root is None or not Path(root).is_dir():
+        raise UserError(f"dataset {name} needs --data-root DIR, the folder of its files (got {root})")
+    return Path(root)
 
 
 def assembled(root: Path, rows: list[dict[str, str]], options: Options, **defaults) -> Dataset:
@@ -66,19 +70,21 @@ def assembled(root: Path, rows: list[dict[str, str]], options: Options, **defaul
         "sample_rate": 22050,
         "kinds": {m: k for m, k in kinds.items() if m in rows[0]},
     } | defaults
-    options = replace(options, **{name: value for name, value in usual.items() if getattr(options, name) is None})
+    values = options.flat()
+    options = options.replace(**{n: value for n, value in usual.items() if values.get(n) is None})
     data = build(Rows(str(root), root, rows), options)
     return replace(data, modalities={m: replace(view, encoder="resnet18") for m, view in data.modalities.items()})
 
 
 @datasets.register("cremad", needs=("PIL", "soundfile"), extra="data")
-def cremad(data_root, options: Options) -> Dataset:
+@reads(*FILES, Fold, Pictures, Sound, Augmentation)
+def cremad(options: Options) -> Dataset:
     """CREMA-D: faces and voices of 91 actors, six emotions.
 
     Protocol of OGM-GE: train.csv and test.csv (id,LABEL), frames at one a second, sound repeated to 3 seconds. All
     actors are in both. With ``fold`` the actors of validation and test are in no other split.
     """
-    root = need_root("cremad", data_root)
+    root = need_root("cremad", options)
     frames = [found(root, "frames", "Image-01-FPS", "visual/Image-01-FPS", "visual")]
     sounds = [found(root, "sound", "AudioWAV", "Audio-01-FPS", "audio", "wav", "Audio")]
     rows = []
@@ -88,9 +94,10 @@ def cremad(data_root, options: Options) -> Dataset:
         ):
             files = {"frames": one_of(frames, name), "sound": one_of(sounds, f"{name}.wav")}
             rows.append({"id": name, "label": label, "split": split} | files)
-    if options.fold is not None:
+    fold = options.of(Fold).fold
+    if fold is not None:
         actors = sorted({row["id"].split("_")[0] for row in rows})
-        place = {actor: (i - options.fold) % FOLDS for i, actor in enumerate(actors)}
+        place = {actor: (i - fold) % FOLDS for i, actor in enumerate(actors)}
         for row in rows:
             row["group"] = row["id"].split("_")[0]
             row["split"] = ("val", "test")[place[row["group"]]] if place[row["group"]] < 2 else "train"
@@ -98,12 +105,13 @@ def cremad(data_root, options: Options) -> Dataset:
 
 
 @datasets.register("kinetics-sounds", needs=("PIL", "soundfile"), extra="data")
-def kinetics_sounds(data_root, options: Options) -> Dataset:
+@reads(*FILES, Pictures, Sound, Augmentation)
+def kinetics_sounds(options: Options) -> Dataset:
     """Kinetics-Sounds: 31 actions that are seen and heard.
 
     Lists as in OGM-GE's repository: my_train.txt and my_test.txt, lines ``id,10,label``; clips of 10 seconds.
     """
-    root = need_root("kinetics-sounds", data_root)
+    root = need_root("kinetics-sounds", options)
     rows = []
     for split in ("train", "test"):
         places = [f"{split}-videos/{split}-set-img", f"visual/{split}_img", f"{split}_img", "visual", "."]
@@ -119,13 +127,14 @@ def kinetics_sounds(data_root, options: Options) -> Dataset:
 
 
 @datasets.register("ave", needs=("PIL", "soundfile"), extra="data")
-def ave(data_root, options: Options) -> Dataset:
+@reads(*FILES, Pictures, Sound, Augmentation)
+def ave(options: Options) -> Dataset:
     """AVE: 28 events that are seen and heard (Tian et al. 2018, arXiv 1803.08842).
 
     The authors' trainSet.txt, valSet.txt and testSet.txt, lines ``category&id&quality&start&end``. A clip that is
     listed more than once counts once.
     """
-    root = need_root("ave", data_root)
+    root = need_root("ave", options)
     frames = [found(root, "frames", "Image-01-FPS-SE", "Image-01-FPS", "visual")]
     sounds = [found(root, "sound (wav)", "Audio-01-FPS-SE", "AudioWAV", "Audios", "audio", "wav", "Audio")]
     rows = {}
@@ -139,14 +148,15 @@ def ave(data_root, options: Options) -> Dataset:
 
 
 @datasets.register("ucf101", needs=("PIL",), extra="data")
-def ucf101(data_root, options: Options) -> Dataset:
+@reads(*FILES, Fold, Pictures, Augmentation)
+def ucf101(options: Options) -> Dataset:
     """UCF101: actions as pictures and optical flow, as feichtenhofer/twostreamfusion gives them away.
 
     jpegs_256/<clip>, tvl1_flow/u/<clip> and v, and trainlist01.txt and testlist01.txt; ``fold`` 1 and 2 are the other
     two lists. Clips of one group come from one film; validation takes whole groups.
     """
-    root = need_root("ucf101", data_root)
-    number = (options.fold or 0) + 1
+    root = need_root("ucf101", options)
+    number = (options.of(Fold).fold or 0) + 1
     frames = found(root, "frames", "jpegs_256", "ucf101_jpegs_256/jpegs_256")
     flow = found(root, "flow", "tvl1_flow", "ucf101_tvl1_flow/tvl1_flow")
     rows = []
@@ -163,9 +173,10 @@ def ucf101(data_root, options: Options) -> Dataset:
 
 
 @datasets.register("modelnet40", needs=("PIL",), extra="data")
-def modelnet40(data_root, options: Options) -> Dataset:
+@reads(*FILES, Pictures, Augmentation)
+def modelnet40(options: Options) -> Dataset:
     """ModelNet40 as 12 pictures of each object (MVCNN's <class>/{train,test}/<object>_001.png): views 1 and 7."""
-    root = need_root("modelnet40", data_root)
+    root = need_root("modelnet40", options)
     objects = {}
     for split in ("train", "test"):
         for file in sorted(root.glob(f"*/{split}/*.png")):
@@ -184,12 +195,13 @@ def modelnet40(data_root, options: Options) -> Dataset:
 
 
 @datasets.register("avmnist")
-def avmnist(data_root, options: Options) -> Dataset:
+@reads(*FILES)
+def avmnist(options: Options) -> Dataset:
     """AV-MNIST as MultiBench has it: image/ and audio/{train,test}_data.npy, {train,test}_labels.npy.
 
     Its protocol: the last twelfth of training is validation (5,000 of 60,000), values are divided by 255.
     """
-    root = need_root("avmnist", data_root)
+    root = need_root("avmnist", options)
     rows = []
     for split in ("train", "test"):
         images, sounds = (found(root, "its arrays", f"{name}/{split}_data.npy") for name in ("image", "audio"))

@@ -18,18 +18,51 @@ import torch
 
 from ..console import log
 from ..errors import UserError, choose
-from ..options import Options
+from ..options import Group, Options, assignments, flag, option, pathname, reads
 from ..registry import datasets
 from . import kinds
-from .cache import Cache
+from .cache import Cache, CacheOptions
 from .dataset import Dataset, Split, presence
-from .kinds import SAMPLES, Column, Kind
+from .kinds import SAMPLES, Augmentation, Column, Kind, Pictures, Sound
 
 RESERVED = ("label", "split", "group", "id")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test"}
 LARGEST = torch.finfo(torch.float32).max  # as which numbers are stored
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # where a manifest does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestFile(Group, title="data of your own"):
+    manifest: str | None = option(
+        None,
+        pathname,
+        "CSV of --dataset manifest: a column a modality, and label, split, group, id",
+        "FILE",
+        movable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(Group, title="data of your own"):
+    kinds: dict[str, str] | None = option(
+        None,
+        assignments,
+        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
+        "COLUMN=KIND,...",
+    )
+    tables: dict[str, str] | None = option(
+        None,
+        assignments,
+        "columns of numbers that are a modality each, by name",
+        "NAME=COLUMN+COLUMN,...",
+        "one modality of them all, called table",
+    )
+    skip_bad: bool = option(False, flag, "leave out samples that cannot be read, and list them")
+    allow_missing: bool = option(False, flag, "train on samples with empty cells, too: on the modalities they have")
+
+
+BUILD = (Columns, CacheOptions, Pictures, Sound, Augmentation)  # what `build` reads
 
 
 @dataclass
@@ -46,11 +79,13 @@ class Rows:
 
 
 @datasets.register("manifest")
-def manifest(data_root, options: Options) -> Dataset:
+@reads(ManifestFile, *BUILD)
+def manifest(options: Options) -> Dataset:
     """A CSV of one's own, see --manifest."""
-    if options.manifest is None:
+    file = options.of(ManifestFile).manifest
+    if file is None:
         raise UserError("dataset manifest needs --manifest FILE, a CSV with a column a modality and a column label")
-    return build(read(options.manifest), options)
+    return build(read(file), options)
 
 
 def read(file: str | Path) -> Rows:
@@ -98,7 +133,7 @@ def build(source: Rows, options: Options) -> Dataset:
     splits = find_splits(source, options)
     labels = [row["label"] for row in source.rows]
     kept = list(range(len(labels)))
-    cache = Cache(options.cache_dir)
+    cache = Cache(options.of(CacheOptions).cache_dir)
     while True:
         report(source, {i: bad[i] for i in kept if i in bad}, options)
         kept = [i for name in SHARES for i in kept if splits[i] == name and i not in bad]
@@ -164,14 +199,14 @@ def natural(label: str):
 
 def find_kinds(source: Rows, names: list[str], options: Options) -> dict[str, type[Kind]]:
     """The kind of each modality, by option or by its first cells; columns of numbers are taken together."""
-    given = options.kinds or {}
+    given = options.of(Columns).kinds or {}
     for name in names:
         if not any(row[name] for row in source.rows):
             raise UserError(f"{source.source}: column {name} is empty")
     for name in given:
         choose("column", name, names)
     found = {name: kinds.kinds.find(given.get(name) or guess(source, name)) for name in names}
-    tables = {table: columns.split("+") for table, columns in (options.tables or {}).items()}
+    tables = {table: columns.split("+") for table, columns in (options.of(Columns).tables or {}).items()}
     numbers = [name for name in names if found[name] is kinds.Numbers]
     for table, columns in tables.items():
         for name in columns:
@@ -227,7 +262,7 @@ def paths_of(cell: str, folder: Path) -> list[Path]:
 
 def tables_of(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> dict[str, list[str]]:
     """The columns of each modality of numbers."""
-    tables = {table: columns.split("+") for table, columns in (options.tables or {}).items()}
+    tables = {table: columns.split("+") for table, columns in (options.of(Columns).tables or {}).items()}
     taken = {name for columns in tables.values() for name in columns} | set(kind_of) | set(RESERVED)
     rest = {"table": [name for name in source.rows[0] if name not in taken]}
     return {table: columns for table, columns in (rest | tables).items() if kind_of.get(table) is kinds.Numbers}
@@ -263,7 +298,7 @@ def check_rows(source: Rows, cells: dict[str, list], tables: dict[str, list[str]
             bad[i] = "no label (only rows of the split train may lack one)"
         elif len(lacking) == len(cells):
             bad[i] = "no modality at all"
-        elif lacking and not options.allow_missing and SPLITS.get(splits[i], "train") == "train":
+        elif lacking and not options.of(Columns).allow_missing and SPLITS.get(splits[i], "train") == "train":
             bad[i] = f"column {lacking[0]} is empty (--allow-missing trains on what there is)"
         elif wrong:
             bad[i] = f"column {wrong} holds {row[wrong]!r}: a finite number is wanted"
@@ -279,7 +314,7 @@ def report(source: Rows, bad: dict[int, str], options: Options):
     if not bad:
         return
     lines = [f"{source.at(i)}: {bad[i]}" for i in sorted(bad)]
-    if not options.skip_bad:
+    if not options.of(Columns).skip_bad:
         more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more} (--skip-bad leaves them out and lists them)")
     for line in lines:

@@ -8,17 +8,18 @@ noise are drawn by the fold: all its runs see the same. Some training speakers m
 
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
-from ..options import Options
+from ..options import Group, Options, number, option, reads
 from ..registry import datasets
-from .cache import Cache
-from .dataset import Dataset, Modality, Split
+from .cache import Cache, CacheOptions
+from .dataset import DataRoot, Dataset, Fold, Modality, Split
 from .digits import mnist
-from .kinds import Audio, Column
+from .kinds import Audio, Augmentation, Column, Sound
 from .manifest import load
 from .noise import noisy
 from .pipelines import Features
@@ -26,9 +27,17 @@ from .pipelines import Features
 NAME = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpokenDigits(Group, title="data"):
+    labelled_speakers: int | None = option(None, number(int, 1), "how many training speakers have labels", "N", "all")
+    image_noise: float = option(0.6, number(float, 0), "standard deviation of the images' noise, of pixels' range")
+
+
 @datasets.register("spokendigits", needs=("soundfile",), extra="data")
-def spokendigits(data_root, options: Options) -> Dataset:
+@reads(DataRoot, Fold, SpokenDigits, CacheOptions, Sound, Augmentation)
+def spokendigits(options: Options) -> Dataset:
     """Spoken digits of the Free Spoken Digit Dataset, and written ones of MNIST."""
+    data_root, own, fold = options.of(DataRoot).data_root, options.of(SpokenDigits), options.of(Fold).fold or 0
     if data_root is None:
         raise UserError("dataset spokendigits needs --data-root DIR, with the wav files and MNIST's four idx.gz files")
     root = Path(data_root)
@@ -39,18 +48,18 @@ def spokendigits(data_root, options: Options) -> Dataset:
     speakers = sorted({speaker for _, speaker, _ in names})
     if len(speakers) < 4:
         raise UserError(f"--data-root {root}: recordings of {len(speakers)} speakers, a fold needs four or more")
-    place = {speaker: (i - (options.fold or 0)) % len(speakers) for i, speaker in enumerate(speakers)}
+    place = {speaker: (i - fold) % len(speakers) for i, speaker in enumerate(speakers)}
     part = ["val" if place[s] == 0 else "test" if place[s] <= 2 else "train" for _, s, _ in names]
-    labelled = options.labelled_speakers or len(speakers) - 3
+    labelled = own.labelled_speakers or len(speakers) - 3
     if labelled > len(speakers) - 3:
         raise UserError(f"--labelled-speakers {labelled}: {len(speakers) - 3} speakers are for training")
 
-    column = Column("speech", [[p] for p in files], options, Cache(options.cache_dir), {})
+    column = Column("speech", [[p] for p in files], options, Cache(options.of(CacheOptions).cache_dir), {})
     kind, keys, sound = load(Audio(column))
     if column.bad:
         raise UserError(next(iter(column.bad.values())))
     labels = torch.tensor([int(digit) for digit, *_ in names])
-    written, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(options.fold or 0)
+    written, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(fold)
     heard = [i for i, name in enumerate(part) if name == "train"]
     speech = kind.modality("speech", sound[heard], [keys[i] for i in heard])
 
@@ -62,7 +71,7 @@ def spokendigits(data_root, options: Options) -> Dataset:
         for d in labels[index].tolist():
             images.append(pool[d][used[d] % len(pool[d])])
             used[d] += 1
-        image = noisy(pixels[torch.stack(images)], options.image_noise, generator)
+        image = noisy(pixels[torch.stack(images)], own.image_noise, generator)
         ids = [files[i].stem for i in index.tolist()]
         return Split(labels[index], {"image": image, "speech": sound[index]}, ids)
 

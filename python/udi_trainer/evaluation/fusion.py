@@ -13,8 +13,24 @@ from torch.nn.functional import cross_entropy
 
 from udi_kernels import certainty_fusion
 
+from ..errors import choose
+from ..options import Group, option, text
 from ..registry import fusion_rules
 from .scores import accuracy, scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionOptions(Group, title="fusion"):
+    fusion: str = option(
+        "auto",
+        text,
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else what the"
+        " data set recommends, else the best on validation of mean, sum, weighted",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("fusion rule", self.fusion, ("auto", *fusion_rules))
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,26 @@
 """Detached and Interactive Multimodal Learning (DI-MML; Fan et al., arXiv 2407.19514).
 
-Detached phase: every modality m has an encoder and a head of its own, and all share a linear classifier; they are
-trained side by side, but no loss is of several modalities' outputs:
+Detached phase: every modality m has an encoder and a head of its own, and all share a linear classifier. They are
+trained side by side, but no loss takes the outputs of several modalities, except the contrastive one:
     L = sum_m [CE(own head) + lambda CE(shared classifier)] + sum_(a, b) DUC(student b, teacher a)
-After a warm-up the effective dimensions of each modality are found on the training samples, and on those of a that b
-lacks, b learns from a, which gets nothing back. Fusion phase: with all that frozen, a linear head learns from the
-concatenated features. Prediction weights the logits of all heads by their certainty.
+After a warm-up, each modality's effective dimensions are found on the training samples. Student b learns from teacher a
+on the dimensions that are effective in a but not in b; no gradient reaches a. Fusion phase: all of this is frozen, and
+a linear head learns from the concatenated features. Prediction weights the logits of all heads by their certainty.
 
-As in the authors' code (github.com/fanyunfeng-bit/DI-MML), lambda, DUC's weight and its schedule are constant, the
-dimensions are found once, with the encoders in evaluation mode (there of augmented inputs, here of plain ones), and
-both phases begin with the first learning rate. It keeps the epoch that is best on test for one of the modalities, or
-the latest tenth, and the fusion head whose fused accuracy on test is best; here the best mean validation accuracy
-decides, and the fusion head's own. Certainty's temperature, there 1 or 3 by data set, is chosen on validation. Its
-optimizer and length are options here:
+As in the authors' code (github.com/fanyunfeng-bit/DI-MML), lambda, DUC's weight and its schedule are constant. The
+dimensions are found once, with the encoders in evaluation mode (there on augmented inputs, here on plain ones). Both
+phases start from the initial learning rate.
+
+Differences: their code keeps the epoch that is best on test, and the fusion head whose fused test accuracy is best.
+Here the best mean validation accuracy decides, and the fusion head's own. Their certainty temperature is 1 or 3 by data
+set; here it is chosen on validation. Their method is for two modalities of equal width; here all ordered pairs count,
+and a linear layer reduces features to the narrowest width. Their optimizer and length are options:
     --optimizer sgd --lr 1e-3 --schedule step --batch-size 16 --epochs 150
-It is for two modalities of equally wide features; here all ordered pairs count, and a linear layer brings features to
-the narrowest width.
 """
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,23 +32,44 @@ from .. import distributed
 from ..console import log
 from ..data.dataset import Batch
 from ..errors import UserError
-from ..evaluation.fusion import fuse
+from ..evaluation.fusion import FusionOptions, fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import DetachedClassifiers, FeatureHead
 from ..models.encoders import make_encoder, may_draw
+from ..options import Group, number, one_of, option, reads
 from ..registry import methods
 from ..run import Run
 from ..training.feed import Feed
-from ..training.loop import fit, outputs, usable
+from ..training.inference import outputs
+from ..training.loop import fit
 from ..training.task import Task, update
 from .frozen import Frozen
 from .outcome import Outcome
 
-FUSION_HEAD = "fusion head"  # the name of its model, which no modality has
+FUSION_HEAD = "fusion head"  # the name of its model; no modality has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DIMMLOptions(Group, title="DI-MML"):
+    shared_weight: float = option(1.0, number(float, 0), "weight of the shared classifier's loss")
+    contrast: str = option(
+        "duc",
+        one_of("duc", "full"),
+        "contrastive loss between modalities: duc (one way, on complementary dimensions) or full (both ways, on all)",
+    )
+    contrast_weight: float = option(1.0, number(float, 0), "its weight")
+    contrast_temperature: float = option(10.0, number(float, above=0), "its temperature")
+    contrast_warmup: float = option(
+        20 / 150,
+        number(float, 0),
+        "fraction of the epochs before it counts; then the effective dimensions are found",
+        shown="20 of 150",
+    )
+    fusion_epochs: int = option(20, number(int, 1), "epochs of the fusion head")
 
 
 class Dimensions(nn.Module):
-    """The dimensions in which each modality's features are effective (M, D)."""
+    """Each modality's effective dimensions, bool (M, D)."""
 
     effective: torch.Tensor
 
@@ -65,7 +87,7 @@ class Detached(Task):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.phase, self.views = "detached", run.data.modalities
+        self.phase, self.views, self.options = "detached", run.data.modalities, run.options.of(DIMMLOptions)
         made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
@@ -75,7 +97,7 @@ class Detached(Task):
         self.parameters = list(self.model.parameters())
         self.optimizer = run.optimizer(self.parameters)
         self.dimensions = Dimensions(len(widths), self.model.width).to(run.device)
-        self.warmup = round(run.options.contrast_warmup * run.options.epochs)
+        self.warmup = round(self.options.contrast_warmup * run.options.epochs)
         self.parts = {"model": self.model, "optimizer": self.optimizer, "dimensions": self.dimensions}
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -83,7 +105,7 @@ class Detached(Task):
         return self.model({name: view.input(batch, training) for name, view in self.views.items()})
 
     def begin_epoch(self, epoch: int) -> None:
-        if epoch == self.warmup and self.run.options.contrast == "duc":
+        if epoch == self.warmup and self.options.contrast == "duc":
             self.dimensions.effective.copy_(self.find_dimensions())
 
     @torch.no_grad()
@@ -100,11 +122,11 @@ class Detached(Task):
         return torch.stack([effective_dims(x, labels, self.run.data.classes) for x in columns])
 
     def flags(self, number: int) -> dict:
-        return {"interact": number >= self.warmup * self.run.steps and self.run.options.contrast_weight > 0}
+        return {"interact": number >= self.warmup * self.run.steps and self.options.contrast_weight > 0}
 
     def step(self, batch, interact):
-        """``interact``: modalities learn from each other."""
-        options = self.run.options
+        """``interact``: whether modalities learn from each other."""
+        options = self.options
         with self.run.autocast():
             features, logits = zip(*self.forward(batch, training=True).values(), strict=True)
             own = [cross_entropy(z, batch["labels"]) for z in logits]
@@ -116,9 +138,9 @@ class Detached(Task):
         return scalars | {f"shared_{m}": x for m, x in zip(self.views, shared, strict=True)}
 
     def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The loss by which modalities learn from each other, over all ordered pairs; the whole batch's rows."""
+        """The contrastive loss, summed over all ordered pairs of modalities and all rows of the global batch."""
         features = [distributed.whole(x) for x in features]
-        temperature, full = self.run.options.contrast_temperature, self.run.options.contrast == "full"
+        temperature, full = self.options.contrast_temperature, self.options.contrast == "full"
         total = torch.zeros((), device=features[0].device)
         for a, b in itertools.permutations(range(len(features)), 2):
             teacher = features[a] if full else features[a].detach()
@@ -127,12 +149,12 @@ class Detached(Task):
         return total
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Those of all heads, side by side: (N, M C)."""
+        """The logits of all heads, concatenated: (N, M C)."""
         with self.run.autocast():
             return torch.cat([z for _, z in self.forward(batch).values()], dim=1)
 
     def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Means over the modalities, and each one's accuracy."""
+        """Means over the modalities, and the accuracy of each."""
         each = [Task.validate(self, z, labels) for z in self.by_modality(logits).values()]
         means = {name: sum(row[name] for row in each) / len(each) for name in each[0]}
         return means | {f"val_acc_{m}": row["val_acc"] for m, row in zip(self.views, each, strict=True)}
@@ -159,7 +181,7 @@ class FusionHead(Task):
 
     @property
     def epochs(self) -> int:
-        return self.run.options.fusion_epochs
+        return self.run.options.of(DIMMLOptions).fusion_epochs
 
     def step(self, batch):
         features = torch.cat([modality.outputs(batch)[0] for modality in self.frozen.values()], dim=1)
@@ -175,7 +197,7 @@ class FusionHead(Task):
 
 
 def effective(task: Detached) -> dict[str, dict]:
-    """The effective dimensions of each modality, and how many of them each other one lacks."""
+    """Each modality's effective dimensions, and how many of them the others lack."""
     names = list(task.views)
     found = {}
     for i, name in enumerate(names):
@@ -187,10 +209,11 @@ def effective(task: Detached) -> dict[str, dict]:
     return found
 
 
-@methods.register("dimml")
+@methods.register("dimml", baselines=("udi", "ensemble", "joint"))
+@reads(DIMMLOptions, FusionOptions)
 def dimml(run: Run) -> Outcome:
     """Detached modalities that learn complementary dimensions from each other, fused by certainty."""
-    if lacking := [m for m in run.data.modalities if usable(run.data.train, m) is not None]:
+    if lacking := [m for m in run.data.modalities if run.data.train.present(m) is not None]:
         raise UserError(f"method dimml trains all modalities together, and samples lack {', '.join(lacking)}")
     detached = run.make(Detached)
     for name, width in detached.projected.items():
@@ -212,6 +235,6 @@ def dimml(run: Run) -> Outcome:
         "fusion_head": scores(heads[FUSION_HEAD], run.labels),
         "fused": fused,
     }
-    if run.options.contrast == "duc" and detached.warmup < run.options.epochs:
+    if detached.options.contrast == "duc" and detached.warmup < run.options.epochs:
         metrics["effective_dims"] = effective(detached)
     return Outcome(metrics, alone | {FUSION_HEAD: head.model}, rule)

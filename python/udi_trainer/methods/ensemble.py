@@ -1,15 +1,17 @@
-"""The plain ensemble: modalities trained alone, outputs fused."""
+"""The plain ensemble: each modality trained alone, outputs fused."""
 
-from ..evaluation.fusion import fuse
+from ..evaluation.fusion import FusionOptions, fuse
 from ..evaluation.scores import scores
+from ..options import reads
 from ..registry import methods
 from ..run import Run
-from ..training.loop import outputs
+from ..training.inference import outputs
 from .outcome import Outcome
 from .unimodal import train_alone
 
 
 @methods.register("ensemble")
+@reads(FusionOptions)
 def ensemble(run: Run) -> Outcome:
     """Independently trained modalities, outputs fused."""
     tasks = train_alone(run)

@@ -1,4 +1,4 @@
-"""A trained modality whose outputs others learn from: UDI's anchor, the encoders under DI-MML's fusion head."""
+"""Frozen modalities that others learn from: UDI's anchor, and the encoders below DI-MML's fusion head."""
 
 import torch
 from torch import nn
@@ -7,15 +7,14 @@ from .. import distributed
 from ..data.dataset import Batch
 from ..run import Run
 from ..training.feed import Feed
-from ..training.loop import usable
 
-CACHE_LIMIT = 2**30  # bytes of outputs above which they are kept in bfloat16
+CACHE_LIMIT = 2**30  # bytes; larger outputs are kept in bfloat16
 
 
 class Frozen:
-    """Its features and logits of the training samples: computed once, unless its input is augmented.
+    """A trained modality. Its features and logits of the training samples are computed once, unless they are augmented.
 
-    ``scale``: of the logits, the inverse of a temperature.
+    ``scale`` multiplies the logits: an inverse temperature.
     """
 
     def __init__(self, run: Run, modality: str, model: nn.Module, width: int, scale: float = 1.0):
@@ -23,11 +22,11 @@ class Frozen:
         self.model, self.width = model.requires_grad_(False).eval(), width
         self.cache = None if self.view.random else self.compute_all()
         self.random = self.cache is None
-        has = usable(run.data.train, modality)
-        self.has = None if has is None else has.to(run.device)  # which samples have this modality; None: all
+        present = run.data.train.present(modality)
+        self.present = None if present is None else present.to(run.device)  # samples with this modality; None: all
 
     def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        """Of a batch of training."""
+        """Features and logits of a training batch."""
         if self.cache is None:
             return self.compute(batch, training=True)
         return tuple(t[batch["index"]] for t in self.cache)
@@ -47,16 +46,16 @@ class Frozen:
 
 
 class Fused:
-    """Several frozen modalities as the teacher of one of them: the sum of their logits, and the others' features."""
+    """Several frozen modalities as the teacher of one: the sum of all logits, and the features of the others."""
 
     def __init__(self, frozen: dict[str, Frozen], student: str):
         self.frozen, self.student, self.reads = frozen, student, tuple(frozen)
         self.width = sum(modality.width for m, modality in frozen.items() if m != student)
         self.random = any(modality.random for modality in frozen.values())
-        self.has = None
+        self.present = None
 
     def outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        """Of a batch of training."""
-        both = {m: modality.outputs(batch) for m, modality in self.frozen.items()}
-        features = torch.cat([features for m, (features, _) in both.items() if m != self.student], dim=1)
-        return features, torch.stack([logits for _, logits in both.values()]).sum(0)
+        """Features and logits of a training batch."""
+        made = {m: modality.outputs(batch) for m, modality in self.frozen.items()}
+        features = torch.cat([features for m, (features, _) in made.items() if m != self.student], dim=1)
+        return features, torch.stack([logits for _, logits in made.values()]).sum(0)

@@ -1,4 +1,4 @@
-"""Joint training: one loss on all modalities' concatenated features, the usual way and the baseline."""
+"""Joint training, the usual baseline: one loss on the concatenated features of all modalities."""
 
 from functools import partial
 
@@ -11,13 +11,14 @@ from ..models.classifiers import ConcatClassifier, JointClassifier
 from ..models.encoders import make_encoder, may_draw
 from ..registry import methods
 from ..run import Run
-from ..training.loop import fit, outputs
+from ..training.inference import outputs
+from ..training.loop import fit
 from ..training.task import Task, trainable, update
 from .outcome import Outcome
 
 
 class Joint(Task):
-    """The ancestor of all methods that train one model of all modalities."""
+    """Trains one model of all modalities; other joint methods derive from it."""
 
     key = "joint"
     classifier: type = ConcatClassifier
@@ -58,7 +59,7 @@ class Joint(Task):
 
 
 def train_joint(task: Joint) -> Outcome:
-    """Trains it to the end; the scores of the joint prediction, and of each modality's share of the logits."""
+    """Trains the task and scores the joint prediction and each modality's share of the logits."""
     run = task.run
     fit([task], run)
     shares = {m: outputs(task, run, partial(task.share, m), m) for m in run.data.modalities}

@@ -1,41 +1,50 @@
 """Self-training: a model learns from its own earlier predictions of samples without labels.
 
-Pseudo-labels are soft: the calibrated probabilities of the model that was trained on the labelled samples alone, by the
-loss and weight with which UDI's followers learn from the anchor. What UDI gains beyond this, it owes to the other
-modality.
+Pseudo-labels are soft: the calibrated probabilities of the model that was trained on the labelled samples alone. The
+loss is the one with which UDI's followers learn from the anchor, so what UDI gains beyond self-training comes from the
+other modality.
 """
+
+from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
 
 from udi_kernels import js_div
 
-from ..evaluation.fusion import fuse, temperature
+from ..evaluation.fusion import FusionOptions, fuse, temperature
 from ..evaluation.scores import scores
+from ..options import Group, number, option, reads
 from ..registry import methods
 from ..run import Run
-from ..training.loop import fit, outputs, predict
+from ..training.inference import outputs, predict
+from ..training.loop import fit
 from ..training.task import Task, update
 from .joint import Joint, train_joint
 from .outcome import Outcome
 from .unimodal import Alone, train_alone
 
 
-class Student(Task):
-    """In front of the class whose step it changes. ``teacher``: the trained task of the same kind."""
+@dataclass(frozen=True, kw_only=True)
+class SelfTrainingOptions(Group, title="self-training"):
+    self_training_weight: float = option(1.0, number(float, 0), "weight of the consistency with the pseudo-labels")
 
-    def __init__(self, run: Run, *args: str, teacher: Task) -> None:
-        super().__init__(run, *args)
+
+class Student(Task):
+    """A mixin that replaces the step of the class after it. ``teacher``: the trained task of the same kind."""
+
+    def __init__(self, run: Run, *, teacher: Task, **arguments: str) -> None:
+        super().__init__(run, **arguments)
         self.phase, self.semi_supervised = "student", bool((run.data.train.labels < 0).any())
         t = temperature(outputs(teacher, run)["val"], run.labels["val"])
-        self.taught = (predict(teacher, run, run.data.train) / t).to(run.device)
-        self.weight = run.options.alpha[0] if run.options.alpha else 1.0
+        self.pseudo_logits = (predict(teacher, run, run.data.train) / t).to(run.device)
+        self.weight = run.options.of(SelfTrainingOptions).self_training_weight
 
     def step(self, batch):
-        anyone, labelled = self.rows(batch)
+        any_rows, labelled = self.rows(batch)
         with self.run.autocast():
             logits = self.forward(batch, training=True)[1]
             cls = cross_entropy(logits[labelled], batch["labels"][labelled])
-            con = js_div(logits[anyone], self.taught[batch["index"][anyone]])
+            con = js_div(logits[any_rows], self.pseudo_logits[batch["index"][any_rows]])
             loss = cls + self.weight * con
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss, "cls": cls, "con": con}
@@ -50,10 +59,11 @@ class JointStudent(Student, Joint):
 
 
 @methods.register("self-training")
+@reads(SelfTrainingOptions, FusionOptions)
 def self_training(run: Run) -> Outcome:
     """Each modality learns from its own earlier predictions; outputs fused."""
     teachers = train_alone(run)
-    tasks = {m: run.make(AloneStudent, m, teacher=teacher) for m, teacher in teachers.items()}
+    tasks = {m: run.make(AloneStudent, modality=m, teacher=teacher) for m, teacher in teachers.items()}
     fit(list(tasks.values()), run)
     logits = {m: outputs(task, run) for m, task in tasks.items()}
     fused, rule = fuse(run.fusion(), logits, run.labels)
@@ -67,6 +77,7 @@ def self_training(run: Run) -> Outcome:
 
 
 @methods.register("joint-self-training")
+@reads(SelfTrainingOptions)
 def joint_self_training(run: Run) -> Outcome:
     """The joint model learns from its own earlier predictions."""
     teacher = run.make(Joint)

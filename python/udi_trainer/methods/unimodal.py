@@ -14,9 +14,10 @@ from ..training.task import Task, trainable, update
 
 
 class Unimodal(Task):
-    """The ancestor of all tasks that train one modality's classifier."""
+    """Trains the classifier of one modality; the tasks for single modalities derive from it."""
 
     model: Classifier
+    modality: str
 
     def __init__(self, run: Run, modality: str) -> None:
         super().__init__(run, modality)
@@ -58,8 +59,8 @@ class Alone(Unimodal):
 def train_alone(
     run: Run, modalities: Sequence[str] | None = None, epochs: int | None = None, phase: str = "unimodal"
 ) -> dict[str, Alone]:
-    """These modalities (all by default), each alone: their tasks, by name."""
-    tasks = {modality: run.make(Alone, modality) for modality in modalities or run.data.modalities}
+    """Trains these modalities (by default all), each alone; returns their tasks by modality."""
+    tasks = {modality: run.make(Alone, modality=modality) for modality in modalities or run.data.modalities}
     for task in tasks.values():
         task.phase = phase
     fit(list(tasks.values()), run, epochs)

@@ -5,6 +5,7 @@ likes the width of the features, and returns a module from a batch to features (
 of several frames too, with the mean over the frames.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..data.dataset import FEATURES, Modality, Split
 from ..errors import UserError
-from ..registry import encoders, offered
+from ..registry import encoders
 from ..run_folder import load_tensors
 
 
@@ -115,7 +116,9 @@ class OverFrames(nn.Module):
 def named_encoder(modality: Modality, shape: torch.Size) -> nn.Module:
     """Of clips, the images' encoder over their frames."""
     clip = len(shape) == 4
-    encoder = offered(encoders.find(str(modality.encoder)), shape[1:] if clip else shape, modality.width)
+    make = encoders.find(str(modality.encoder))
+    widths = (modality.width,) if len(inspect.signature(make).parameters) > 1 else ()  # some have a width of their own
+    encoder = make(shape[1:] if clip else shape, *widths)
     if modality.weights:
         load_weights(encoder, modality.weights)
     return OverFrames(encoder) if clip else encoder

@@ -6,14 +6,13 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from .. import distributed
 from ..console import Progress, log
-from ..data.dataset import Split
 from ..errors import UserError
 from ..options import Options
 from ..run import Run
@@ -21,6 +20,7 @@ from ..run_folder import REPEAT
 from ..stop import Stopped
 from .engine import Eager, Graphs
 from .feed import Feed
+from .inference import predict
 from .task import Task
 
 
@@ -105,7 +105,7 @@ class Stage:
         task.model = task.parts.get("model", task.model)  # sharded again, if it was trained to an earlier end
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
-        self.usable = usable(run.data.train, task.modality)
+        self.usable = None if task.modality is None else run.data.train.present(task.modality)
         labelled = run.data.train.labels.cpu() >= 0
         self.labelled = labelled if self.usable is None else labelled & self.usable
         self.history: list[dict] = []
@@ -203,7 +203,8 @@ class Stage:
         distributed.average_([b for b in self.task.model.buffers() if b.is_floating_point()])
         means, fault = self.engine.means(), self.engine.fault()
         logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
-        if (kept := usable(self.run.data.val, self.task.modality)) is not None:
+        modality = self.task.modality
+        if modality and (kept := self.run.data.val.present(modality)) is not None:
             logits, labels = logits[kept], labels[kept]
         val = self.task.validate(logits, labels)
         if fault or not math.isfinite(val["val_loss"]):
@@ -264,38 +265,3 @@ def cycled(order: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.
         order = order[kept[order]]
         order = order.repeat(-(-count // len(order)))
     return order[:count]
-
-
-def usable(split: Split, modality: str | None) -> torch.Tensor | None:
-    """Which samples can train this modality, or tell what it is worth; None: all."""
-    has = None if modality is None else split.has(modality)
-    return None if has is None or has.all() else has.cpu()
-
-
-def outputs(
-    task: Task, run: Run, compute: Callable | None = None, modality: str | None = None
-) -> dict[str, torch.Tensor]:
-    """The task's logits, or what else it computes of a batch, on validation and test, as fusion takes them.
-
-    The rows of samples that lack the modality, by default the task's own, are NaN, which no model's are: those of one
-    that overflows become finite numbers.
-    """
-
-    def marked(split):
-        z, has = predict(task, run, split, compute).nan_to_num(0), usable(split, modality or task.modality)
-        return z if has is None else z.masked_fill(~has[:, None], torch.nan)
-
-    return {"val": marked(run.data.val), "test": marked(run.data.test)}
-
-
-@torch.no_grad()
-def predict(task: Task, run: Run, split: Split, compute: Callable | None = None) -> torch.Tensor:
-    """Logits (N, C) of the whole split, or what else the task computes of a batch; float32, on the CPU."""
-    compute = compute or task.logits
-    task.model.eval()
-    feed = Feed(run, split, task.reads)
-    parts = []
-    for batch in feed.batches(distributed.part(len(split)), 1000):
-        parts.append(compute(feed.complete(batch)))
-        run.stop.check()
-    return distributed.gather(torch.cat(parts).float(), len(split)).cpu()

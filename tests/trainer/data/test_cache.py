@@ -116,7 +116,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_a_second_start_opens_no_file(folder, options, monkeypatch):
     path = folder.manifest(folder.pairs(24))
-    given = Options(cache_dir=options["cache_dir"])
+    given = Options.make(dataset="manifest", cache_dir=options["cache_dir"])
     first = build(read(path), given)
 
     def refuse(*args):
@@ -135,13 +135,13 @@ def test_a_second_start_opens_no_file(folder, options, monkeypatch):
 def test_a_changed_file_is_decoded_again(folder, options, monkeypatch):
     rows = folder.pairs(24)
     path = folder.manifest(rows)
-    given = Options(cache_dir=options["cache_dir"])
+    given = Options.make(dataset="manifest", cache_dir=options["cache_dir"])
     build(read(path), given)
     decoded, decode = [], kinds.Image.decode
     monkeypatch.setattr(kinds.Image, "decode", lambda self, cell: decoded.append(cell[0].name) or decode(self, cell))
     folder.image(rows[4]["image"], 1)
     data = build(read(path), given)
     assert decoded == ["4.png"]
-    fresh = build(read(path), Options(cache_dir=options["cache_dir"] / "new"))
+    fresh = build(read(path), Options.make(dataset="manifest", cache_dir=options["cache_dir"] / "new"))
     for name in data.splits():
         assert torch.equal(data.splits()[name].stored["image"], fresh.splits()[name].stored["image"])

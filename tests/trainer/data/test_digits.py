@@ -38,7 +38,7 @@ def test_damaged_mnist(little_mnist, damage, capsys):
 
 @pytest.mark.skipif("UDI_DATA" not in os.environ, reason="set UDI_DATA to a folder with MNIST's files in mnist/")
 def test_real_mnist():
-    mnist = cgmnist(Path(os.environ["UDI_DATA"]) / "mnist")
+    mnist = cgmnist(Options.make(dataset="cgmnist", data_root=Path(os.environ["UDI_DATA"]) / "mnist"))
     assert [len(split) for split in mnist.splits().values()] == [55_000, 5_000, 10_000]
     assert all(split.stored["pixels"].dtype == torch.uint8 for split in mnist.splits().values())
     gray = mnist.modalities["gray"].input(mnist.train.batch(torch.arange(55_000), ["pixels"]))
@@ -46,7 +46,7 @@ def test_real_mnist():
 
 
 def test_colors_tell_the_digit_in_training_only():
-    digits = cgdigits(None)
+    digits = cgdigits(Options())
     assert [len(split) for split in digits.splits().values()] == [1077, 360, 360]
 
     def nearest(split):
@@ -60,7 +60,7 @@ def test_colors_tell_the_digit_in_training_only():
 
 def test_splitdigits(little_mnist):
     """Two halves of the same digit, noise aside; of 28x28 digits too, which are trained on."""
-    split, whole = splitdigits(None), cgdigits(None)
+    split, whole = splitdigits(Options()), cgdigits(Options())
     assert list(split.modalities) == ["left", "right"]
     for part in ("train", "val", "test"):
         ours, theirs = getattr(split, part), getattr(whole, part)
@@ -73,7 +73,7 @@ def test_splitdigits(little_mnist):
             spread[name] = ((half.float() - clean)[inner] / 255).std()
         assert spread["left"] == pytest.approx(HALVES["left"], rel=0.1)
         assert spread["right"] == pytest.approx(HALVES["right"], rel=0.15)
-        again = splitdigits(None)
+        again = splitdigits(Options())
         assert all(torch.equal(x, getattr(again, part).stored[name]) for name, x in ours.stored.items())
     left, right = (split.train.stored[name] - whole.train.stored["pixels"][..., :4] for name in ("left", "right"))
     assert not torch.equal(left, right)
@@ -81,39 +81,42 @@ def test_splitdigits(little_mnist):
     options = ["--dataset", "splitdigits", "--data-root", str(little_mnist), "--epochs", "1", "--baselines", "none"]
     assert main([*options, "--out", "run"]) == 0
     assert set(read_metrics("run")["modalities"]) == {"left", "right"}
-    mnist = splitdigits(little_mnist)
+    mnist = splitdigits(Options.make(dataset="splitdigits", data_root=little_mnist))
     assert mnist.modalities["left"].sample(mnist.train).shape == (1, 1, 28, 14)
 
 
 def test_huedigits(little_mnist):
     """The hue is the label's own as often as it should be; in the shifted split it tells nothing."""
-    digits = huedigits(None, Options(rho=0.8))
+    digits = huedigits(Options.make(dataset="huedigits", rho=0.8))
 
     def own(split):
         nearest = torch.cdist(split.stored["hue"], COLORS).argmin(1)
         return (nearest == split.labels).double().mean().item()
 
-    always, never = (own(huedigits(None, Options(rho=rho)).train) for rho in (1, 0))  # jitter blurs hues
+    hues = [huedigits(Options.make(dataset="huedigits", rho=rho)) for rho in (1, 0)]
+    always, never = (own(data.train) for data in hues)  # jitter blurs hues
     for split in (digits.train, digits.val, digits.test):
         assert own(split) == pytest.approx(0.8 * always + 0.2 * never, abs=0.06)
     assert own(digits.shifted) == pytest.approx(0.1, abs=0.06)
     assert torch.equal(digits.shifted.stored["pixels"], digits.test.stored["pixels"])
     assert digits.modalities["digit"].sample(digits.train).shape == (1, 3, 8, 8)
-    assert huedigits(little_mnist).modalities["digit"].sample(digits.test).shape[1] == 3
-    assert torch.equal(huedigits(None).train.stored["hue"], huedigits(None, Options(rho=0.95)).train.stored["hue"])
+    mnist = huedigits(Options.make(dataset="huedigits", data_root=little_mnist))
+    assert mnist.modalities["digit"].sample(digits.test).shape[1] == 3
+    given = huedigits(Options.make(dataset="huedigits", rho=0.95))
+    assert torch.equal(huedigits(Options()).train.stored["hue"], given.train.stored["hue"])
 
 
 def test_resplit():
     """Another split for each seed: all digits once, classes alike."""
-    options = Options(resplit=100, seed=3)
-    split = splitdigits(None, options)
+    options = Options.make(dataset="splitdigits", resplit=100, seed=3)
+    split = splitdigits(options)
     assert [len(part) for part in split.splits().values()] == [1077, 100, 620]
     assert all(part.labels.bincount().min() >= len(part) // 10 - 4 for part in split.splits().values())
-    whole = torch.cat([part.labels for part in splitdigits(None).splits().values()])
+    whole = torch.cat([part.labels for part in splitdigits(Options()).splits().values()])
     assert torch.equal(torch.cat([part.labels for part in split.splits().values()]).bincount(), whole.bincount())
-    again, other = splitdigits(None, options), splitdigits(None, Options(resplit=100, seed=4))
+    again, other = splitdigits(options), splitdigits(options.replace(seed=4))
     assert torch.equal(split.train.stored["left"], again.train.stored["left"])
     assert not torch.equal(split.train.stored["left"], other.train.stored["left"])
-    assert torch.equal(fewdigits(None, options).train.stored["left"], split.train.stored["left"])
+    assert torch.equal(fewdigits(options).train.stored["left"], split.train.stored["left"])
     with pytest.raises(UserError, match="--resplit 720: of 1797 digits training takes 1077"):
-        splitdigits(None, Options(resplit=720))
+        splitdigits(Options.make(dataset="splitdigits", resplit=720))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from udi_trainer import UserError
+from udi_trainer import Options, UserError
 from udi_trainer.data.digits import splitdigits
 from udi_trainer.data.labels import hide, stratified
 
@@ -21,7 +21,7 @@ def test_stratified(sizes, count):
 
 
 def test_labels_are_hidden():
-    data = splitdigits(None)
+    data = splitdigits(Options())
     few = hide(data, 100, seed=0).train.labels
     kept = few >= 0
     assert kept.sum() == 100 and few[kept].bincount().min() >= 9
@@ -43,4 +43,4 @@ def test_what_has_no_label_stays_so(mixed):
 
 def test_too_few():
     with pytest.raises(UserError, match="--labels 9: 10 classes take as many"):
-        hide(splitdigits(None), 9, 0)
+        hide(splitdigits(Options()), 9, 0)

@@ -20,7 +20,7 @@ from udi_trainer.options import Options
 
 def dataset(path, options, **more):
     given = {name: value for name, value in options.items() if name != "progress"} | more
-    return build(read(path), Options(**given))
+    return build(read(path), Options.make(dataset="manifest", **given))
 
 
 def test_pairs_of_images_and_sounds_out_of_the_box(folder, options, tmp_path):

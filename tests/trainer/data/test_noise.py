@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from udi_trainer import Split, UserError
+from udi_trainer import Options, Split, UserError
 from udi_trainer.command import main
 from udi_trainer.data.noise import corrupt
 from udi_trainer.registry import datasets
@@ -17,7 +17,7 @@ from ..helpers import read_log
 
 @pytest.mark.parametrize("name", ["cgdigits", "splitdigits", "three"])
 def test_noise_is_in_the_training_split_only(name, three_views):
-    clean = datasets[name](None)
+    clean = datasets[name](Options())
     noisy, again, more = (corrupt(clean, inputs, 0.2) for inputs in (0.3, 0.3, 0.6))
     assert noisy.val is clean.val and noisy.test is clean.test
     wrong = noisy.train.labels != clean.train.labels
@@ -38,7 +38,7 @@ def test_noise_is_in_the_training_split_only(name, three_views):
 
 
 def test_label_noise_takes_every_other_class():
-    clean = datasets["cgdigits"](None)
+    clean = datasets["cgdigits"](Options())
     labels, noisy = clean.train.labels, corrupt(clean, 0, 0.9).train.labels
     pairs = torch.bincount(labels * 10 + noisy, minlength=100).view(10, 10).double()
     others = pairs[~torch.eye(10, dtype=torch.bool)]

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
 from udi_trainer import Options, UserError, train
-from udi_trainer.registry import datasets, offered
+from udi_trainer.registry import datasets
 
 SPEAKERS = ("anna", "bert", "carl", "dora", "emil", "fred")
 
@@ -22,8 +22,8 @@ def spoken(folder, little_mnist):
 
 
 def dataset(root, options, **more):
-    chosen = Options(dataset="spokendigits", data_root=root, cache_dir=options["cache_dir"], **more)
-    return offered(datasets.find("spokendigits"), chosen.data_root, chosen)
+    chosen = Options.make(dataset="spokendigits", data_root=root, cache_dir=options["cache_dir"], **more)
+    return datasets.find("spokendigits")(chosen)
 
 
 def test_unseen_speakers(spoken, options):

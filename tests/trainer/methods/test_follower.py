@@ -4,22 +4,24 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from udi_trainer import Options
 from udi_trainer.command import main
 from udi_trainer.data.labels import hide
-from udi_trainer.methods import udi
+from udi_trainer.methods.follower import Follower
+from udi_trainer.methods.frozen import Frozen
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.registry import datasets
 
 from ..helpers import freeze, make_run, read_log, training_batch
 
 
-def make_follower(data="cgdigits", beside=None, scale=1.0, **options):
+def make_follower(data="cgdigits", val_anchor_logits=None, scale=1.0, **options):
     run = make_run(data, batch_size=32, **options)
-    return udi.Follower(run, "color", frozen(Alone(run, "gray"), scale), beside=beside)
+    return Follower(run, "color", frozen(Alone(run, "gray"), scale), val_anchor_logits=val_anchor_logits)
 
 
 def frozen(task, scale=1.0):
-    return udi.Frozen(task.run, task.modality, task.model, task.width, scale)
+    return Frozen(task.run, task.modality, task.model, task.width, scale)
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_more_steps_of_q(align):
     for steps in (1, 4):
         run = make_run(q_steps=steps)
         torch.manual_seed(0)
-        follower = udi.Follower(run, "color", frozen(Alone(run, "gray")))
+        follower = Follower(run, "color", frozen(Alone(run, "gray")))
         batch = training_batch(follower)
         follower.step(batch, align=align, fitted=True)
         followers.append([p.clone() for p in follower.parameters])
@@ -106,7 +108,7 @@ def test_more_steps_of_q(align):
 
 def test_few_labels():
     """L_cls of the second half of a batch, L_con, L_com and q of the first, by a calibrated teacher."""
-    follower = make_follower(hide(datasets["cgdigits"](None), 60, 0), scale=0.3)
+    follower = make_follower(hide(datasets["cgdigits"](Options()), 60, 0), scale=0.3)
     assert follower.semi_supervised
     freeze(follower)
     train = follower.run.data.train
@@ -129,8 +131,8 @@ def test_few_labels():
 
 def test_residual():
     """Cross-entropy of the sum with the anchor's calibrated logits, by which it is judged on validation too."""
-    beside = torch.randn(360, 10)
-    follower = make_follower(beside=beside, scale=0.3)
+    val_anchor_logits = torch.randn(360, 10)
+    follower = make_follower(val_anchor_logits=val_anchor_logits, scale=0.3)
     freeze(follower)
     batch = training_batch(follower)
     scalars = follower.step(batch, align=False, fitted=True)
@@ -138,13 +140,13 @@ def test_residual():
     anchor = follower.teacher.model(follower.teacher.view.input(batch))[1]
     torch.testing.assert_close(scalars["cls"], cross_entropy(logits + 0.3 * anchor, batch["labels"]).detach())
     z, labels = torch.randn(360, 10), follower.run.labels["val"]
-    assert follower.validate(z, labels) == Alone.validate(follower, z + beside, labels)
+    assert follower.validate(z, labels) == Alone.validate(follower, z + val_anchor_logits, labels)
 
 
 @pytest.mark.parametrize("few", [False, True])
 def test_club_given_the_label(few):
     """q knows the label, and negatives are of the same class; samples without a label bound nothing."""
-    data = datasets["cgdigits"](None)
+    data = datasets["cgdigits"](Options())
     follower = make_follower(hide(data, 600, 0) if few else data, club="given-label")
     freeze(follower)
     train = follower.run.data.train

@@ -28,7 +28,7 @@ def test_step_is_the_plain_formula(dataset, three_views):
     for m in names:
         others = [score[n] for n in names if n != m]
         ratio = score[m] / (sum(others) / len(others))
-        k[m] = 1 - torch.tanh(ogm_ge.ALPHA * ratio) if ratio > 1 else torch.tensor(1.0)
+        k[m] = 1 - torch.tanh(ogm_ge.OGMGEOptions().ogm_alpha * ratio) if ratio > 1 else torch.tensor(1.0)
         torch.testing.assert_close(scalars[f"k_{m}"], k[m].detach())
     assert min(k.values()) < 0.5 and max(k.values()) == 1
     parameters = dict(task.model.named_parameters())

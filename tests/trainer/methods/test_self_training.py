@@ -5,22 +5,25 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from udi_kernels import js_div
+from udi_trainer import Options
 from udi_trainer.command import main
 from udi_trainer.data.labels import hide
 from udi_trainer.evaluation.fusion import temperature
 from udi_trainer.methods.self_training import AloneStudent
 from udi_trainer.methods.unimodal import train_alone
 from udi_trainer.registry import datasets
-from udi_trainer.training.loop import outputs
+from udi_trainer.training.inference import outputs
 
 from ..helpers import make_run, read_log, read_metrics, without_times
 
 
 def test_step():
     """Labels of the second half of a batch; of the first the calibrated predictions of the model's own teacher."""
-    run = make_run(hide(datasets["splitdigits"](None), 60, 0), epochs=1, alpha=(3, 1))
+    run = make_run(
+        hide(datasets["splitdigits"](Options()), 60, 0), method="self-training", epochs=1, self_training_weight=3
+    )
     teacher = train_alone(run, ["left"])["left"]
-    student = run.make(AloneStudent, "left", teacher=teacher)
+    student = run.make(AloneStudent, modality="left", teacher=teacher)
     index = torch.cat((torch.arange(16), (run.data.train.labels >= 0).nonzero().flatten()[:16]))
     batch = run.data.train.batch(index, ["left"])
     with torch.no_grad():

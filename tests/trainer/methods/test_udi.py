@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import udi_kernels
-from udi_trainer import UserError, train
+from udi_trainer import Options, UserError, train
 from udi_trainer.command import main
 from udi_trainer.data.dataset import presence
 from udi_trainer.data.labels import hide
 from udi_trainer.evaluation.fusion import LogLinear
+from udi_trainer.methods import follower as follower_module
 from udi_trainer.methods import udi
+from udi_trainer.methods.follower import Follower, q_warmup
+from udi_trainer.methods.frozen import Frozen
 from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets
 from udi_trainer.training.loop import best_epoch
@@ -76,8 +79,8 @@ def test_uncached_anchor(register):
     assert main([*options, "--out", "cached"]) == 0
     runs = []
 
-    def augmented(data_root):
-        digits = datasets["cgdigits"](data_root)
+    def augmented(options):
+        digits = datasets["cgdigits"](options)
         digits.modalities["gray"].augment = lambda x: runs.append(len(x)) or x
         return digits
 
@@ -118,7 +121,7 @@ def test_race(three_views):
 def test_follower_starts_from_its_own_anchor_phase():
     run = make_run()
     gray, color = (Alone(run, modality) for modality in ("gray", "color"))
-    follower = udi.Follower(run, "color", udi.Frozen(run, "gray", gray.model, gray.width), color)
+    follower = Follower(run, "color", Frozen(run, "gray", gray.model, gray.width), color)
     for a, b in zip(follower.model.parameters(), color.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -127,7 +130,9 @@ def test_follower_starts_from_its_own_anchor_phase():
 def test_controller_measures_on_schedule(monkeypatch, schedule, steps):
     """Once an epoch of 16 full batches, or every N steps; through the library's op."""
     calls = []
-    monkeypatch.setattr(udi, "gramian", lambda grads: calls.append(len(grads)) or udi_kernels.gramian(grads))
+    monkeypatch.setattr(
+        follower_module, "gramian", lambda grads: calls.append(len(grads)) or udi_kernels.gramian(grads)
+    )
     options = ["--epochs", "3", "--controller", "dynamic", "--align-every", schedule, "--baselines", "none"]
     assert main([*options, "--out", "run"]) == 0
     assert calls == [3] * len(steps)
@@ -149,7 +154,7 @@ def test_controller_measures_on_schedule(monkeypatch, schedule, steps):
     ],
 )
 def test_warmup_follows_the_length_of_the_run(options, warmup):
-    assert udi.q_warmup(make_run(**options)) == warmup
+    assert q_warmup(make_run(**options)) == warmup
 
 
 def test_no_complementary_weight_before_q_is_fitted(capsys):
@@ -193,7 +198,7 @@ def test_anchor_near_tie_goes_to_the_surer():
 
 def test_collapse_is_reported(monkeypatch, capsys):
     """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
-    monkeypatch.setattr(udi, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
+    monkeypatch.setattr(follower_module, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
     options = (
         "--dataset cgdigits --controller dynamic --align-every 1 --epochs 3 --baselines none --anchor color --out run"
     )
@@ -256,7 +261,7 @@ def test_co_training(controller):
 
 def test_fused_teacher():
     """Its logits are the log-linear rule's, its features those of the others."""
-    run = make_run(hide(datasets["splitdigits"](None), 60, 0), epochs=1, teacher="fused")
+    run = make_run(hide(datasets["splitdigits"](Options()), 60, 0), epochs=1, teacher="fused")
     tasks = train_alone(run)
     _, logits = udi.predictions(tasks, run)
     teacher = udi.fused_teachers(run, tasks, logits)["left"]

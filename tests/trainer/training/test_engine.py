@@ -62,7 +62,7 @@ def test_order_of_eager_and_captured_steps(three_views, monkeypatch):
     monkeypatch.setattr("udi_trainer.training.engine.no_waiting", no_waiting)
     monkeypatch.setattr(Graphs, "capture", lambda self, batch, *_: seen.append("captured") or (Graph(), batch))
     run = make_run(three_views)
-    task = run.make(Alone, "clean")
+    task = run.make(Alone, modality="clean")
     task.flags = lambda number: {"odd": number % 2}
     task.step = lambda batch, odd: seen.append("eager") or {"loss": torch.zeros(())}
     graphs = Graphs(task, Feed(run, run.data.train, task.reads), 0)
@@ -122,8 +122,8 @@ def test_defaults_on_a_gpu(capsys):
 def test_step_that_cannot_be_captured(three_views, register, capsys):
     """A step that waits for the GPU falls back to eager steps, with a line of reason."""
 
-    def waiting(data_root):
-        dataset = datasets[three_views](data_root)
+    def waiting(options):
+        dataset = datasets[three_views](options)
         dataset.modalities["clean"].augment = lambda x: x + 0 * x.sum().item()
         return dataset
 

@@ -21,7 +21,7 @@ from ..helpers import log_by_stage, make_run, read_log, read_metrics, without_ti
 
 def test_batches_of_few_labels():
     """All steps of an epoch have labelled samples, each as often; before them any, for tasks that want these."""
-    run = make_run(hide(datasets["splitdigits"](None), 50, 0), batch_size=64)
+    run = make_run(hide(datasets["splitdigits"](Options()), 50, 0), batch_size=64)
     task, seen = Alone(run, "left"), []
     task.step = lambda batch: seen.append(batch) or {"loss": torch.zeros(())}
     for semi in (False, True):
@@ -46,7 +46,7 @@ def test_side_by_side_in_threads(three_views, random):
     augment = torch.nn.functional.dropout if random else None
 
     def losses(threads, *groups):
-        dataset = datasets[three_views](None)
+        dataset = datasets[three_views](Options())
         dataset.modalities["clean"].augment = dataset.modalities["worse"].augment = augment
         run = make_run(dataset, epochs=3, batch_size=8)
         torch.set_num_threads(threads)
@@ -77,7 +77,7 @@ def test_encoders_that_draw_later_take_turns(three_views):
     """What they draw depends on their steps alone, whoever trains beside them."""
 
     def losses(threads, *groups):
-        dataset = datasets[three_views](None)
+        dataset = datasets[three_views](Options())
         for modality in dataset.modalities.values():
             modality.encoder = Late
         run = make_run(dataset, epochs=2, batch_size=8)
@@ -96,7 +96,7 @@ def test_threads_do_not_depend_on_who_else_is_left(three_views, monkeypatch):
     step = Alone.step
     monkeypatch.setattr(Alone, "step", lambda *args: seen.append(torch.get_num_threads()) or step(*args))
     Path("run").mkdir()
-    run = Run(Options(epochs=2), datasets[three_views](None), torch.device("cpu"), RunFolder(Path("run")))
+    run = Run(Options(epochs=2), datasets[three_views](Options()), torch.device("cpu"), RunFolder(Path("run")))
     torch.set_num_threads(4)
     train_alone(run, ["clean"], epochs=1)
     assert seen == [4] * run.steps
@@ -158,9 +158,9 @@ def test_making_a_stage_changes_nothing(three_views):
     """Neither the log of an earlier run, nor torch's generator; nor does making a task."""
     assert main(["--dataset", three_views, "--method", "ensemble", "--epochs", "1", "--out", "run"]) == 0
     before = Path("run/metrics.jsonl").read_bytes()
-    run = Run(Options(epochs=1), datasets[three_views](None), torch.device("cpu"), RunFolder(Path("run")))
+    run = Run(Options(epochs=1), datasets[three_views](Options()), torch.device("cpu"), RunFolder(Path("run")))
     state = torch.get_rng_state()
-    stage = Stage(run.make(Alone, "clean"), run)
+    stage = Stage(run.make(Alone, modality="clean"), run)
     assert torch.equal(torch.get_rng_state(), state)
     assert Path("run/metrics.jsonl").read_bytes() == before and run.history == {} and stage.epoch == 0
 
@@ -176,7 +176,7 @@ def test_making_a_stage_changes_nothing(three_views):
 )
 def test_schedules(options, wanted, mixed):
     """Of the formula, and of a training: the learning rate that each epoch's steps see."""
-    options = Options(lr=1.0, **options)
+    options = Options.make(lr=1.0, **options)
     rates = [learning_rate(options, epoch) for epoch in range(options.epochs)]
     assert rates == pytest.approx(wanted, rel=1e-5)
     assert [learning_rate(options, epoch, 3) for epoch in range(options.epochs)] == pytest.approx(
@@ -184,7 +184,7 @@ def test_schedules(options, wanted, mixed):
     )
 
     run = make_run(mixed, lr=0.01, epochs=options.epochs, schedule=options.schedule, lr_step=options.lr_step)
-    task, seen = run.make(Alone, "sensor"), []
+    task, seen = run.make(Alone, modality="sensor"), []
     step = task.step
     task.step = lambda batch: seen.append(task.optimizer.param_groups[0]["lr"].item()) or step(batch)
     fit([task], run)

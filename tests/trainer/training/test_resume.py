@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from udi_trainer.command import main
-from udi_trainer.methods.udi import Follower
+from udi_trainer.methods.follower import Follower
 from udi_trainer.registry import datasets
 
 from ..helpers import TRAIN, log_by_stage, read_log, read_metrics, start, without_times
@@ -52,8 +52,8 @@ def test_killed_and_resumed(tmp_path):
 def test_augmentation_depends_on_seed_and_step_alone(three_views, register, monkeypatch, device):
     """A resumed run draws the same."""
 
-    def noisy(data_root):
-        dataset = datasets[three_views](data_root)
+    def noisy(options):
+        dataset = datasets[three_views](options)
         dataset.modalities["clean"].augment = lambda x: x + torch.randn_like(x)
         return dataset
 

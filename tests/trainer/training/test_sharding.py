@@ -32,7 +32,7 @@ distributed.BUCKET = 2**14
 def stage(shard, folder=None, **options):
     run = make_run(shard=shard, epochs=3, batch_size=32, **options)
     run.folder = folder or run.folder
-    stage = Stage(run.make(Alone, "gray"), run)
+    stage = Stage(run.make(Alone, modality="gray"), run)
     stage.restore()
     return stage
 
