@@ -1,6 +1,6 @@
 """What the compilers make of every GPU kernel, without a GPU: a static roofline.
 
-    python benchmarks/inspect_kernels.py [--arch sm_90 ...] [--write] [--predict]
+    python benchmarks/inspect_kernels.py [--arch sm_90 ...] [--write]
 
 Triton: calls the launchers on tensors without memory, notes each kernel they would launch, and compiles it as the
 launch would, so what is inspected is what is shipped. CUDA: all kernels of csrc/cuda, by
@@ -12,7 +12,6 @@ them those of each pipe; registers of a thread; warps that a multiprocessor hold
 
 Exit code 1 if a kernel spills, uses local memory or stores single bytes (ACCEPTED says where and why it may), or if it
 takes over 5% more instructions than in the committed table, where that is by the same compiler; --write renews it.
---predict: least times on two GPUs and what limits them. Predictions: no GPU has calibrated them yet.
 """
 
 import argparse
@@ -53,30 +52,18 @@ BETA_SHAPES = (8192, 4096), (4096, 32000)
 CLUB_SHAPES = (64, 41), (512, 512), (65536, 512)
 ONCE = {(64, 1), (4096, 6), (1024, 1271), (64, 41)}
 
-# Multiprocessors, GHz, TB/s. A copy reaches about nine tenths of the bandwidth.
-GPUS = {"H100": (132, 1.755, 3.35), "H200": (132, 1.755, 4.8)}
-COPY = 0.9
-CYCLES = {
-    "issue": 1,
-    "xu": 8,
-    "alu": 2,
-    "fp64": 2,
-}  # of a scheduler, four to a multiprocessor, for a warp's instruction
-PREDICTED = {"js_div": ((1024, 1000), (8192, 4096), (4096, 32000)), "club_mi": ((512, 512), (65536, 512))}
-READS = {"js_div": 2, "club_mi": 3, "club_nll": 3}
-
 
 # --- Triton -----------------------------------------------------------------------------------------------------
 
 
 def cases():
-    """(op, pass, shape, dtype, options in words, function that launches it) of all that is inspected."""
+    """(op, shape, dtype, options in words, function that launches it) of all that is inspected."""
     import torch
 
     from udi_kernels.triton import certainty, club, duc, effective_dims, js_div
 
-    def case(op, way, shape, words, launch, *args):
-        return op, way, shape, dtype, words, functools.partial(launch, *args)
+    def case(op, shape, words, launch, *args):
+        return op, shape, dtype, words, functools.partial(launch, *args)
 
     scalar = torch.empty((), device="meta")
     for dtype in (torch.float32, torch.bfloat16):
@@ -86,10 +73,10 @@ def cases():
             stats = torch.empty(6, R, device="meta")
             for beta in (0.5, *(BETAS if (R, C) in BETA_SHAPES else ())):
                 words, options = "" if beta == 0.5 else f"beta {beta}", (beta, 1.0, 2)
-                yield case("js_div", "forward", (R, C), words, js_div.js_div_fwd, x, y, None, *options)
+                yield case("js_div", (R, C), words, js_div.js_div_fwd, x, y, None, *options)
                 for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
                     backward = js_div.js_div_bwd, scalar, x, y, None, stats, *options, *needs
-                    yield case("js_div", "backward", (R, C), words, *backward)
+                    yield case("js_div", (R, C), words, *backward)
         for shape in (shape for shape in CLUB_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
             N, D = shape
             inputs, stats = [torch.empty(N, D, **new) for _ in range(3)], torch.empty(5, D, device="meta")
@@ -97,21 +84,21 @@ def cases():
             for reduction, given in itertools.product((0, 2), (None, classes)):
                 grad = torch.empty((N,) if reduction == 0 else (), device="meta")
                 words = " ".join(filter(None, ("" if given is None else "given", "" if reduction else "each row")))
-                yield case("club_mi", "forward", shape, words, club.club_mi_fwd, *inputs, given, reduction)
+                yield case("club_mi", shape, words, club.club_mi_fwd, *inputs, given, reduction)
                 for needs in ((False, False, True), (True, True, True)):
                     backward = club.club_mi_bwd, grad, *inputs, given, stats, reduction, *needs
-                    yield case("club_mi", "backward", shape, words, *backward)
-            yield case("club_nll", "forward", shape, "", club.club_nll_fwd, *inputs)
-            yield case("club_nll", "backward", shape, "", club.club_nll_bwd, scalar, *inputs, True, True, False)
+                    yield case("club_mi", shape, words, *backward)
+            yield case("club_nll", shape, "", club.club_nll_fwd, *inputs)
+            yield case("club_nll", shape, "", club.club_nll_bwd, scalar, *inputs, True, True, False)
         student, teacher = torch.empty(1024, 512, **new), torch.empty(1024, 512, **new)
         dims, features = torch.empty(512, dtype=torch.bool, device="meta"), torch.empty(10000, 512, **new)
         labels, logits = torch.empty(10000, dtype=torch.int64, device="meta"), torch.empty(3, 8192, 101, **new)
         grad, heads = torch.empty(8192, 101, **new), (3 * 8192, 101)
-        yield case("duc_loss", "forward", (1024, 1024), "", duc.duc_loss_fwd, student, teacher, dims, 10.0, 2, True)
+        yield case("duc_loss", (1024, 1024), "", duc.duc_loss_fwd, student, teacher, dims, 10.0, 2, True)
         centroids = effective_dims.effective_dims_fwd, features, labels, 101
-        yield case("effective_dims", "forward", (10000, 512), "", *centroids)
-        yield case("certainty_fusion", "forward", heads, "", certainty.certainty_fusion_fwd, logits, 1.0)
-        yield case("certainty_fusion", "backward", heads, "", certainty.certainty_fusion_bwd, grad, logits, 1.0, True)
+        yield case("effective_dims", (10000, 512), "", *centroids)
+        yield case("certainty_fusion", heads, "", certainty.certainty_fusion_fwd, logits, 1.0)
+        yield case("certainty_fusion", heads, "", certainty.certainty_fusion_bwd, grad, logits, 1.0, True)
 
 
 @functools.cache  # kernels do not travel between processes: each worker notes the launches itself
@@ -168,12 +155,12 @@ def signature(kernel, values):
 
 
 def inspect_triton(index, arch):
-    """A row of the table, and the warp instructions of the whole launch by pipe."""
+    """The table's row of a launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, (types, constants, attributes), options, grid, (op, way, (R, C), dtype, words) = launches()[index]
+    kernel, (types, constants, attributes), options, grid, (op, (R, C), dtype, words) = launches()[index]
     binary = triton.compile(
         ASTSource(kernel, types, constants, attributes), target=GPUTarget("cuda", int(arch[3:]), 32), options=options
     )
@@ -200,11 +187,10 @@ def inspect_triton(index, arch):
     resident = code.resident(warps, arch, binary.metadata.shared)
     in_flight = max(s.loaded for s in code.loops or [code.straight]) * 32 * resident / 1024
     name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-    row = table_row(
+    return table_row(
         name, " ".join(filter(None, label)), arch, f"Triton {triton.__version__}", code, pipes, R * C / 32,
         warps=resident, flight=round(in_flight), shared=binary.metadata.shared,
     )  # fmt: skip
-    return row, ((op, way, (R, C), str(dtype)[6:], words, len(wanted)), pipes)
 
 
 def table_row(name, label, arch, compiler, code, pipes, elements, **more):
@@ -259,49 +245,19 @@ def committed_rows():
         return {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
 
 
-def predictions(launched):
-    """Lines of a Markdown table: least times in us, what limits them, and the fraction of copy speed at best.
-
-    launched: (case, warp instructions by pipe) of every kernel launched on sm_90.
-    """
-    yield "| op | shape | dtype | " + " | ".join(f"{g}: us | limit | of copy" for g in GPUS) + " |"
-    yield "|---|---|---|" + "---:|---|---:|" * len(GPUS)
-    for op, shapes in PREDICTED.items():
-        for (R, C), dtype in ((s, d) for s in shapes for d in ("float32", "bfloat16")):
-            size, reads = R * C * (4 if dtype == "float32" else 2), READS[op]
-            cells = []
-            for cores, clock, bandwidth in GPUS.values():
-                least = copy = 0.0
-                limits = []
-                for way, moved in (("forward", reads), ("backward", reads + 1)):  # backward: one gradient
-                    work = [p for case, p in launched if case == (op, way, (R, C), dtype, "", int(way == "backward"))]
-                    moving = moved * size / (bandwidth * COPY) * 1e-6
-                    rate = cores * 4 * clock * 1e3  # warp instructions a microsecond
-                    times = {
-                        name: sum(cycles * (sum(p.values()) if name == "issue" else p.get(name, 0)) for p in work)
-                        / rate
-                        for name, cycles in CYCLES.items()
-                    } | {"memory": moving}
-                    limits.append(max(times, key=times.get))
-                    least, copy = least + max(times.values()), copy + moving
-                cells.append(f"{least:.1f} | {', '.join(limits)} | {100 * copy / least:.0f}%")
-            yield f"| {op} | {R}x{C} | {dtype} | {' | '.join(cells)} |"
-
-
 # --- the command ------------------------------------------------------------------------------------------------
 
 
 def inspect(archs, jobs):
-    """(rows of the table, launches on sm_90)"""
+    """The table's rows."""
     from udi_kernels._nvrtc import KERNELS, TABLE_WORDS
 
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        triton = [(arch, pool.submit(inspect_triton, i, arch)) for i in range(len(launches())) for arch in archs]
+        triton = [pool.submit(inspect_triton, i, arch) for i in range(len(launches())) for arch in archs]
         kernels = [kernel for kernel in KERNELS if kernel.endswith(f"{TABLE_WORDS[0]}>")]
         cuda = [pool.submit(inspect_cuda, kernel, arch) for kernel in kernels for arch in archs]
-        rows = [future.result()[0] for _, future in triton] + [future.result() for future in cuda]
-        launched = [future.result()[1] for arch, future in triton if arch == "sm_90"]
-    return list({tuple(row[k] for k in KEY): row for row in rows}.values()), launched
+        rows = [future.result() for future in (*triton, *cuda)]
+    return list({tuple(row[k] for k in KEY): row for row in rows}.values())
 
 
 def main():
@@ -309,17 +265,13 @@ def main():
     parser.add_argument("--arch", nargs="+", default=ARCHS, metavar="sm_XX", help=f"default: {' '.join(ARCHS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time; default: all cores")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    parser.add_argument("--predict", action="store_true", help="least times, as predicted for " + " and ".join(GPUS))
     options = parser.parse_args()
-    rows, launched = inspect(options.arch, options.jobs)
+    rows = inspect(options.arch, options.jobs)
 
     table = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
     for line in table:
         print("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
-    if options.predict:
-        print("\nPredicted, forward + backward to one gradient; no GPU has calibrated this:\n")
-        print("\n".join(predictions(launched)))
 
     committed = committed_rows()
     found = list(faults(rows, {} if options.write else committed))

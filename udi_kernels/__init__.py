@@ -22,4 +22,4 @@ __all__ = [
     "js_div",
     "weighted_sum",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

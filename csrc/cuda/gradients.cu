@@ -339,8 +339,7 @@ __global__ void __launch_bounds__(kSumThreads)
     for (int s = threadIdx.x; s < chunk.singles; s += kSumThreads) {
       const int e = chunk.single<T>(s);
       S sum = 0;
-      for_rows(
-          S(0), [&](const T* at) { return static_cast<S>(at[e]); }, [&](S weight, S x) { sum += weight * x; });
+      for_rows(S(0), [&](const T* at) { return static_cast<S>(at[e]); }, [&](S weight, S x) { sum += weight * x; });
       out[e] = static_cast<T>(sum);
     }
   });

@@ -1,4 +1,12 @@
-from udi_trainer import distributed
-from udi_trainer.command import main
+from typing import NoReturn
 
-distributed.leave(main(prog="udi_trainer"))
+from . import command, distributed
+
+
+def main() -> NoReturn:
+    """``python -m udi_trainer`` and its console script, ``udi-train``."""
+    distributed.leave(command.main(prog="udi_trainer"))
+
+
+if __name__ == "__main__":
+    main()

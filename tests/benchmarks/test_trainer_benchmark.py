@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("sklearn", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
-import trainer  # noqa: E402
-from udi_trainer.console import log  # noqa: E402
+import trainer
+from udi_trainer.console import log
 
 ARGUMENTS = argparse.Namespace(epochs=1, batch_size=32, amp="none", engine="auto", tf32=False, device="cpu")
 

@@ -21,8 +21,7 @@ CpuKernel entry(const char* name, size_t words, void (*)(const Table<kMost>&, Ar
             const auto* const* a = static_cast<const void* const*>(arguments);
             [&]<size_t... I>(std::index_sequence<I...>) {
               kKernel(*static_cast<const Table<kMost>*>(a[0]), *static_cast<const Args*>(a[1 + I])...);
-            }
-            (std::index_sequence_for<Args...>());
+            }(std::index_sequence_for<Args...>());
           },
           {words * sizeof(int64_t), sizeof(Args)...}};
 }

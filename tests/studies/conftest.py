@@ -7,8 +7,8 @@ import torch
 pytest.importorskip("sklearn", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
-from studies.command import studies  # noqa: E402
-from studies.study import Study, Variant  # noqa: E402
+from studies.command import studies
+from studies.study import Study, Variant
 
 ROOT = Path(__file__).parents[2]
 

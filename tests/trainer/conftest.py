@@ -4,10 +4,10 @@ import torch
 pytest.importorskip("sklearn", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
-from udi_trainer import Dataset, Modality, Split  # noqa: E402
-from udi_trainer.registry import datasets  # noqa: E402
+from udi_trainer import Dataset, Modality, Split
+from udi_trainer.registry import datasets
 
-from .helpers import write_idx  # noqa: E402
+from .helpers import write_idx
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,20 @@ def test_as_a_module_from_anywhere(tmp_path):
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert f"{read_metrics(tmp_path / 'run')['fused']['test_acc']:.4f}" in out
+
+
+def test_console_script(tmp_path):
+    """udi-train is python -m udi_trainer by another name."""
+    script = shutil.which("udi-train", path=Path(sys.executable).parent)
+    if script is None:
+        pytest.skip("udi-train is not installed: pip install -e .")
+    process = start(script, "--epochs", "1", "--method", "joint", "--out", "run")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"{read_metrics(tmp_path / 'run')['fused']['test_acc']:.4f}" in out
+    process = start(script, "--nonsense")
+    out, err = process.communicate()
+    assert process.returncode == 2 and one_line(err).startswith("udi_trainer: ")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[data]"')
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import UserError  # noqa: E402
-from udi_trainer.data import kinds  # noqa: E402
-from udi_trainer.data.cache import Cache, Unreadable, digest  # noqa: E402
-from udi_trainer.data.manifest import build, read  # noqa: E402
-from udi_trainer.options import Options  # noqa: E402
+from udi_trainer import UserError
+from udi_trainer.data import kinds
+from udi_trainer.data.cache import Cache, Unreadable, digest
+from udi_trainer.data.manifest import build, read
+from udi_trainer.options import Options
 
 
 def column(cache, values, decoded, names=None):

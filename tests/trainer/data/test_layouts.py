@@ -9,11 +9,11 @@ import torch
 pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[data]"')
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import UserError, train  # noqa: E402
-from udi_trainer.data.manifest import build, read  # noqa: E402
-from udi_trainer.data.scan import scan, write  # noqa: E402
-from udi_trainer.options import Options, fields_of  # noqa: E402
-from udi_trainer.registry import datasets  # noqa: E402
+from udi_trainer import UserError, train
+from udi_trainer.data.manifest import build, read
+from udi_trainer.data.scan import scan, write
+from udi_trainer.options import Options, fields_of
+from udi_trainer.registry import datasets
 
 SMALL = {"image_size": 16, "sample_rate": 4000, "audio_length": 0.2}
 

@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[data]"')
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import UserError, load, train  # noqa: E402
-from udi_trainer.data.manifest import build, draw, read  # noqa: E402
-from udi_trainer.options import Options  # noqa: E402
+from udi_trainer import UserError, load, train
+from udi_trainer.data.manifest import build, draw, read
+from udi_trainer.options import Options
 
 
 def dataset(path, options, **more):

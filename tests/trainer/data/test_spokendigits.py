@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import Options, UserError, train  # noqa: E402
-from udi_trainer.registry import datasets  # noqa: E402
+from udi_trainer import Options, UserError, train
+from udi_trainer.registry import datasets
 
 SPEAKERS = ("anna", "bert", "carl", "dora", "emil", "fred")
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
-from udi_trainer.evaluation.plotting import curves, new_figure, spaced  # noqa: E402
+from udi_trainer.evaluation.plotting import curves, new_figure, spaced
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
-from udi_trainer.evaluation import report  # noqa: E402
+from udi_trainer.evaluation import report
 
 SCORES = {"val_acc": 0.8, "test_acc": 0.7, "test_macro_f1": 0.6}
 
