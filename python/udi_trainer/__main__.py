@@ -1,4 +1,4 @@
 from udi_trainer import distributed
 from udi_trainer.command import main
 
-distributed.leave(main(prog="udi_trainer"))
+distributed.exit_process(main(prog="udi_trainer"))

@@ -97,7 +97,7 @@ def train(
     """
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     data_name = dataset if isinstance(dataset, str) else dataset.name
-    with distributed.joined(), console(distributed.first()) if progress else contextlib.nullcontext():
+    with distributed.process_group(), console(distributed.first()) if progress else contextlib.nullcontext():
         if resume is None:
             folder, chosen = None, Options.make(method=name, dataset=data_name, **options)
         else:

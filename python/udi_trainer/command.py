@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     try:
         if argv[:1] == ["manifest"]:
             return scan.main(argv[1:], prog)
-        with stop.on_signals(), distributed.joined(), console(distributed.first()):
+        with stop.on_signals(), distributed.process_group(), console(distributed.first()):
             options, folder = parse(argv, prog)
             plan = Plan(options)
             folder = folder or plan.new_folder()
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        number, reason = stop.number or signal.SIGINT, "interrupted"
+        number, reason = stop.signal_number or signal.SIGINT, "interrupted"
     except BrokenPipeError:
         number, reason = signal.SIGPIPE, "nobody reads its output"
         with contextlib.suppress(OSError):  # what is still in the buffer would be tried again at the end of the process

@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started beside this one, if there are any and nobody has yet."""
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    join(*next(dist.rendezvous("env://")))
+    initialize(*next(dist.rendezvous("env://")))
     try:
         yield
     except RuntimeError as error:
@@ -39,28 +39,28 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def join(store: dist.Store, rank: int, world: int) -> None:
+def initialize(store: dist.Store, rank: int, world: int) -> None:
     """Begins the group, in a part of torchrun's store where nobody has written yet.
 
     torchrun keeps the store when it starts its processes anew, with the addresses of those that are gone, and its count
     of restarts differs from node to node (pytorch#135712). So nobody believes what may be old: the first process names
     a part to each of the others until that has said it was told.
     """
-    part = uuid.uuid4().hex
+    prefix = uuid.uuid4().hex
     if rank == 0:
         for other in range(1, world):
-            while not store.check([f"{part}/{other}"]):
-                store.set(f"part of {store.get(f'who/{other}').decode()}", part)
+            while not store.check([f"{prefix}/{other}"]):
+                store.set(f"part of {store.get(f'who/{other}').decode()}", prefix)
                 time.sleep(0.01)
     else:
-        store.set(f"who/{rank}", part)
-        part = store.get(f"part of {part}").decode()
-        store.set(f"{part}/{rank}", "told")
+        store.set(f"who/{rank}", prefix)
+        prefix = store.get(f"part of {prefix}").decode()
+        store.set(f"{prefix}/{rank}", "told")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=rank, world_size=world)
+    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process, one of several without Python's own end.
 
     DTensor's caches keep gloo's threads beyond the group, and one that lets go of a message's tensor while Python ends
@@ -112,7 +112,7 @@ def share(order: torch.Tensor, batch_size: int) -> torch.Tensor:
     return order.view(-1, world(), batch_size // world())[:, rank()].flatten()
 
 
-def part(count: int) -> torch.Tensor:
+def local_indices(count: int) -> torch.Tensor:
     """This process's part of so many samples that all have to be seen once: as many in each, so some twice."""
     each = -(-count // world())
     return torch.arange(rank() * each, (rank() + 1) * each) % count
@@ -128,7 +128,7 @@ def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(parts)[:count]
 
 
-def whole(rows: torch.Tensor) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """All processes' rows of a batch. The gradient reaches those of this one, times the number of processes: of a loss
     that is the same in all of them the averaged gradients are then those of one process.
     """
@@ -210,7 +210,7 @@ def noise_like(t: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(torch.randn(t.shape, dtype=t.dtype, device=t.device), t.device_mesh, t.placements)
 
 
-def anyone(wish: bool) -> bool:
+def any_process(wish: bool) -> bool:
     """Whether any process wishes it."""
     if world() == 1:
         return wish

@@ -43,9 +43,9 @@ class RunFolder:
 
     def save(self, name: str, /, **state: Any) -> None:
         if self.path:
-            self.write(f"checkpoints/{name}.pt", packed(state))
+            self.write(f"checkpoints/{name}.pt", serialized(state))
         else:
-            self.kept[name] = packed(state)
+            self.kept[name] = serialized(state)
 
     def write_log(self, rows: list[dict]) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -64,7 +64,7 @@ class RunFolder:
         if not self.path:
             return
         try:
-            write(self.path / name, data)
+            write_atomically(self.path / name, data)
         except UserError:
             if not self.ended:
                 raise
@@ -143,7 +143,7 @@ def as_json(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write(path, as_json(value))
+    write_atomically(path, as_json(value))
 
 
 def load_tensors(path: Path, remedy: str) -> dict:
@@ -166,13 +166,13 @@ def load_tensors(path: Path, remedy: str) -> dict:
     raise UserError(f"{path} is damaged ({reason}): {remedy}") from None
 
 
-def packed(state: dict) -> memoryview:
+def serialized(state: dict) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
 
 
-def write(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """All or nothing: a reader, or a process killed here, sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -17,12 +17,12 @@ class Stop:
     """A wish to end the run. A training hears it between two steps and keeps what it has; elsewhere it is at once."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.signal_number: int | None = None
         self._deferred = False
 
-    def ask(self, number: int, frame: object = None) -> None:
+    def request(self, number: int, frame: object = None) -> None:
         """The handler of a signal; the second one does not wait."""
-        again, self.number = self.number is not None, number
+        again, self.signal_number = self.signal_number is not None, number
         if again or not self._deferred:
             raise KeyboardInterrupt
 
@@ -30,7 +30,7 @@ class Stop:
         """``step``: of the epoch. Processes that train together stop after the same one, so they ask each other."""
         if distributed.world() > 1 and (step is None or step % AGREE):
             return
-        if distributed.anyone(self.number is not None):
+        if distributed.any_process(self.signal_number is not None):
             raise Stopped
 
     @contextlib.contextmanager
@@ -46,7 +46,7 @@ class Stop:
     def on_signals(self) -> Iterator[None]:
         """Ctrl-C, the end of the terminal, and what a scheduler sends before it kills; those not ignored already."""
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self.ask) for number in numbers}
+        before = {number: signal.signal(number, self.request) for number in numbers}
         try:
             yield
         finally:

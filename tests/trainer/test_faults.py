@@ -117,7 +117,7 @@ def test_code_in_a_checkpoint_is_not_run(cut, capsys):
 def test_flipped_bits(tmp_path):
     """Wherever one flips: an error, or the tensors as they were."""
     path, state = tmp_path / "x.pt", {"parts": {"weight": torch.randn(700)}, "rows": [{"epoch": 1}]}
-    run_folder.write(path, run_folder.packed(state))
+    run_folder.write_atomically(path, run_folder.serialized(state))
     whole, found = path.read_bytes(), 0
     places = random.Random(0).sample(range(len(whole)), 300)
     inside = whole.index(state["parts"]["weight"].numpy().tobytes())

@@ -34,7 +34,7 @@ from ..errors import UserError
 from ..evaluation.fusion import fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import DetachedClassifiers, FeatureHead
-from ..models.encoders import make_encoder, may_draw
+from ..models.encoders import is_stochastic, make_encoder
 from ..registry import methods
 from ..run import Run
 from ..training.feed import Feed
@@ -69,7 +69,7 @@ class Detached(Task):
         made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
-        self.random = any(view.random for view in self.views.values()) or any(map(may_draw, encoders.values()))
+        self.random = any(view.random for view in self.views.values()) or any(map(is_stochastic, encoders.values()))
         self.model = self.place(DetachedClassifiers(encoders, widths, run.data.classes))
         self.projected = {name: width for name, width in widths.items() if width != self.model.width}
         self.parameters = list(self.model.parameters())
@@ -92,7 +92,7 @@ class Detached(Task):
         labelled = (train.labels >= 0).nonzero().flatten()
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(labelled.cpu()[distributed.part(len(labelled))], 1000):
+        for batch in feed.batches(labelled.cpu()[distributed.local_indices(len(labelled))], 1000):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
         labels = train.labels[labelled].to(self.run.device)
@@ -117,7 +117,7 @@ class Detached(Task):
 
     def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss by which modalities learn from each other, over all ordered pairs; the whole batch's rows."""
-        features = [distributed.whole(x) for x in features]
+        features = [distributed.gather_rows(x) for x in features]
         temperature, full = self.run.options.contrast_temperature, self.run.options.contrast == "full"
         total = torch.zeros((), device=features[0].device)
         for a, b in itertools.permutations(range(len(features)), 2):

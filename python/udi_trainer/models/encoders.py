@@ -171,7 +171,7 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     return encoder, features.shape[1]
 
 
-def may_draw(encoder: nn.Module) -> bool:
+def is_stochastic(encoder: nn.Module) -> bool:
     """Whether its steps may draw random numbers: a layer is known to, or is nobody's that one could know."""
 
     def draws(layer):

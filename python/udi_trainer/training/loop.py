@@ -295,7 +295,7 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     task.model.eval()
     feed = Feed(run, split, task.reads)
     parts = []
-    for batch in feed.batches(distributed.part(len(split)), 1000):
+    for batch in feed.batches(distributed.local_indices(len(split)), 1000):
         parts.append(compute(feed.complete(batch)))
         run.stop.check()
     return distributed.gather(torch.cat(parts).float(), len(split)).cpu()

@@ -6,7 +6,7 @@ from torch import nn
 
 from udi_trainer import Modality, Split, UserError, train
 from udi_trainer.data.pipelines import Tokens
-from udi_trainer.models.encoders import make_encoder, may_draw
+from udi_trainer.models.encoders import is_stochastic, make_encoder
 from udi_trainer.registry import encoders
 
 
@@ -16,7 +16,7 @@ def test_features(name, shape):
     split = Split(torch.zeros(3), {"x": torch.rand(3, *shape)})
     encoder, width = make_encoder("x", Modality(name, ("x",)), split)
     assert width == 64 and encoder(split.stored["x"]).shape == (3, 64)
-    assert encoder.training and not may_draw(encoder)
+    assert encoder.training and not is_stochastic(encoder)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ class Silent(nn.Module):
     ],
 )
 def test_may_draw(encoder, random):
-    assert may_draw(encoder) is random
+    assert is_stochastic(encoder) is random
 
 
 @pytest.mark.parametrize("name, shape", [
