@@ -79,7 +79,7 @@ DAMAGES = [
     (store("test", "sound", lambda t: t[:, 9:]), "audio differ in shape: train (50, 3), val (50, 3), test (41, 3)"),
     # modalities
     (drop("val", "image"), "picture reads 'image', which val lacks: it has sound, vector"),
-    (lambda data: list(map(data.modalities.pop, ("audio", "picture"))), "modalities ['sensor']: it takes two or more"),
+    (lambda data: list(map(data.modalities.pop, ("audio", "picture"))), "modalities ['sensor']: two or more"),
     (rename("left.eye"), "a modality cannot be named 'left.eye'"),
     (rename("left/eye"), "a modality cannot be named 'left/eye'"),
     (rename(""), "a modality cannot be named ''"),
@@ -88,7 +88,7 @@ DAMAGES = [
     (rename("joint"), "a modality cannot be named 'joint'"),
     (lambda data: setattr(data.modalities["sensor"], "reads", "vector"), "give a tuple of names, ('vector',)"),
     (lambda data: data.train.stored.update(index=data.train.labels), "a stored tensor cannot be named 'index'"),
-    (lambda data: setattr(data, "classes", 1), "mixed has 1 classes: it takes two or more"),
+    (lambda data: setattr(data, "classes", 1), "mixed has 1 classes: two or more are needed"),
     (lambda data: setattr(data, "classes", "2"), "mixed has '2' classes"),
 ]  # fmt: skip
 

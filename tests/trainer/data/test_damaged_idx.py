@@ -24,12 +24,12 @@ def idx(*sizes, data=b"", dims=None):
 @pytest.mark.parametrize(
     "raw, wanted",
     [
-        (idx(0, 28, 28), "holds no samples"),
+        (idx(0, 28, 28), "has no samples"),
         (idx(5, 28, 28), "is truncated (0 bytes of 3920)"),
         (idx(5, 28, 28, data=bytes(3919)), "is truncated (3919 bytes of 3920)"),
         (idx(5, 28, 28, data=bytes(3921)), "more than the 3920 bytes"),
-        (idx(2**32 - 1, 28, 28), "claims to hold 4294967295 x 28 x 28"),
-        (idx(2**32 - 1, 2**32 - 1, 2**32 - 1), "claims to hold"),
+        (idx(2**32 - 1, 28, 28), "claims to have 4294967295 x 28 x 28"),
+        (idx(2**32 - 1, 2**32 - 1, 2**32 - 1), "claims to have"),
         (idx(5, dims=1, data=bytes(5)), "is not an idx file"),
         (gzip.compress(b""), "is not an idx file"),
         (b"", "is not an idx file"),

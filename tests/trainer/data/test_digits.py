@@ -115,5 +115,5 @@ def test_resplit():
     assert torch.equal(split.train.stored["left"], again.train.stored["left"])
     assert not torch.equal(split.train.stored["left"], other.train.stored["left"])
     assert torch.equal(fewdigits(None, options).train.stored["left"], split.train.stored["left"])
-    with pytest.raises(UserError, match="--resplit 720: of 1797 digits training takes 1077"):
+    with pytest.raises(UserError, match="--resplit 720: training takes 1077 of 1797"):
         splitdigits(None, Options(resplit=720))

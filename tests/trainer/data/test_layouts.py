@@ -201,7 +201,7 @@ def test_manifest_from_a_folder(folder, options, tmp_path):
     given = {k: v for k, v in options.items() if k != "progress"}
     data = build(read(tmp_path / "m.csv"), Options(**given))
     assert sum(map(len, data.splits().values())) == 24
-    with pytest.raises(UserError, match="no path in it is like"):
+    with pytest.raises(UserError, match="no path matches"):
         scan(folder.path, {"sound": "{label}.flac"})
-    with pytest.raises(UserError, match="are both image of 0: name more fields"):
+    with pytest.raises(UserError, match="are both image of 0: add fields"):
         scan(folder.path, {"sound": "rec/{label}_anna0_{a}.wav", "image": "pics/{label}/{b}.png"})

@@ -55,7 +55,7 @@ def test_unlabelled_samples_stay_so(mixed):
 
 def test_only_pixels_and_floats_take_noise(mixed):
     mixed.train.stored["vector"] = torch.ones(101, 5, dtype=torch.int64)
-    with pytest.raises(UserError, match="'vector' is neither pixels nor floating point, but torch.int64"):
+    with pytest.raises(UserError, match="'vector' is neither uint8 pixels nor floating point, but torch.int64"):
         corrupt(mixed, 0.1, 0)
 
 
