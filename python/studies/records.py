@@ -1,4 +1,4 @@
-"""results.json: where a study comes from, and of each run, on a line of its own, what tables and plots need."""
+"""results.json: the origin of a study and, in one line per run, the data of its tables and plots."""
 
 import json
 from pathlib import Path

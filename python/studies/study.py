@@ -1,4 +1,4 @@
-"""What a study is: the ancestor of all, and what it is made of."""
+"""The base class of studies, and its parts."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from udi_trainer.run import choose_device
 from . import plots, tables
 
 SCORES = ("val_acc", "test_acc", "test_macro_f1")
-NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # conditions: options
+NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # options by condition
 
 SEEDING = """\
 Seeds change initial weights and the order of samples, not the samples: the interval says nothing
@@ -24,7 +24,7 @@ RESPLIT = "Seeds draw the split, too, and which samples have a label."
 
 @dataclass
 class Variant:
-    """Runs that differ in their seed alone, and the options that make them. Those of one condition share baselines."""
+    """Runs that differ only in their seed, and their options. Variants of one condition share baselines."""
 
     name: str
     options: str
@@ -36,28 +36,28 @@ class Variant:
 
 @dataclass
 class Entry:
-    """What one run says for one line of a table."""
+    """The scores of one run for one line of a table."""
 
     section: str
     name: str
     scores: dict[str, float]
     baseline: bool = False
-    collapsed: str = ""  # why it counts as collapsed
+    collapsed: str = ""  # the reason, if it collapsed
 
 
 class Study:
-    """Its docstring is the question. ``records``: of its runs, as results.json keeps them."""
+    """A study. Its docstring is the question. ``records``: the records of its runs in results.json."""
 
     seeds: int | range = 5
-    seeding = SEEDING  # what they change
-    unit = "seed"  # what a dot of the plots is, and intervals are over
+    seeding = SEEDING  # describes what seeds change
+    unit = "seed"  # of dots in plots and of intervals
     program = Path(__file__).parents[1] / "train.py"
-    movable = (*MOVABLE, "seed", "out")  # options that a finished run need not share with the command
+    movable = (*MOVABLE, "seed", "out")  # options that may differ from those of a finished run
     variants: Sequence[Variant] = ()
     columns = {"val acc": ("val_acc", 100), "test acc": ("test_acc", 100), "macro F1": ("test_macro_f1", 100)}
 
-    def settle(self, argv: list[str]) -> dict:
-        """All options of the program as it would take them; an error for those that it would refuse."""
+    def resolve(self, argv: list[str]) -> dict:
+        """All options of the program after parsing; raises an error for options that the program would refuse."""
         options, _ = parse(argv, "experiments.py")
         choose("method", options.method, methods)
         choose("dataset", options.dataset, datasets)
@@ -65,14 +65,14 @@ class Study:
         return dataclasses.asdict(options)
 
     def keep(self, metrics: dict, history: list[dict]) -> dict:
-        """What tables and plots need of a run's metrics.json, and here of nothing in the rows of its metrics.jsonl."""
+        """The parts of a run's metrics.json, and of the rows in metrics.jsonl, that tables and plots need."""
         kept = {name: metrics.get(name) for name in ("anchor", "collapsed", "similarity") if metrics.get(name)}
         for name in ("unimodal", "modalities", "baselines"):
             kept[name] = {key: scores_of(scores) for key, scores in metrics[name].items()}
         return {"metrics": kept | {name: scores_of(metrics[name]) for name in ("ensemble", "fused") if name in metrics}}
 
     def entries(self, record: dict) -> Iterator[Entry]:
-        """Everything that predicts, and below that each follower beside the same modality alone."""
+        """All predictions first, then each follower next to the same modality trained alone."""
         name, metrics = record["variant"], record["metrics"]
         baselines = {f"{m} alone": scores for m, scores in metrics["unimodal"].items()}
         baselines |= {"ensemble": metrics["ensemble"]} if "ensemble" in metrics else {}
@@ -88,14 +88,14 @@ class Study:
                 yield Entry(f"follower {m}", name, scores, collapsed=collapsed.get(m, ""))
 
     def notes(self, records: list[dict]) -> Sequence[str]:
-        """Further lines of table.md."""
+        """Additional lines of table.md."""
         return []
 
     def tables(self, records: list[dict]) -> str:
         return tables.tables(self, records)
 
     def draw(self, records: list[dict], folder: Path) -> list[str]:
-        """Writes plots into the folder; returns their names."""
+        """Writes plots to the folder and returns their names."""
         return [plots.draw(self, records, folder / "accuracy.png")]
 
 

@@ -30,7 +30,7 @@ class Q(Study):
     columns = Study.columns | {"bound, nats": ("bound", 1), "q's loss": ("q_nll", 1), "R² from anchor": ("r2", 1)}
 
     def keep(self, metrics, history):
-        """Beside the metrics, the bound and q's own loss over each follower's last epoch."""
+        """Adds the bound and q's loss, averaged over each follower's last epoch."""
         last = {row["modality"]: row for row in history if row["phase"] == "follower"}
         ends = {m: {"bound": FEATURES * row["com"], "q_nll": row["q_nll"]} for m, row in last.items()}
         return super().keep(metrics, history) | {"ends": ends}
