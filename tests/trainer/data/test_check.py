@@ -1,4 +1,4 @@
-"""Wrong data gets one clear error, whatever is wrong with it, before anything is trained."""
+"""Invalid data raises one clear error before training."""
 
 import re
 from dataclasses import replace
@@ -11,7 +11,7 @@ from udi_trainer.data.check import check
 
 
 def spoil(split, index, value):
-    """A label of the split."""
+    """Sets a label of the split."""
 
     def damage(data):
         getattr(data, split).labels[index] = value
@@ -103,7 +103,7 @@ def test_what_is_refused(mixed, damage, wanted, tmp_path):
 
 
 def test_values_are_searched_to_the_end():
-    """In pieces: of more samples than one has."""
+    """The check works in chunks; this split has several."""
     x = torch.zeros(10_001, 2)
     labels = torch.arange(10_001) % 2
     fine = Split(labels[:10], {"x": x[:10]})
@@ -115,7 +115,7 @@ def test_values_are_searched_to_the_end():
 
 
 def test_tensors_of_any_kind_pass(mixed):
-    """Empty of dimensions, integers, booleans, half precision."""
+    """Zero dimensions, integers, booleans, half precision."""
     kinds = {"a": torch.float16, "b": torch.bool, "c": torch.int8}
     splits = {
         name: Split(split.labels, {n: torch.ones(len(split), dtype=kind) for n, kind in kinds.items()})

@@ -1,4 +1,4 @@
-"""MNIST's files as a broken download, or somebody's joke, leaves them."""
+"""MNIST's files after a broken download, or crafted maliciously."""
 
 import gzip
 
@@ -11,7 +11,7 @@ from ..helpers import one_line, start, write_idx
 
 
 def refused(capsys, root):
-    """The one line with which the command ends."""
+    """The command's error message of one line."""
     assert main(["--dataset", "cgmnist", "--data-root", str(root)]) == 2
     return one_line(capsys.readouterr().err)
 
@@ -54,7 +54,7 @@ def test_label_that_is_no_digit(little_mnist, capsys):
 
 
 def test_gzip_of_too_much(tmp_path):
-    """Refused in the memory that its header announces."""
+    """Refused without more memory than the header announces."""
     path = tmp_path / "bomb.gz"
     path.write_bytes(idx(60000, 28, 28, data=bytes(47_040_000)) + gzip.compress(bytes(2**24)) * 32)
     code = (

@@ -1,4 +1,4 @@
-"""Few labels: how many are left, and of which samples."""
+"""Few labels: how many remain, and of which samples."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from udi_trainer.data.labels import hide, stratified
 
 @pytest.mark.parametrize("sizes, count", [((500, 300, 200), 100), ((10, 10, 10), 7), ((97, 2, 1), 5)])
 def test_stratified(sizes, count):
-    """In proportion to within one sample, and at least one of each class."""
+    """Proportional to within one sample, and at least one of each class."""
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     drawn = stratified(labels, count, torch.Generator().manual_seed(0))
     assert len(drawn) == len(drawn.unique()) == count and drawn.equal(drawn.sort().values)

@@ -1,4 +1,4 @@
-"""Manifests: every kind of file trains, splits keep their rules, and what is damaged is named before training."""
+"""Manifests: all kinds of files can be trained on, splits follow their rules, damage is reported before training."""
 
 import os
 import random
@@ -24,7 +24,7 @@ def dataset(path, options, **more):
 
 
 def test_pairs_of_images_and_sounds_out_of_the_box(folder, options, tmp_path):
-    """Recordings of different lengths, no option but the manifest; together they tell what neither does alone."""
+    """Recordings of different lengths, with no option but the manifest. Only both modalities reveal the label."""
     path = folder.manifest(folder.pairs(120))
     result = train("manifest", "ensemble", manifest=path, epochs=12, batch_size=16, out=tmp_path / "run", **options)
     alone = [figures["test_acc"] for figures in result.metrics["unimodal"].values()]
@@ -286,11 +286,11 @@ def test_the_same_file_in_training_and_test_is_told(folder, options, caplog):
     assert "line 10: sound is the same as that of a training sample" in caplog.text
 
 
-# --- where files lie ---
+# --- paths ---
 
 
 def test_odd_paths(folder, options, tmp_path, monkeypatch):
-    """Spaces, semicolons, names beyond ASCII, links, a relative manifest, a folder nobody may write to."""
+    """Spaces, semicolons, non-ASCII names, links, a relative manifest, a read-only folder."""
     rows = folder.pairs(24)
     for i, name in enumerate(("bild mit platz.png", "ä;ö.png", "图像.png")):
         os.rename(folder.path / rows[i]["image"], folder.path / "images" / name)
@@ -310,7 +310,7 @@ def test_odd_paths(folder, options, tmp_path, monkeypatch):
     assert sum(map(len, data.splits().values())) == 24
 
 
-# --- missing senses ---
+# --- missing modalities ---
 
 
 def test_missing_modalities(folder, options, tmp_path):
@@ -319,7 +319,7 @@ def test_missing_modalities(folder, options, tmp_path):
         rows[i]["sound"] = ""
     rows[21]["image"] = ""
     for i in (12, 13, 30):
-        rows[i]["sound"] = ""  # of test
+        rows[i]["sound"] = ""  # in test
     rows[14]["image"] = ""
     path = folder.manifest(rows)
     given = {"manifest": path, "epochs": 6, "batch_size": 8, "baselines": ["joint"], **options}

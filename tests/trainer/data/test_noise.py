@@ -60,7 +60,7 @@ def test_only_pixels_and_floats_take_noise(mixed):
 
 
 def test_noise_option():
-    """The same samples for all seeds; a resumed run has them too."""
+    """The same noise for all seeds, also in a resumed run."""
     joint = ["--dataset", "cgdigits", "--method", "joint", "--epochs", "2"]
     for seed in ("0", "1"):
         options = ["--noise", "0.2,0.4", "--seed", seed, "--out", seed]

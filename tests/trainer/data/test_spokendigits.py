@@ -1,4 +1,4 @@
-"""Spoken beside written digits, in small: speakers stay apart, pairs agree, and are the same again."""
+"""A small spokendigits: speakers are separated, pairs agree in their label and are reproducible."""
 
 import pytest
 import torch
