@@ -17,9 +17,9 @@ SCORES = ("val_acc", "test_acc", "test_macro_f1")
 NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # options by condition
 
 SEEDING = """\
-Seeds change initial weights and the order of samples, not the samples: the interval says nothing
-about other test samples."""
-RESPLIT = "Seeds draw the split, too, and which samples have a label."
+Seeds change the initial weights and the order of samples, but not the split, so intervals do not
+cover other test samples."""
+RESPLIT = "Seeds also draw the split and the samples that have labels."
 
 
 @dataclass

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from .summary import best_baseline, collect, format_difference, heading, is_baseline, mean_and_std, scores_by_seed
 
 FOOTNOTE = """\
-Accuracies in percent: mean ± standard deviation over the {unit}s. Difference: in test accuracy to the best baseline,
-paired by {unit}, with the 95% t confidence interval of its mean; the best baseline is the one of the highest mean
-validation accuracy. {seeding} Collapsed runs are counted, and are part of the means."""
+Accuracies are in percent: mean ± standard deviation over {unit}s. The difference in test accuracy is to the best
+baseline, paired by {unit}, with the 95% t confidence interval of its mean. The best baseline has the highest mean
+validation accuracy. {seeding} Collapsed runs are counted and included in the means."""
 
 
 def tables(study, records: list[dict]) -> str:

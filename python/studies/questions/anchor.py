@@ -38,5 +38,5 @@ def choice(dataset, records):
         best = sum(loss == 0 for loss in losses)
         yield (
             f"{dataset}: validation chose {votes}. On {best} of {len(losses)} seeds no other anchor fused better on"
-            f" test; on the mean of seeds the best would have been worth {100 * mean_and_std(losses)[0]:.2f} points."
+            f" test; on average the best anchor would have gained {100 * mean_and_std(losses)[0]:.2f} points."
         )

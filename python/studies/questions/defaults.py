@@ -12,7 +12,7 @@ ALPHAS = {
 
 @studies.register("defaults")
 class Defaults(Study):
-    """Does validation overturn the paper's controller as the default? Where fusion uses a follower, on many seeds."""
+    """Does validation favor another default than the paper's controller? Many seeds, where fusion uses a follower."""
 
     seeds = 20
     variants = [

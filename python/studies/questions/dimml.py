@@ -21,7 +21,7 @@ CLAIMS = [
 
 @studies.register("dimml")
 class DIMML(Study):
-    """Beside UDI, and without its parts: what does DI-MML owe to shared classifier, contrast and certainty?"""
+    """How does DI-MML compare with UDI, and what do shared classifier, contrast and certainty contribute?"""
 
     variants = [
         Variant(name, f"--method dimml {dataset} {options}", condition)
@@ -71,7 +71,7 @@ class DIMML(Study):
                 counts = [dims[m][0] for dims in effective]
                 lacking = [n for dims in effective for n in dims[m][1].values()]
                 lines.append(
-                    f"{condition}: {m} is effective in {min(counts)} to {max(counts)} of 64 dimensions;"
+                    f"{condition}: {m} has {min(counts)} to {max(counts)} effective dimensions of 64;"
                     f" another modality lacks {min(lacking)} to {max(lacking)} of these."
                 )
         return lines

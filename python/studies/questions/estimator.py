@@ -31,7 +31,7 @@ SETTINGS = {
 
 @studies.register("estimator")
 class Estimator(Study):
-    """How must q be fitted for CLUB to be right, where the mutual information is known, and does lowering it help?"""
+    """How must q be fitted for an accurate CLUB, given known mutual information, and does minimising it help?"""
 
     seeds = 3
     program = Path(gaussian.__file__)

@@ -18,7 +18,7 @@ ALPHAS = {"without": "1,0", "with": "1,1"}
 
 @studies.register("features")
 class Features(Study):
-    """Does the complementary loss make a follower's features say what the anchor's do not?"""
+    """Does the complementary loss make a follower's features complement those of the anchor?"""
 
     variants = [
         Variant(f"{name} L_com", f"--dataset splitdigits --baselines none --controller static --alpha {alpha}")

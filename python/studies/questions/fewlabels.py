@@ -20,7 +20,7 @@ LINES = ("co-training", "udi", "ensemble", "joint")
 
 @studies.register("fewlabels")
 class FewLabels(Study):
-    """Of 1077 pairs of digits' halves few have labels: what is it worth that a follower learns from the others, too?"""
+    """Few of 1077 pairs of digit halves have labels: how much does a follower gain from the unlabelled pairs?"""
 
     seeds, seeding = range(10, 20), RESPLIT
     variants = [

@@ -44,4 +44,4 @@ class Q(Study):
             yield entry
 
     def notes(self, records):
-        return ["Bound and q's loss: on training batches, mean of the last epoch; R² is of test features."]
+        return ["Bound and q's loss are means over the training batches of the last epoch; R² is of test features."]

@@ -7,7 +7,7 @@ OTHERS = ("left alone", "right alone", "joint", "ensemble")
 
 @studies.register("quickstart")
 class Quickstart(Study):
-    """What does train.py say without any options?"""
+    """What does train.py report without any options?"""
 
     seeding = RESPLIT
     variants = [Variant("udi", "")]

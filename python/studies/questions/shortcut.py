@@ -20,7 +20,7 @@ ORACLE = "random hue in training, too"
 
 @studies.register("shortcut")
 class Shortcut(Study):
-    """A hue that mostly tells the label is one modality, a digit in it the other: what frees the digit from the hue?"""
+    """A hue usually reveals the label, and a digit in this hue is the other modality: what makes it ignore the hue?"""
 
     seeding = RESPLIT
     variants = [
@@ -56,7 +56,7 @@ class Shortcut(Study):
             for ours, theirs in CLAIMS:
                 if gain := ours in table and theirs in table and format_difference(table[ours], table[theirs]):
                     lines.append(f"rho {rho}, random hue in test: {ours} against {theirs}: {gain} points.")
-        lines.append("Weights are by hand: validation, whose hues are those of training, cannot choose them.")
+        lines.append("The weights were set by hand: validation has the hues of training and cannot choose them.")
         return lines
 
     def draw(self, records, folder):

@@ -24,12 +24,12 @@ BEST = {FEW: "udi, static 1,0", "": "udi, warm"}  # best on validation
 
 @studies.register("speakers")
 class Speakers(Study):
-    """Spoken and written digits of speakers never heard in training: does UDI pass the ensemble, and what lets it?"""
+    """Spoken and written digits with new speakers in test: does UDI beat the ensemble, and under which conditions?"""
 
     seeds, unit = 2, "fold"
     seeding = """\
-A fold counts by the mean of its seeds, which change initial weights and the
-order of samples; each speaker is tested in two folds, so folds are not independent."""
+A fold counts with the mean of its seeds, which change the initial weights and the
+order of samples. Each speaker is tested in two folds, so folds are not independent."""
     variants = [
         Variant(name, f"{DATA} --fold {fold} {options}", f"{condition}, fold {fold}".removeprefix(", "))
         for condition, settings in SETTINGS.items()
@@ -44,7 +44,7 @@ order of samples; each speaker is tested in two folds, so folds are not independ
         return kept
 
     def tables(self, records):
-        return f"{super().tables(by_fold(records))}\n\n### One sense missing in test\n\n{missing(by_fold(records))}"
+        return f"{super().tables(by_fold(records))}\n\n### One modality missing in test\n\n{missing(by_fold(records))}"
 
     def notes(self, records):
         tables, lines = collect(self, by_fold(records)), []
