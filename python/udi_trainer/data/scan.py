@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from .manifest import RESERVED, write
 
-GROUPS = ("group", "speaker", "actor", "subject", "patient", "singer", "person")  # fields that are the group
+GROUPS = ("group", "speaker", "actor", "subject", "patient", "singer", "person")  # fields that define a group
 
 
 def main(argv: list[str], prog: str) -> int:
