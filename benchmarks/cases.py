@@ -1,4 +1,4 @@
-"""The cases: what is computed, on what, by whom, and the bytes that any implementation must move."""
+"""The benchmark cases: op, input shapes, implementations, and the bytes that every implementation must move."""
 
 import itertools
 import math
@@ -29,10 +29,10 @@ from udi_kernels import (
 
 @dataclass(frozen=True)
 class Provider:
-    """Who does the job: the fastest of some variants. A variant binds an input set and gives the call that is timed."""
+    """An implementation. Its fastest variant counts. A variant takes an input set and returns the timed call."""
 
     variants: dict[str, Callable]
-    memory: float  # what it needs beside the inputs: an estimate from above, in sizes of the inputs in float32
+    memory: float  # upper estimate of its extra memory, as a multiple of the inputs' size in float32
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Case:
     shape: str
     dtype: torch.dtype
     mode: str
-    rank: int  # 0: in the quick selection; the higher, the less it tells that the others do not
-    elements: int  # of an input set
-    bytes: int  # that any implementation reads and writes
-    draw: Callable  # of randn(*shape): an input set
+    rank: int  # 0: in the quick selection; higher ranks are less informative
+    elements: int  # in an input set
+    bytes: int  # that every implementation must read and write
+    draw: Callable  # takes randn(*shape) and returns an input set
     providers: dict[str, Provider]
 
     @property
@@ -62,13 +62,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def loss_call(f, needs, *inputs):
-    """Value, or the gradients in `needs`, as autograd gives them to the layer below."""
+    """The value, or the gradients of the inputs in `needs`."""
     value = f(*inputs)
     return torch.autograd.grad(value, [inputs[i] for i in needs]) if needs else value
 
 
 def loss_providers(needs, table):
-    """table: {provider: (memory, {variant: f})}."""
+    """Providers from a table {provider: (memory, {variant: f})}."""
     return {
         name: Provider({variant: partial(partial, loss_call, f, needs) for variant, f in variants.items()}, memory)
         for name, (memory, variants) in table.items()
@@ -162,11 +162,11 @@ def club_given_cases():
 # --- DI-MML's ops -------------------------------------------------------------------------------------------------
 
 DUC = [(64, 512), (256, 512), (1024, 512), (8192, 512)]
-LOOP = 1024  # samples, beyond which the loop takes minutes
+MAX_LOOP = 1024  # samples; beyond, the loop takes minutes
 
 
 def duc_cases():
-    """A quarter of the dimensions, as two modalities of which half is effective leave each other; temperature 10."""
+    """A quarter of the dimensions, as if half of each modality's were effective; temperature 10."""
 
     def draw(randn, n, d):
         dims = torch.arange(d) % 4 == 1
@@ -175,12 +175,12 @@ def duc_cases():
 
     def bind(f, gathered=False):
         def variant(student, teacher, dims):
-            chosen = dims.nonzero().flatten() if gathered else dims
-            return partial(loss_call, lambda s, t: f(s, t, chosen), (0,), student, teacher)
+            selected = dims.nonzero().flatten() if gathered else dims
+            return partial(loss_call, lambda s, t: f(s, t, selected), (0,), student, teacher)
 
         return variant
 
-    def at(f):
+    def at(f):  # temperature 10
         return lambda student, teacher, dims: f(student, teacher, dims, 10.0)
 
     for n, d in DUC:
@@ -198,7 +198,7 @@ def duc_cases():
                 3 * n / d + 2,
             ),
         }
-        if n <= LOOP:
+        if n <= MAX_LOOP:
             providers["sample by sample"] = Provider({"": bind(at(peers.duc_loss_loop))}, 3 * n / d + 2)
         yield Case(
             "duc_loss", f"{n}x{d}", torch.float32, "+ backward", rank=int(n not in (64, 256)),
@@ -248,9 +248,9 @@ def certainty_cases():
         )  # fmt: skip
 
 
-# --- gradients: an input set is (K lists, P stacked tensors over the same memory, weights) ----------------------
+# --- gradients: an input set is (K lists, P stacked tensors that share their memory, weights) -------------------
 
-DOTS, COMPILED_DOTS = 20_000, 1_000  # dot products of two tensors; beyond them, capture or compilation takes minutes
+MAX_DOTS, MAX_COMPILED_DOTS = 20_000, 1_000  # dot products; beyond, capture or compilation takes minutes
 
 
 def draw_gradients(randn, k, shapes, weighted):
@@ -276,9 +276,9 @@ def at_most(limit, products, bind):
 
 def gramian_providers(k, params):
     products = params * k * (k + 1) // 2
-    dots = at_most(DOTS, products, of_lists(peers.gramian_dots))
-    mul_sum = at_most(DOTS, products, of_lists(peers.gramian_foreach_mul))
-    compiled_dots = at_most(COMPILED_DOTS, products, of_lists(compiled(peers.gramian_dots)))
+    dots = at_most(MAX_DOTS, products, of_lists(peers.gramian_dots))
+    mul_sum = at_most(MAX_DOTS, products, of_lists(peers.gramian_foreach_mul))
+    compiled_dots = at_most(MAX_COMPILED_DOTS, products, of_lists(compiled(peers.gramian_dots)))
     matmuls = {"stacked": of_stacked(peers.gramian_matmuls), "lists": of_lists(peers.gramian_matmuls_of_lists)}
     return {
         "udi_kernels": Provider({"": of_lists(gramian)}, 0.1),
@@ -297,7 +297,7 @@ def weighted_sum_providers(k, params):
         return partial(GradientPlan(lists).weighted_sum, weights)
 
     foreach = {"mul, add_": peers.weighted_sum_foreach, "alpha": peers.weighted_sum_foreach_alpha}
-    loop = at_most(COMPILED_DOTS, params * k, of_lists(compiled(peers.weighted_sum_loop)))
+    loop = at_most(MAX_COMPILED_DOTS, params * k, of_lists(compiled(peers.weighted_sum_loop)))
     return {
         "udi_kernels": Provider({"": of_lists(weighted_sum)}, 1 / k),
         "udi_kernels, stacked": Provider({"": of_stacked(partial(weighted_sum, stacked=True))}, 1 / k),
@@ -326,13 +326,13 @@ def gradient_cases():
             )  # fmt: skip
 
 
-# --- a follower's step: gradients of the three losses in logits and features, and the controller on ResNet-18 -------
+# --- a follower's step: gradients of the three losses w.r.t. logits and features, and the controller on ResNet-18 ---
 
 CLASSES, FEATURES = 101, 512
 
 
 def step(js_div, club_mi, controller):
-    """A variant; controller(lists, stacked) gives the call that combines the gradients."""
+    """A variant of the whole step; controller(lists, stacked) returns the call that combines the gradients."""
 
     def bind(logits, anchor, labels, mu, logvar, y, lists, stacked):
         combine = controller(lists, stacked)

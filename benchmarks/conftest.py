@@ -9,16 +9,16 @@ from cases import CASES
 
 def pytest_addoption(parser):
     group = parser.getgroup("udi_kernels benchmarks")
-    group.addoption("--full", action="store_true", help="all cases; by default a quick selection")
-    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    group.addoption("--budget", type=float, metavar="SECONDS", help="skip the least telling cases beyond this time")
+    group.addoption("--full", action="store_true", help="run all cases (default: a quick selection)")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    group.addoption("--budget", type=float, metavar="SECONDS", help="skip the least informative cases after this time")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--full"):
-        dropped = [item for item in items if CASES[item.callspec.params["case"]].rank]
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+        deselected = [item for item in items if CASES[item.callspec.params["case"]].rank]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session")
@@ -29,15 +29,15 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def measured(request, device):
-    """The measurements of a case by its name, of those of its providers that are selected."""
+    """Measures a case by name: all of its selected providers together."""
     start, budget, results = time.monotonic(), request.config.getoption("--budget"), {}
 
     def get(name):
         if name not in results:
             if budget and time.monotonic() - start > budget:
-                pytest.skip(f"the budget of {budget:.0f} s is spent")
-            chosen = [item.callspec.params for item in request.session.items]
-            providers = [params["provider"] for params in chosen if params["case"] == name]
+                pytest.skip(f"the budget of {budget:.0f} s is used up")
+            selected = [item.callspec.params for item in request.session.items]
+            providers = [params["provider"] for params in selected if params["case"] == name]
             results[name] = measure.measure(CASES[name], providers, device)
         return results[name]
 
@@ -45,7 +45,7 @@ def measured(request, device):
 
 
 def pytest_benchmark_update_machine_info(machine_info):
-    """What tells about the speed stays; the name of the machine and its kernel do not."""
+    """Keeps what determines the speed and removes the name of the machine and its kernel."""
     for key in ("node", "release", "python_build", "python_compiler"):
         machine_info.pop(key)
     cpu = machine_info["cpu"]

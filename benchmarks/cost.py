@@ -1,4 +1,4 @@
-"""What a method costs: parameters that it trains and keeps, and operations of one sample, counted.
+"""The cost of each method: trained and stored parameters, and operations per sample.
 
     python benchmarks/cost.py [--dataset cgdigits]
 
@@ -18,7 +18,7 @@ BATCH = 64
 
 
 def training(method, data):
-    """Parameters that optimizers step, operations of a sample in the first step of each stage, and the result."""
+    """The trained parameters and the operations per sample in the first step of each stage, and the result."""
     trained, operations, run = {}, {}, Eager.run
 
     def counted(self, batch, number, flags):

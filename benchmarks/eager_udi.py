@@ -1,6 +1,6 @@
-"""UDI as one would first write it in plain PyTorch; what the trainer is compared with, and computes the same as.
+"""A straightforward implementation of UDI in plain PyTorch: the trainer's baseline, with the same results.
 
-CLUB over all N x N pairs, gradients concatenated, the anchor run in every step, losses read with .item().
+It computes CLUB over all N x N pairs, concatenates gradients, runs the anchor in every step, and calls loss.item().
 """
 
 import copy
@@ -18,9 +18,9 @@ from udi_trainer.registry import encoders
 
 
 class EagerUDI:
-    """The two phases with a run's data, seeds and options, followers from scratch, the dynamic controller.
+    """Both phases with a run's data, seeds and options; followers start from scratch, and the controller is dynamic.
 
-    ``history``: {stage: [its row of each epoch]}, as the trainer logs them.
+    ``history``: {stage: [one row per epoch]}, like the trainer's log.
     """
 
     def __init__(self, run):

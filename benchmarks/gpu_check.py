@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, without network, in calls of less than ten minutes each.
+"""All checks that need a GPU, offline, in three commands of less than ten minutes each.
 
     python benchmarks/gpu_check.py DIR --only kernels    # installs, builds, tests and sanitizes every kernel
     python benchmarks/gpu_check.py DIR --only speed      # inspects machine code, measures, reports
     python benchmarks/gpu_check.py DIR --only trainer    # tests and measures the trainer
 
-A stage that fails does not stop the next; --only takes stages by name too, and --dry-run says what would run. Leaves in
-DIR: summary.md, which fits on a page, a log of each stage, tests.xml, results.json, table.md, plots and the trainer's
-figures; a later call adds to the summary. Exit code 1 if a stage failed. Without a GPU the same runs on the CPU, with
-the quick selection of benchmarks, and the summary says which stages did not run.
+A failed stage does not stop the next one. --only also takes names of stages, and --dry-run lists the stages. DIR gets a
+one-page summary.md, a log per stage, tests.xml, results.json, table.md, plots and the trainer's results. Later commands
+add to the summary. The exit code is 1 if a stage failed. Without a GPU, the same stages run on the CPU with the quick
+selection of benchmarks, and the summary lists the stages that did not run.
 """
 
 import argparse
@@ -37,7 +37,7 @@ slow = [f"{op}: {where}" for op, by in build_info()["backends"].items() for wher
 raise SystemExit(f"served by plain torch: {', '.join(slow)}" if slow else 0)
 """
 
-# Every kernel in few and odd sizes: the sanitizers slow them down a hundredfold.
+# Every kernel in a few odd sizes, because the sanitizers are a hundred times slower.
 EXERCISE = """
 import torch
 from udi_kernels import (
@@ -69,9 +69,9 @@ print("done")
 class Stage:
     part: str
     name: str
-    seconds: int  # at most
+    seconds: int  # time limit
     command: list
-    missing: str | None = None  # why it cannot run here
+    missing: str | None = None  # the reason why it cannot run here
 
 
 def stages(out):
@@ -79,7 +79,7 @@ def stages(out):
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     unsanitized = gpu or (None if sanitizer else "no compute-sanitizer")
     arch = "sm_90" if gpu else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    # Triton compiles hundreds of kernels for the tests: as many processes as cores, each with one thread.
+    # The tests compile hundreds of Triton kernels, so they run in one single-threaded process per core.
     shards = ["-n", str(os.cpu_count()), "--dist", "worksteal"] if find_spec("xdist") else []
 
     def tests(name, *paths):
@@ -97,7 +97,7 @@ def stages(out):
         Stage("kernels", "install", 60, pip),
         Stage("kernels", "build", 60, [PYTHON, "-c", BUILD]),
         Stage("kernels", "compile", 60, [PYTHON, "-m", "udi_kernels", "--compile", arch]),
-        Stage("kernels", "exercise", 60, [PYTHON, "-c", EXERCISE], gpu),  # also fills caches for the sanitizers
+        Stage("kernels", "exercise", 60, [PYTHON, "-c", EXERCISE], gpu),  # also fills the caches for the sanitizers
         Stage("kernels", "tests", 180, tests("tests", *kernels)),
         Stage("kernels", "memcheck", 70, sanitize("memcheck"), unsanitized),
         Stage("kernels", "racecheck", 70, sanitize("racecheck"), unsanitized),
@@ -113,12 +113,12 @@ def stages(out):
 
 
 def run(stage, log):
-    """What became of it."""
+    """Runs a stage and returns its verdict."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{os.environ.get('PYTHONPATH', '')}"}
     if "tests" in stage.name:
         environment["OMP_NUM_THREADS"] = "1"
     if "--tool" in stage.command:
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or an access out of bounds stays inside a cached block
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else cached blocks hide accesses out of bounds
     with open(log, "w") as file:
         process = subprocess.Popen(
             list(map(str, stage.command)),
@@ -138,7 +138,7 @@ def run(stage, log):
 
 
 def summary(out, results):
-    """A page: machine, stages, tests that failed, the first lines of what else failed, the table of times."""
+    """Writes the one-page summary: machine, stages, failed tests, the ends of other failed logs, the table of times."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     triton = __import__("triton").__version__ if find_spec("triton") else "none"
     lines = [f"{where}; Python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton}", ""]
@@ -169,7 +169,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts or stages")
-    parser.add_argument("--dry-run", action="store_true", help="print the stages and their limits")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages and their time limits")
     options = parser.parse_args()
     out = options.out.resolve()
     chosen = [s for s in stages(out) if not options.only or {s.part, s.name} & {*options.only}]
@@ -179,13 +179,13 @@ def main():
         return 0
 
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / "stages.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
+    state = out / "stages.json"
+    results = json.loads(state.read_text()) if state.exists() else {}
     for s in chosen:
-        began = time.monotonic()
+        start = time.monotonic()
         verdict = f"not run: {s.missing}" if s.missing else run(s, out / f"{s.name}.log")
-        results[s.name] = time.monotonic() - began, verdict
-        kept.write_text(json.dumps(results))
+        results[s.name] = time.monotonic() - start, verdict
+        state.write_text(json.dumps(results))
         print(f"{s.name:<14} {results[s.name][0]:4.0f} s  {verdict}", flush=True)
     print("\n" + summary(out, results))
     return any(results[s.name][1].startswith("FAILED") for s in chosen)

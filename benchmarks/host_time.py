@@ -1,10 +1,10 @@
-"""Host time of the GPU launchers, without a GPU: microseconds of a call before the GPU starts.
+"""Host time of the GPU launchers, without a GPU: microseconds from the call to the launch.
 
     python benchmarks/host_time.py [--calls 300]
 
-Everything is real but the GPU: the ops' graph nodes, plans, Triton's own driver and launcher, that of csrc/cuda, on a
-libcuda.so.1 that does nothing (built here with the C compiler), with memory from the CPU's allocator, no device guard
-and no stream of torch's. "by Triton": each kernel launched as `kernel[grid](...)` does, to compare with.
+Everything but the GPU is real: graph nodes, plans, Triton's driver and launcher, and the launcher of csrc/cuda. They
+run on a libcuda.so.1 that does nothing (built here with the C compiler), with CPU memory, without a device guard and
+without torch's streams. "by Triton": each kernel launched by `kernel[grid](...)`, for comparison.
 """
 
 import argparse
@@ -37,7 +37,7 @@ int cuPointerGetAttribute(unsigned long long *data, int attribute, unsigned long
 
 
 def stub_driver():
-    """Makes Triton's CUDA driver the active one, for an sm_90 that is not there."""
+    """Activates Triton's CUDA driver for an sm_90 GPU that does not exist."""
     folder = tempfile.mkdtemp()
     source = Path(folder) / "cuda.c"
     source.write_text(LIBCUDA + "".join(f"int {name}() {{ return 0; }}\n" for name in SUCCEED.split()))
@@ -46,7 +46,7 @@ def stub_driver():
     os.environ["TRITON_LIBCUDA_PATH"] = folder
     import ctypes
 
-    ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # what is loaded under this name is found by all that ask for it
+    ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # later loads of this soname find it
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver
@@ -64,8 +64,8 @@ def stub_driver():
 
 
 def serve_cpu_by_triton():
-    """The losses' kernels for CPU tensors become the launchers."""
-    import plugin  # noqa: F401  the gradient ops' CUDA launcher serves CPU tensors
+    """Registers the Triton launchers of the losses for CPU tensors."""
+    import plugin  # noqa: F401  registers the gradient ops' CUDA launcher for CPU tensors
     import torch
 
     from udi_kernels.triton import club, js_div

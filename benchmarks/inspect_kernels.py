@@ -1,17 +1,16 @@
-"""What the compilers make of every GPU kernel, without a GPU: a static roofline.
+"""Static analysis of the machine code of every GPU kernel, without a GPU.
 
     python benchmarks/inspect_kernels.py [--arch sm_90 ...] [--write]
 
-Triton: calls the launchers on tensors without memory, notes each kernel they would launch, and compiles it as the
-launch would, so what is inspected is what is shipped. CUDA: all kernels of csrc/cuda, by
-NVRTC, with the short table.
+Triton: calls the launchers with meta tensors, records the kernels that they would launch, and compiles them in the same
+way, so the inspected code is the shipped code. CUDA: all kernels of csrc/cuda, compiled by NVRTC with the short table.
 
-Columns: instructions an element of the input matrix (CUDA: an element loaded, in the kernel's busiest loop), and of
-them those of each pipe; registers of a thread; warps that a multiprocessor holds; KB of loads that these have in flight
-(of one loop's body, or all of a kernel's without loops); widest global load and store in bits.
+Columns: instructions per element of the input matrix (CUDA: per element loaded in the kernel's busiest loop), in total
+and by pipe; registers per thread; resident warps per multiprocessor; KB of loads that these have in flight (in one loop
+body, or in the whole kernel if it has no loop); the widest global load and store in bits.
 
-Exit code 1 if a kernel spills, uses local memory or stores single bytes (ACCEPTED says where and why it may), or if it
-takes over 5% more instructions than in the committed table, where that is by the same compiler; --write renews it.
+The exit code is 1 if a kernel spills, uses local memory or stores single bytes (ACCEPTED lists exceptions), or if it
+takes over 5% more instructions than in the committed table of the same compiler. --write updates the table.
 """
 
 import argparse
@@ -31,10 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "kernels.csv"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 RISE = 1.05
-# (Kernel, architecture): why it may spill 16 bytes at most.
+# (Kernel, architecture): the reason why it may spill up to 16 bytes.
 ACCEPTED = {
-    ("gramian_few<BFloat16, 8", "sm_100"): "K = 8: the same, of three blocks one would have to go",
-    ("gramian_few<Half, 8", "sm_100"): "likewise",
+    ("gramian_few<BFloat16, 8", "sm_100"): "K = 8: without spills only two of three blocks would fit",
+    ("gramian_few<Half, 8", "sm_100"): "K = 8: as above",
 }
 COLUMNS = (
     "kernel", "configuration", "arch", "compiler", "instructions", "fma", "alu", "xu", "memory", "registers", "warps",
@@ -42,12 +41,12 @@ COLUMNS = (
 )  # fmt: skip
 KEY = COLUMNS[:3]
 
-# (rows, classes) and (rows, features): every kernel in every configuration; those in ONCE for float32 alone.
+# (rows, classes) and (rows, features): every kernel in every configuration; those in ONCE for float32 only.
 JS_DIV_SHAPES = (
     (64, 1), (64, 6), (4096, 6), (64, 101), (1024, 1000), (1024, 1271), (8192, 4096), (512, 8192), (4096, 32000),
     (512, 50257), (8, 262144),
 )  # fmt: skip
-BETAS = (0.0, 0.3)  # beside 1/2, at BETA_SHAPES
+BETAS = (0.0, 0.3)  # besides 1/2, for BETA_SHAPES
 BETA_SHAPES = (8192, 4096), (4096, 32000)
 CLUB_SHAPES = (64, 41), (512, 512), (65536, 512)
 ONCE = {(64, 1), (4096, 6), (1024, 1271), (64, 41)}
@@ -101,31 +100,31 @@ def cases():
         yield case("certainty_fusion", heads, "", certainty.certainty_fusion_bwd, grad, logits, 1.0, True)
 
 
-@functools.cache  # kernels do not travel between processes: each worker notes the launches itself
+@functools.cache  # kernels cannot be pickled: each worker process records the launches itself
 def launches():
-    """(kernel, types and constants of its arguments, options, grid, first case) of all that the launchers launch."""
+    """(kernel, types and constants of its arguments, options, grid, first case) of every distinct launch."""
     from triton.runtime.jit import JITFunction
 
-    found, case = {}, None
+    seen, case = {}, None
 
-    def note(kernel, *args, grid, warmup, **kwargs):
+    def record(kernel, *args, grid, warmup, **kwargs):
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         options = {"num_warps": 4} | {k: values.pop(k) for k in list(values) if k not in kernel.arg_names}
         source = signature(kernel, values)
-        found.setdefault((kernel.fn.__name__, repr(source), repr(options), grid), (kernel, source, options, grid, case))
+        seen.setdefault((kernel.fn.__name__, repr(source), repr(options), grid), (kernel, source, options, grid, case))
 
-    run, JITFunction.run = JITFunction.run, note
+    run, JITFunction.run = JITFunction.run, record
     try:
         for *what, launch in cases():
             case = what
             launch()
     finally:
         JITFunction.run = run
-    return list(found.values())
+    return list(seen.values())
 
 
 def signature(kernel, values):
-    """Types, constants and divisibility of the arguments, by the rules of Triton's own launch."""
+    """Types, constants and divisibility of the arguments, by the rules of Triton's launcher."""
     import torch
 
     names = dict(float32="fp32", float64="fp64", float16="fp16", bfloat16="bf16", int32="i32", int64="i64")
@@ -176,7 +175,7 @@ def inspect_triton(index, arch):
         *wanted,
     ]
 
-    # A loop runs once for each tile of the program's share of the matrix.
+    # A loop runs once per tile of the program's part of the matrix.
     programs, warps = math.prod(grid), options["num_warps"]
     trips = max(1, math.ceil(R * C / programs / math.prod(sizes)))
     pipes = code.straight.pipes
@@ -207,13 +206,13 @@ def table_row(name, label, arch, compiler, code, pipes, elements, **more):
 
 
 def inspect_cuda(kernel, arch):
-    """The row of a kernel: its busiest loop's count, for an element that it loads."""
+    """The row of a kernel: the counts of its busiest loop per element loaded."""
     from udi_kernels import _nvrtc
 
     (code,) = sass.read(_nvrtc.image(kernel, arch)[0]).values()
     busiest = max(code.loops, key=lambda loop: loop.loaded, default=code.straight)
     size = 8 if "double" in kernel else 4 if "float" in kernel else 2
-    resident = code.resident(8, arch, code.shared)  # every kernel's block has 256 threads
+    resident = code.resident(8, arch, code.shared)  # all kernels use blocks of 256 threads
     return table_row(
         kernel.replace("udi::", ""), "CUDA", arch, f"NVRTC {_nvrtc.version()}", code, busiest.pipes,
         max(busiest.loaded / size, 1), warps=resident, flight=round(busiest.loaded * 32 * resident / 1024),
@@ -221,11 +220,11 @@ def inspect_cuda(kernel, arch):
     )  # fmt: skip
 
 
-# --- judgement --------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------
 
 
 def faults(rows, committed):
-    """Sentences about what must not be; `committed`: rows by KEY."""
+    """Messages about faults; `committed`: rows by KEY."""
     for row in rows:
         where = f"{row['kernel']} ({row['configuration']}, {row['arch']})"
         accepted = any(row["kernel"].startswith(name) and row["arch"] == arch for name, arch in ACCEPTED)
@@ -235,7 +234,7 @@ def faults(rows, committed):
             yield f"{where} has {row['bytes']} stores of single bytes"
         old = committed.get(tuple(row[k] for k in KEY))
         if old and old["compiler"] == row["compiler"] and row["instructions"] > RISE * float(old["instructions"]):
-            yield f"{where} takes {row['instructions']} instructions an element, {old['instructions']} in {TABLE.name}"
+            yield f"{where} takes {row['instructions']} instructions per element, {old['instructions']} in {TABLE.name}"
 
 
 def committed_rows():
@@ -274,7 +273,7 @@ def main():
         print("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
 
     committed = committed_rows()
-    found = list(faults(rows, {} if options.write else committed))
+    messages = list(faults(rows, {} if options.write else committed))
     if options.write:
         with open(TABLE, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -282,11 +281,11 @@ def main():
             writer.writerows(rows)
     compilers = {row["compiler"] for row in rows}
     other = compilers - {row["compiler"] for row in committed.values()}
-    print("", *found, sep="\n")
+    print("", *messages, sep="\n")
     if other and not options.write:
-        print(f"instruction counts not compared: {TABLE.name} has none by {', '.join(sorted(other))}")
-    print(f"{len(rows)} kernels, {len(found)} faults")
-    return bool(found)
+        print(f"instruction counts not compared: {TABLE.name} has none for {', '.join(sorted(other))}")
+    print(f"{len(rows)} kernels, {len(messages)} faults")
+    return bool(messages)
 
 
 if __name__ == "__main__":

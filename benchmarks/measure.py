@@ -1,9 +1,9 @@
-"""How calls are timed, on each kind of device, and how pytest-benchmark comes to show those times.
+"""Times calls on CPUs and GPUs, and replays the samples into pytest-benchmark.
 
-The providers of a case run interleaved, one sample of each in turn: what disturbs one disturbs all. A sample is the
-time of a call whose inputs were last touched many megabytes ago. The tests of the providers then replay the samples
-into pytest-benchmark on a clock that moves only by what was measured. On a CPU a second figure stands beside it, "hot":
-of a call right after others with the same inputs, so that caches and allocator have what it needs.
+The providers of a case are interleaved, one sample of each in turn, so disturbances affect all of them. A sample is the
+time of a call with cold inputs: many megabytes were accessed since their last use. The test of each provider then
+replays its samples into pytest-benchmark with a clock that advances only by measured times. On a CPU there is also a
+"hot" time: that of a call right after others with the same inputs, with warm caches and allocator.
 """
 
 import gc
@@ -21,19 +21,19 @@ from pathlib import Path
 
 import torch
 
-ROUNDS = (3, 5, 100)  # samples of a provider: fewest where one takes seconds, fewest, most
+ROUNDS = (3, 5, 100)  # samples per provider: minimum if a sample takes seconds, minimum, maximum
 MAX_SETS = 64  # input sets that calls rotate through
-HOT = 5  # calls with the same inputs, of which the last is timed
+HOT = 5  # consecutive calls with the same inputs; the last one is timed
 
 
 class Unavailable(Exception):
-    """Why a provider is not measured."""
+    """The reason why a provider cannot be measured."""
 
 
 class CPU:
     kind = "cpu"
-    seconds = 4  # for the samples of a case
-    rotation = 128 << 20  # bytes of input between two uses of a set; smaller inputs than 1/64 of it stay in some cache
+    seconds = 4  # of sampling per case
+    rotation = 128 << 20  # bytes of inputs between two uses of a set; inputs below 1/64 of it stay in a cache
 
     def __init__(self):
         self.name = cpu_name()
@@ -41,7 +41,7 @@ class CPU:
         self._measure_ceilings(1 << 26)
 
     def _measure_ceilings(self, elements):
-        """Bytes per second of a copy (read and written) and of a sum (read), far out of any cache."""
+        """Measures bytes per second of a copy (read and written) and of a sum (read), beyond all caches."""
         source = torch.randn(elements, device=self.kind)
         target = torch.empty_like(source)
         calls = [partial(target.copy_, source)], [source.sum]
@@ -60,15 +60,15 @@ class CPU:
         return sample
 
     def free_memory(self):
-        """What can be had without swapping, with a reserve."""
+        """Bytes available without swapping, minus a reserve."""
         available = [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
         return 0.8 * (available[0] if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2)
 
     def sampler(self, calls):
-        """A function that gives one sample, and how it is taken."""
+        """A function that returns one sample, and a description of the method."""
 
         def sample():
-            call = calls[next(self._turn) % len(calls)]  # one count for all providers: none finds another's set warm
+            call = calls[next(self._turn) % len(calls)]  # one counter for all providers, so every set is cold
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
@@ -76,7 +76,7 @@ class CPU:
         return sample, "wall time of a call"
 
     def peak_memory(self, call):
-        """Most bytes of tensors that were alive at once beyond those before the call, by torch's profiler."""
+        """Peak bytes of tensors allocated during the call, from torch's profiler."""
         with torch.profiler.profile(profile_memory=True) as profile:
             call()
         with tempfile.TemporaryDirectory() as folder:
@@ -86,20 +86,20 @@ class CPU:
         return max(itertools.accumulate((size for _, size in changes), initial=0))
 
     def host_seconds(self, call):
-        return None  # the host does all the work: there is no time apart
+        return None  # the host does all the work
 
 
 class CUDA:
     kind = "cuda"
     seconds = 1
-    hot_sampler = None  # what follows in a stream finds what fits into the L2 anyway
+    hot_sampler = None  # consecutive kernels on a stream use the L2 anyway
 
     def __init__(self):
         properties = torch.cuda.get_device_properties()
         self.name = properties.name
         self.rotation = 3 * properties.L2_cache_size
         self._flush = torch.randn(max(1 << 28, self.rotation), device="cuda")
-        self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at once, none reads another's
+        self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs, which never run concurrently
         self._measure_ceilings(1 << 28)
 
     _measure_ceilings = CPU._measure_ceilings
@@ -110,12 +110,12 @@ class CUDA:
         return 0.9 * torch.cuda.mem_get_info()[0]
 
     def sampler(self, calls):
-        """A function that gives one sample, and how it is taken: all calls once, in a CUDA graph if that can be."""
+        """A function that returns one sample, and a description: all calls once, in a CUDA graph if possible."""
         run, how = self._capture(calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample():
-            # Reading a gigabyte empties the caches, dirty lines too, and takes longer than the host needs to launch.
+            # Reading a gigabyte evicts the caches, including dirty lines, and takes longer than the host's launches.
             self._flush.sum()
             start.record()
             run()
@@ -135,7 +135,7 @@ class CUDA:
         try:
             with torch.cuda.stream(stream):
                 run()
-                torch.cuda.set_sync_debug_mode("error")  # finds most that cannot be captured before a capture breaks
+                torch.cuda.set_sync_debug_mode("error")  # most calls that cannot be captured fail here already
                 try:
                     run()
                 finally:
@@ -153,7 +153,7 @@ class CUDA:
             return run, f"eager calls, no CUDA graph: {str(error).splitlines()[0]}"
 
     def peak_memory(self, call):
-        """Most bytes of tensors that were alive at once beyond those before the call."""
+        """Peak bytes of tensors allocated during the call."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -162,7 +162,7 @@ class CUDA:
         return torch.cuda.max_memory_allocated() - before
 
     def host_seconds(self, call):
-        """Until an eager call returns, nothing queued before it."""
+        """Time until an eager call returns, with an empty queue."""
         samples = []
         for _ in range(11):
             torch.cuda.synchronize()
@@ -174,15 +174,18 @@ class CUDA:
 
 
 def interleave(samplers, seconds):
-    """Samples of each, in turn, in about so many seconds. The order changes from round to round, or one would always
-    follow the same; who has used up his share of the time drops out, and the quick ones go on among themselves."""
+    """Samples of each sampler, interleaved, in about this many seconds.
+
+    The order changes in every round, so that none always follows the same one. A sampler that has used its share of the
+    time stops, and the faster ones continue.
+    """
     samples, spent = [[] for _ in samplers], [0.0 for _ in samplers]
     running, order = list(range(len(samplers))), random.Random(0)
-    few, fewest, most = ROUNDS
+    slow_minimum, minimum, maximum = ROUNDS
 
-    def goes_on(i):
-        fair = fewest if spent[i] < 2 * seconds else few
-        return len(samples[i]) < fair or (len(samples[i]) < most and spent[i] < seconds / len(samplers))
+    def needs_more(i):
+        required = minimum if spent[i] < 2 * seconds else slow_minimum
+        return len(samples[i]) < required or (len(samples[i]) < maximum and spent[i] < seconds / len(samplers))
 
     while running:
         order.shuffle(running)
@@ -190,12 +193,12 @@ def interleave(samplers, seconds):
             start = time.perf_counter()
             samples[i].append(samplers[i]())
             spent[i] += time.perf_counter() - start
-        running = [i for i in running if goes_on(i)]
+        running = [i for i in running if needs_more(i)]
     return samples
 
 
 def measure(case, names, device):
-    """{provider: (samples, extra_info)}, or an exception in the place of what could not be measured."""
+    """{provider: (samples, extra_info)}; an exception for providers that could not be measured."""
     torch.compiler.reset()
     try:
         sets = _draw(case, device)
@@ -205,17 +208,17 @@ def measure(case, names, device):
     for name in names:
         for variant, bind in case.providers[name].variants.items():
             try:
-                _expect_room(device, case.providers[name].memory * case.elements * 4)
+                _check_memory(device, case.providers[name].memory * case.elements * 4)
                 calls = [bind(*inputs) for inputs in sets]
                 result = [t.detach().float() for t in _tensors(calls[0]())]
                 expected = expected or result
-                _expect_equal(result, expected, case.dtype)
+                _check_equal(result, expected, case.dtype)
                 running.append((name, variant, calls[0], *device.sampler(calls)))
             except Unavailable as reason:
                 failed[name] = reason.with_traceback(None)
             except torch.OutOfMemoryError:
                 failed[name] = Unavailable("out of memory")
-            except Exception:  # the others shall be measured all the same; kept as text, for frames hold tensors
+            except Exception:  # measure the others; stored as text, because frames keep tensors alive
                 failed[name] = AssertionError(traceback.format_exc())
             calls = result = None
     gc.collect()
@@ -229,7 +232,7 @@ def measure(case, names, device):
     finally:
         gc.enable()
 
-    best = {}  # the fastest variant counts
+    best = {}  # the index of each provider's fastest variant
     for i, (name, *_) in enumerate(running):
         if name not in best or _median(samples[i]) < _median(samples[best[name]]):
             best[name] = i
@@ -238,15 +241,15 @@ def measure(case, names, device):
         _, variant, call, _, how = running[i]
         info = _extra_info(case, name, variant, how, len(sets), call, samples[i], device)
         results[name] = samples[i], info | {"hot_us": hot[i]}
-    # A variant that cannot be had is no matter beside one that can; one that is wrong is.
+    # An unavailable variant does not matter if another one works; a wrong variant does.
     return results | {n: e for n, e in failed.items() if n not in results or not isinstance(e, Unavailable)}
 
 
 def _draw(case, device):
     size = case.elements * case.dtype.itemsize
-    _expect_room(device, size)
+    _check_memory(device, size)
     sets = min(MAX_SETS, 1 + device.rotation // size)
-    generator = torch.Generator(device.kind).manual_seed(0)  # capture may leave the default one unusable
+    generator = torch.Generator(device.kind).manual_seed(0)  # a failed capture may leave the default one unusable
     return [case.draw(partial(_randn, generator, device.kind, case.dtype)) for _ in range(sets)]
 
 
@@ -254,7 +257,7 @@ def _randn(generator, device, dtype, *shape):
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _expect_room(device, size):
+def _check_memory(device, size):
     free = device.free_memory()
     if size > free:
         raise Unavailable(f"needs about {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
@@ -264,12 +267,12 @@ def _tensors(result):
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-def _expect_equal(result, expected, dtype):
-    """The same job: results that agree to the precision of the dtype's plain arithmetic."""
+def _check_equal(result, expected, dtype):
+    """Asserts that results agree within the precision of plain arithmetic in this dtype."""
     tolerance = 2e-3 if dtype == torch.float32 else 5e-2
     for a, b in zip(result, expected, strict=True):
         error = ((a - b).norm() / b.norm()).item()
-        assert error < tolerance, f"the result is off by {error:.1e} (relative), more than {tolerance:.0e}"
+        assert error < tolerance, f"the result has a relative error of {error:.1e}, more than {tolerance:.0e}"
 
 
 def _extra_info(case, name, variant, how, sets, call, samples, device):
@@ -325,12 +328,12 @@ _now = 0.0
 
 
 def clock():
-    """The timer that pytest-benchmark reads: it moves only when `replay` moves it."""
+    """The timer that pytest-benchmark reads. Only `replay` advances it."""
     return _now
 
 
 def replay(benchmark, samples):
-    """Makes `samples` the rounds of this benchmark, so that statistics, tables and comparisons are of them."""
+    """Makes `samples` the rounds of this benchmark, for pytest-benchmark's statistics, tables and comparisons."""
 
     def advance(seconds):
         global _now

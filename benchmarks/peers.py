@@ -1,4 +1,4 @@
-"""What the kernels are measured against. Every function gives the values of the op of that name, no more, no less."""
+"""The implementations that the kernels are compared with. Each function computes exactly the op in its name."""
 
 from functools import partial
 
@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from measure import Unavailable
 
-# Static shapes, the whole function in one graph. What is compiled sees inputs that require gradients, so that the
-# backward pass is compiled too.
+# Static shapes, the whole function in one graph. The inputs require gradients, so the backward pass is compiled, too.
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
@@ -16,14 +15,14 @@ compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
 def js_div_eager(input, target):
-    """As users write it; in float32, as autocast computes softmax and kl_div."""
+    """The usual code; in float32, as under autocast."""
     q, p = input.softmax(-1, dtype=torch.float32), target.softmax(-1, dtype=torch.float32)
     log_m = ((q + p) / 2).log()
     return 0.5 * (F.kl_div(log_m, p, reduction="batchmean") + F.kl_div(log_m, q, reduction="batchmean"))
 
 
 def js_div_probabilities(input, target):
-    """The fewest exponentials and logarithms: log m from the probabilities that are there already."""
+    """Minimizes exponentials and logarithms: computes log m from the probabilities."""
     log_q, log_p = input.float().log_softmax(-1), target.float().log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     log_m = ((q + p) / 2).clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -39,7 +38,7 @@ def js_div_liger(input, target):
         raise Unavailable("liger-kernel's JSD needs a GPU")
     if target.requires_grad:
         raise Unavailable("liger-kernel's JSD has no gradient for the target")
-    # It takes log-probabilities, and accumulates in float32 whatever their dtype.
+    # It takes log-probabilities and always accumulates in float32.
     return LigerJSD(beta=0.5)(input.log_softmax(-1), target.log_softmax(-1))
 
 
@@ -62,7 +61,7 @@ def club_mi_closed_form(mu, logvar, y):
 
 
 def club_mi_one_hot(mu, logvar, y, given, num_classes):
-    """The class-conditional form by products with the one-hot matrix of the classes, which must be numbered."""
+    """The class-conditional form with a one-hot matrix; classes must be 0 to num_classes - 1."""
     mu, logvar, y = mu.float(), logvar.float(), y.float()
     one_hot = F.one_hot(given, num_classes).float()
     rows = one_hot.sum(0)
@@ -77,7 +76,7 @@ def club_mi_one_hot(mu, logvar, y, given, num_classes):
 
 
 def duc_loss_loop(student, teacher, dims, temperature):
-    """Sample by sample with raw exponentials, as the authors' code goes about it."""
+    """Sample by sample with plain exponentials, as in the authors' code."""
     student, teacher, total = student.float()[:, dims], teacher.float()[:, dims], 0
     for i in range(len(student)):
         positive = (teacher[i] @ student[i] / temperature).exp()
@@ -86,7 +85,7 @@ def duc_loss_loop(student, teacher, dims, temperature):
 
 
 def duc_loss_indexed(student, teacher, dims, temperature):
-    """The chosen dimensions, of any number, gathered."""
+    """Gathers the selected dimensions; their number depends on the data."""
     return duc_loss_gathered(student, teacher, dims.nonzero().flatten(), temperature)
 
 
@@ -121,7 +120,7 @@ def effective_dims_pairs(features, labels, num_classes):
 
 
 def effective_dims_classes(features, labels, num_classes):
-    """Class by class, with the nearest so far."""
+    """Class by class, without the N x C x D tensor."""
     means = class_means(features, labels, num_classes)
     own = (features - means[labels]).abs()
     hits = torch.ones_like(features, dtype=torch.bool)
@@ -160,7 +159,7 @@ def _symmetric(k, product):
 
 
 def gramian_dots(grads):
-    """A dot product per parameter and pair."""
+    """One dot product per parameter and pair."""
 
     def product(i, j):
         pairs = zip(grads[i], grads[j], strict=True)
@@ -197,7 +196,7 @@ def gramian_matmuls_of_lists(grads):
 
 
 def gramian_matmuls(stacked):
-    """A matrix product per parameter, as TorchJD does it."""
+    """One matrix product per parameter, as in TorchJD."""
     rows = [g.flatten(1) for g in stacked]
     return sum(r @ r.T for r in rows)
 
@@ -217,7 +216,7 @@ def weighted_sum_foreach(grads, weights):
 
 
 def weighted_sum_foreach_alpha(grads, weights):
-    """A pass less, but the weights must come to the host."""
+    """Saves a pass, but copies the weights to the host."""
     first, *others = weights.tolist()
     total = torch._foreach_mul(grads[0], first)
     for row, w in zip(grads[1:], others, strict=True):
@@ -226,7 +225,7 @@ def weighted_sum_foreach_alpha(grads, weights):
 
 
 def weighted_sum_tensordot(stacked, weights):
-    """As TorchJD does it."""
+    """As in TorchJD."""
     return [torch.tensordot(weights.to(g.dtype), g, 1) for g in stacked]
 
 
@@ -239,7 +238,7 @@ def alignment_weights(gram):
 
 
 def controller_torchjd(stacked, **options):
-    """The controller as TorchJD's users write it: their own weighting in its public interface. Gives the call."""
+    """The controller as a weighting in TorchJD's public interface; returns the call."""
     try:
         from torchjd.aggregation import GramianWeightedAggregator, Weighting
         from torchjd.autojac import jac_to_grad

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py results.json [--out DIR]
 
-Reads what `pytest benchmarks/ --benchmark-only --benchmark-json=results.json` wrote; prints the tables, and with --out
-writes table.md, a plot for each family of ops, and results.json with what these need, a line a benchmark.
+Reads the output of `pytest benchmarks/ --benchmark-only --benchmark-json=results.json` and prints tables. With --out it
+writes table.md, a plot per family of ops, and a compact results.json with one line per benchmark.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 
 OURS = "udi_kernels"
-# What most code that needs the op does.
+# The implementation in most existing code.
 USUAL = {
     "js_div": "eager",
     "club_mi": "NxNxD",
@@ -68,7 +68,7 @@ class Result:
 
 
 def by_case(benchmarks):
-    """[results of a case], the cases in the order in which they ran."""
+    """A list of results for each case, in the order in which the cases ran."""
     cases = {}
     for benchmark in benchmarks:
         cases.setdefault(benchmark["group"], []).append(Result(benchmark))
@@ -79,7 +79,7 @@ def by_case(benchmarks):
 
 
 def table(cases):
-    """Per case the fastest of ours against the fastest of the peers."""
+    """The fastest of ours against the fastest peer, for each case."""
     on_gpu = any(r.host_us is not None for results in cases for r in results)
     columns = ["", "udi_kernels", "fastest peer", "speedup", "against usual code", "of copy speed", "extra memory"]
     columns.append("host µs" if on_gpu else "hot")
@@ -110,7 +110,7 @@ def table(cases):
 
 
 def hot(results):
-    """The same comparison where inputs are in cache and memory is at hand."""
+    """The same comparison with warm caches and allocator."""
     if any(r.hot_us is None for r in results):
         return "-"
     ours, peer = (min((r.hot_us for r in results if r.ours == own), default=None) for own in (True, False))
@@ -214,7 +214,7 @@ def plot(cases, figure, path):
 
 
 def shapes_of(panel):
-    """By K where there is one, then by bytes: a line joins what differs in size alone."""
+    """The shapes by K, if any, then by bytes: a line connects cases that differ only in size."""
     ordered = sorted(panel, key=lambda r: (group_of(r.shape), r.necessary_bytes))
     return list(dict.fromkeys(r.shape for r in ordered))
 
@@ -224,7 +224,7 @@ def group_of(shape):
 
 
 def limits_of(results):
-    """What memory can do, GB/s: (speed, line style, what it is the speed of)."""
+    """The memory bandwidths in GB/s: (speed, line style, label)."""
     first = results[0]
     return [
         (first.copy_bandwidth / 1e9, "--", "a device copy: writes as much as it reads"),
@@ -233,7 +233,7 @@ def limits_of(results):
 
 
 def lines(ax, panel):
-    """Bandwidth against size; sizes at equal distances."""
+    """Bandwidth over size, with equidistant sizes."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     shapes = shapes_of(panel)
@@ -257,7 +257,7 @@ def lines(ax, panel):
 
 
 def bars(ax, panel):
-    """One size: a bar each, ours in color, the time beside it."""
+    """A single size: one bar per provider with its time, ours in color."""
     panel = sorted(panel, key=seconds, reverse=True)
     widths, limits = [r.bandwidth / 1e9 for r in panel], limits_of(panel)
     end = 1.05 * max(*widths, *(speed for speed, *_ in limits))
@@ -275,7 +275,7 @@ def bars(ax, panel):
 
 
 def write(path, data):
-    """Without the samples: of these the statistics stay."""
+    """Writes the results with statistics instead of samples."""
     stats = ("min", "q1", "median", "q3", "max", "rounds")
     runs = [
         {"group": b["group"], "extra_info": b["extra_info"], "stats": {name: b["stats"][name] for name in stats}}
@@ -289,12 +289,12 @@ def write(path, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="JSON written by pytest-benchmark")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the files there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the files to this folder")
     options = parser.parse_args()
     data = json.loads(Path(options.results).read_text())
     cases = by_case(data["benchmarks"])
     if not cases:
-        sys.exit(f"{options.results} holds no results")
+        sys.exit(f"{options.results} contains no results")
     text = markdown(cases)
     print(text, end="")
     if options.out:

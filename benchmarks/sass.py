@@ -1,6 +1,6 @@
-"""What a file of machine code holds, read from its disassembly: resources, and instructions by pipe, loop by loop.
+"""Reads the disassembly of machine code: resources, and instructions by pipe and loop.
 
-Takes cubins from anywhere (Triton, NVRTC, nvcc); needs no GPU and no toolkit, since cuobjdump comes with Triton.
+Works for any cubin (Triton, NVRTC, nvcc), without a GPU or toolkit, because cuobjdump comes with Triton.
 """
 
 import os
@@ -11,11 +11,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-# Registers, warps, blocks and shared memory of a multiprocessor, and a warp's share of registers in steps of 256.
+# Registers, warps, blocks and shared memory of a multiprocessor; a warp's registers are allocated in steps of 256.
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
-# A mnemonic's pipe; what begins with U runs on the uniform datapath, and all others on the integer pipe, `alu`.
+# Mnemonics by pipe. Those that begin with U use the uniform datapath, and all others the integer pipe, `alu`.
 PIPES = {
     "fma": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 FFMA32I FMUL32I FADD32I HFMA2 HADD2 HMUL2 IMAD",
     "xu": "MUFU I2F F2I F2F FRND POPC BREV FLO",
@@ -30,7 +30,7 @@ USAGE = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:
 
 @dataclass
 class Segment:
-    """Instructions that run together, for one thread."""
+    """Instructions of one thread that are executed equally often."""
 
     opcodes: list
 
@@ -50,7 +50,7 @@ class Kernel:
     registers: int
     local: int
     shared: int
-    straight: Segment  # what runs once
+    straight: Segment  # outside of innermost loops
     loops: list  # innermost bodies, in the order of the code
     everything: Segment
 
@@ -67,7 +67,7 @@ class Kernel:
         return max((8 * width(o) for o in self.everything.opcodes if o.startswith(prefix)), default=0)
 
     def resident(self, warps, arch, shared):
-        """Warps that a multiprocessor holds of a kernel launched with so many a block."""
+        """Resident warps per multiprocessor, for a launch with this many warps per block."""
         registers = -(-self.registers * 32 // 256) * 256
         blocks = min(BLOCKS, WARPS // warps, REGISTERS // registers // warps, SHARED[arch] // (shared + 1024))
         return blocks * warps
@@ -79,13 +79,13 @@ def pipe(opcode):
 
 
 def width(opcode):
-    """Bytes of a load or store."""
+    """Bytes that a load or store moves per thread."""
     bits = re.search(r"\.(?:[US]?(8|16)|64|128|256)(?:\.|$)", opcode)
     return int(re.sub(r"\D", "", bits[0])) // 8 if bits else 4
 
 
 def read(cubin):
-    """{name: Kernel} of the machine code in these bytes."""
+    """{name: Kernel} of a cubin, given as bytes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         usage = {name: list(map(int, numbers)) for name, *numbers in USAGE.findall(cuobjdump("-res-usage", file.name))}
@@ -104,20 +104,20 @@ def segments(code):
     end = max(
         (i for i, (_, guard, opcode, _) in enumerate(lines) if opcode == "EXIT" and not guard), default=len(lines)
     )
-    place = {address: i for i, (address, *_) in enumerate(lines)}
-    found = set()
+    index = {address: i for i, (address, *_) in enumerate(lines)}
+    loops = set()
     for i, (address, _, opcode, operands) in enumerate(lines[: end + 1]):
         target = re.search(r"0x([0-9a-f]+)", operands)
         if opcode.startswith("BRA") and target and int(target[1], 16) <= address:
-            found.add((place[int(target[1], 16)], i))
-    inner = [a for a in sorted(found) if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+            loops.add((index[int(target[1], 16)], i))
+    inner = [a for a in sorted(loops) if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     opcodes = [opcode for _, _, opcode, _ in lines]
     once = [o for i, o in enumerate(opcodes[: end + 1]) if not any(a <= i <= b for a, b in inner)]
     return Segment(once), [Segment(opcodes[a : b + 1]) for a, b in inner], Segment(opcodes)
 
 
 def cuobjdump(flag, cubin):
-    """The one that comes with Triton; its neighbour nvdisasm does the work of -sass."""
+    """Runs the cuobjdump that comes with Triton; for -sass it needs nvdisasm from the same folder."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -1,4 +1,4 @@
-"""Parameter shapes of the models whose gradients are measured, as torchvision defines them."""
+"""Parameter shapes of torchvision's models, for the gradient ops."""
 
 
 def _basic(inputs, width, stride):

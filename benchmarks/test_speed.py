@@ -1,9 +1,9 @@
-"""Speed of every op against its peers.
+"""The speed of every op compared with its peers.
 
     pytest benchmarks/ --benchmark-only                # a quick selection
     pytest benchmarks/ --benchmark-only --full         # everything
 
-The first test of a case measures all its providers, interleaved; each test then shows those of its own.
+The first test of a case measures all of its providers, interleaved. Each test then reports one of them.
 """
 
 import pytest

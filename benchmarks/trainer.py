@@ -1,9 +1,9 @@
-"""The trainer's speed: UDI against joint training, and against UDI in plain PyTorch, on the same data and encoders.
+"""The trainer's speed: UDI compared with joint training and with UDI in plain PyTorch, on the same data and encoders.
 
     python benchmarks/trainer.py [--encoder cnn|resnet18] [--epochs N] [--samples N] [--out DIR] [--help]
 
-Runs take turns, and each figure is the median of its rounds. Data is random, of MNIST's shapes (cnn), or 224x224 RGB
-with spectrograms of that size (resnet18): the time does not depend on it.
+Runs are interleaved, and results are medians over rounds. Data is random, because time does not depend on it, with
+MNIST's shapes (cnn), or 224x224 RGB and spectrograms of the same size (resnet18).
 """
 
 import argparse
@@ -46,7 +46,7 @@ RUNS = {
 
 
 def dataset(encoder, samples):
-    """Random samples; a twelfth as many for validation, and for test."""
+    """Random samples for training; validation and test have a twelfth as many each."""
     generator = torch.Generator().manual_seed(0)
 
     def split(size, *shapes):
@@ -75,49 +75,49 @@ def new_run(arguments, options, samples, epochs=None):
 
 
 class EagerSteps(logging.Handler):
-    """Collects what the trainer says of steps that run eagerly where CUDA graphs were to be had, or asked for."""
+    """Collects the trainer's messages about steps that run eagerly instead of as CUDA graphs."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.messages = []
 
     def emit(self, record):
         if "eager steps" in record.getMessage():
-            self.found.append(record.getMessage())
+            self.messages.append(record.getMessage())
 
 
 @contextlib.contextmanager
 def eager_steps():
-    """Shows nothing of what is done inside; the list has what was said of eager steps."""
+    """Hides all output in this context; yields a list of the messages about eager steps."""
     handler, level = EagerSteps(), log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield handler.found
+            yield handler.messages
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
 
 
 def whole_run(name, run):
-    """Seconds, seconds per epoch by stage, and which stages ran eagerly against the wish of the run."""
-    began = time.perf_counter()
+    """Seconds, seconds per epoch by stage, and messages about stages that ran eagerly although CUDA graphs were on."""
+    start = time.perf_counter()
     with eager_steps() as eager:
         if name == PLAIN:
-            trained = EagerUDI(run)
-            trained.fit()
+            trainer = EagerUDI(run)
+            trainer.fit()
         else:
-            trained = run
+            trainer = run
             methods.find(run.options.method)(run)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     shutil.rmtree(run.folder.path)
-    stages = {stage: statistics.median(row["seconds"] for row in rows) for stage, rows in trained.history.items()}
+    stages = {stage: statistics.median(row["seconds"] for row in rows) for stage, rows in trainer.history.items()}
     return {"seconds": seconds, "epoch_seconds": stages, "eager": eager}
 
 
 def steps(run, rounds=30):
-    """Median seconds of a follower's step, of one with the controller, and of the encoder's own training step."""
+    """Median seconds of a follower's step, with and without the controller, and of a step of the encoder alone."""
     first, second = run.data.modalities
     anchor, alone = run.make(Alone, modality=first), run.make(Alone, modality=second)
     follower = run.make(Follower, modality=second, teacher=Frozen(run, first, anchor.model, anchor.width))
@@ -136,10 +136,10 @@ def steps(run, rounds=30):
             with stage.on_stream():
                 (batch,) = stage.feed.batches(index, len(index))
                 synchronize(run.device)
-                began = time.perf_counter()
+                start = time.perf_counter()
                 stage.engine.step(batch, number)
                 synchronize(run.device)
-                seconds[kind].append(time.perf_counter() - began)
+                seconds[kind].append(time.perf_counter() - start)
     stage, number = kinds["follower"]
     result = {kind: statistics.median(values) for kind, values in seconds.items()}
     result |= {"operators": operators(stage, number, index), "steps_per_epoch": run.steps}
@@ -147,18 +147,18 @@ def steps(run, rounds=30):
 
 
 def gpu_busy(stage):
-    """The share of a follower's epoch in which a kernel ran."""
+    """The fraction of a follower's epoch in which a kernel runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in stage.epoch_steps():
             pass
         synchronize(stage.run.device)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
 
 
 def operators(stage, number, index):
-    """What a follower's step launches when it runs eagerly: kernels on a GPU, operators that call no other on a CPU."""
+    """The number of kernels (GPU) or of innermost operators (CPU) in an eager step of a follower."""
     gpu = stage.run.device.type == "cuda"
     (batch,) = stage.feed.batches(index, len(index))
     activities = [torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU]
@@ -179,7 +179,7 @@ def synchronize(device):
 
 
 def report(result):
-    """The table, in Markdown."""
+    """The Markdown table."""
     runs, step, batch = result["runs"], result["step"], result["batch_size"]
     joint = runs["joint training"]["seconds"]
     lines = [
@@ -209,20 +209,20 @@ def report(result):
 
 
 def engine(result):
-    """How steps ran, which is not always how they were asked to."""
+    """How steps ran, with the exceptions."""
     if result["engine"] == "eager":
         return "Steps ran eagerly."
-    exceptions = dict.fromkeys(said for part in (*result["runs"].values(), result["step"]) for said in part["eager"])
+    exceptions = dict.fromkeys(text for part in (*result["runs"].values(), result["step"]) for text in part["eager"])
     return "Steps ran as CUDA graphs" + (f", but: {'; '.join(exceptions)}." if exceptions else ".")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", choices=("cnn", "resnet18"), default="cnn")
-    parser.add_argument("--epochs", type=int, default=5, help="of each phase (default: 5)")
-    parser.add_argument("--samples", type=int, help="for training (default: 12000 for cnn, 512 for resnet18)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per phase (default: 5)")
+    parser.add_argument("--samples", type=int, help="training samples (default: 12000 for cnn, 512 for resnet18)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; results are medians over them (default: 3)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--engine", default="auto", help="auto, eager or graph")
     parser.add_argument("--amp", default="none", help="bf16 or none")
@@ -251,7 +251,7 @@ def main():
         stages = {
             s: statistics.median(r["epoch_seconds"][s] for r in results if s in r["epoch_seconds"]) for s in names
         }
-        eager = list(dict.fromkeys(said for r in results for said in r["eager"]))
+        eager = list(dict.fromkeys(text for r in results for text in r["eager"]))
         seconds = statistics.median(r["seconds"] for r in results)
         return {"seconds": seconds, "epoch_seconds": stages, "eager": eager}
 

@@ -1,15 +1,15 @@
-"""Studies: many training runs, and what they say together: ``python python/experiments.py --help``."""
+"""Runs studies of many training runs each: ``python python/experiments.py --help``."""
 
 import signal
 import sys
 
 try:
     from studies.command import main
-except ModuleNotFoundError as missing:
-    print(f'experiments.py: {missing.name} is not installed: pip install -e ".[train]"', file=sys.stderr)
+except ModuleNotFoundError as error:
+    print(f'experiments.py: {error.name} is not installed: pip install -e ".[train]"', file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # kill, or a closed terminal, ends a study as Ctrl-C does
-        signal.signal(ending, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # kill or a closed terminal stop a study as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

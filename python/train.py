@@ -10,4 +10,4 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    distributed.exit_process(main())

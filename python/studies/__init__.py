@@ -1,1 +1,1 @@
-"""Studies: questions about the trainer, the runs that answer them, and what these say together."""
+"""Studies: questions about the trainer, the runs that answer them, and the summaries of these runs."""

@@ -1,4 +1,4 @@
-"""The command: runs a study, keeps its records, and publishes what they say."""
+"""The command: runs a study, saves its records, and publishes tables and plots."""
 
 import argparse
 import shlex
@@ -11,8 +11,8 @@ from udi_trainer.command import Parser, argument
 from udi_trainer.errors import UserError
 from udi_trainer.options import number
 
-from . import questions  # noqa: F401  these register themselves
-from .machine import describe, find_slots, hardware
+from . import questions  # noqa: F401  the import registers them
+from .machine import find_slots, git_version, hardware
 from .records import load, save
 from .registry import studies
 from .runner import Job, run_all
@@ -29,13 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         if options.report:
             results = load(folder / "results.json")
         else:
-            commit = describe()
+            commit = git_version()
             seeds = options.seeds or list(range(study.seeds) if isinstance(study.seeds, int) else study.seeds)
             jobs = [Job(study, v, seed, extra, folder / "runs") for v in study.variants for seed in seeds]
             for flag in (token for token in extra if token.startswith("--")):
                 if not any(token.startswith(flag.partition("=")[0]) for job in jobs for token in job.extra):
                     raise UserError(f"{flag}: no variant of {options.study} reads it")
-            slots = find_slots(jobs[0].settled.get("device"), options.jobs)
+            slots = find_slots(jobs[0].resolved.get("device"), options.jobs)
             failed = run_all([job for job in jobs if not job.finished()], slots, commit)
             results = {"study": options.study, "command": command, "options": extra, "seeds": seeds}
             results |= {"commit": commit, "hardware": hardware(), "torch": torch.__version__}
@@ -47,48 +47,48 @@ def main(argv: list[str] | None = None) -> int:
         print(f"experiments.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nexperiments.py: interrupted; go on with the same command: {command}", file=sys.stderr)
+        print(f"\nexperiments.py: interrupted; continue with the same command: {command}", file=sys.stderr)
         return 130
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and those that are the trainer's."""
+    """The options of the study, and the remaining ones, which belong to the trainer."""
     epilog = "studies:\n" + "".join(f"  {name:<12} {study.__doc__}\n" for name, study in studies.items())
     parser = Parser(
         prog="experiments.py",
         description="Runs a study: trains its variants with several seeds, and writes results.json, table.md and plots."
-        "\nThe same command goes on where it was stopped. Options that are not below go to every run, such as"
+        "\nAfter an interruption, the same command continues. All other options are passed to every run, such as"
         "\n--data-root DIR, --epochs N, --device D; python python/train.py --help explains them.",
         epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("study", metavar="NAME", help="what to study, one of those below")
+    parser.add_argument("study", metavar="NAME", help="study to run, one of the list below")
     parser.add_argument("--seeds", type=argument(seeds), metavar="N", help="0 to N-1, or a list such as 0,3,7 (default:"
-        " 5 or the study's own number)")  # fmt: skip
-    parser.add_argument("--jobs", type=argument(number(int, 1)), metavar="N", help="runs at once (default: one a GPU or"
-        " core)")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: results/NAME)")
-    parser.add_argument("--report", action="store_true", help="only write table and plots anew, from results.json")
+        " 5, or what the study sets)")  # fmt: skip
+    parser.add_argument("--jobs", type=argument(number(int, 1)), metavar="N", help="parallel runs (default: one per GPU"
+        " or core)")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: results/NAME)")
+    parser.add_argument("--report", action="store_true", help="only rewrite the table and plots from results.json")
     options, extra = parser.parse_known_args(argv)
     for flag in ("--seed", "--resume"):
         if any(x == flag or x.startswith(f"{flag}=") for x in extra):
-            raise UserError(f"{flag} is for a single run: a study takes --seeds, and resumes by itself")
+            raise UserError(f"{flag} is for a single run: a study takes --seeds and resumes automatically")
     if options.report and (extra or options.seeds):
-        raise UserError(f"--report takes results.json as it is: leave out {' '.join(extra) or '--seeds'}")
+        raise UserError(f"--report only reads results.json: leave out {' '.join(extra) or '--seeds'}")
     return options, extra
 
 
 def seeds(text: str) -> list[int]:
-    """``5``: 0 to 4; ``0,3,7``: these; ``3,``: only this."""
+    """``5``: seeds 0 to 4; ``0,3,7``: these seeds; ``3,``: only seed 3."""
     if "," not in text:
         return list(range(number(int, 1)(text)))
     return list(dict.fromkeys(number(int, 0)(part) for part in text.split(",") if part))
 
 
 def publish(study: Study, results: dict, folder: Path):
-    """Prints the table, and writes it and the plots into the folder."""
+    """Prints the table, and writes it and the plots to the folder."""
     failed = [f"Failed: {f['variant']}, seed {f['seed']}: {f['error'].splitlines()[-1]}" for f in results["failed"]]
     if not results["runs"]:
-        raise UserError(f"no run of {results['study']} ended well. " + " ".join(failed[:1]))
+        raise UserError(f"all runs of {results['study']} failed. " + " ".join(failed[:1]))
     text = "\n\n".join([study.tables(results["runs"]), *study.notes(results["runs"]), *failed])
     plots = "\n\n".join(f"![]({name})" for name in study.draw(results["runs"], folder))
     machine = results["hardware"]

@@ -1,4 +1,4 @@
-"""The machine that a study runs on, and the state of the code."""
+"""The machine that a study runs on, and the version of the code."""
 
 import os
 import platform
@@ -10,14 +10,14 @@ import torch
 
 
 def find_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
-    """The environment of each process that may run at once: a GPU for each, or a core for each."""
+    """The environment variables of each parallel process, which gets one GPU or one core."""
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
     if device and device.startswith("cuda:"):
         return [{}] * (jobs or 1)
-    # More threads than one help such small models little, and several runs on the same cores wait for each other.
+    # Small models gain little from more threads, and parallel runs would compete for the cores.
     return [{"OMP_NUM_THREADS": "1"}] * (jobs or cores())
 
 
@@ -32,8 +32,8 @@ def hardware() -> dict:
     return {"cpu": models[0] if models else platform.machine(), "cores": cores(), "gpus": gpus}
 
 
-def describe() -> str | None:
-    """The commit of this code, with -dirty if it has been changed since; None outside a repository."""
+def git_version() -> str | None:
+    """The commit of this code, with -dirty if there are uncommitted changes; None outside a repository."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

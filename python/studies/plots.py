@@ -1,28 +1,28 @@
-"""The plot that every study has: test accuracies, and what they are worth beside the best baseline."""
+"""The plots of studies: test accuracies, and differences to the best baseline."""
 
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
-from udi_trainer.evaluation.plotting import INK, MODALITY_COLORS, MUTED, finish, label_ends, new_figure
+from udi_trainer.evaluation.plotting import INK, MODALITY_COLORS, MUTED, label_ends, new_figure, style_axes
 
-from .summary import best_baseline, column, differences, gather, interval, is_baseline, spread, title
+from .summary import best_baseline, collect, differences, heading, interval, is_baseline, mean_and_std, scores_by_seed
 
 COLOR = MODALITY_COLORS[0]
 
 
 def draw(study, records: list[dict], path: Path) -> str:
-    """Left, every line of the tables: a dot a seed, their mean and its interval. Right, the paired differences."""
-    tables = gather(study, records)
+    """Left: the lines of the tables, with one dot per seed, their mean and its interval. Right: paired differences."""
+    tables = collect(study, records)
     heights = [len(lines) + 1.2 for lines in tables.values()]
     figure = new_figure(12, 1.3 + 0.36 * sum(heights) + 0.35 * len(heights))
     panels = figure.subplots(len(tables), 2, squeeze=False, height_ratios=heights, width_ratios=[1.5, 1])
     for (left, right), ((condition, section), lines) in zip(panels, tables.items(), strict=True):
         best = best_baseline(lines)
         draw_accuracies(left, lines, best)
-        finish(left, title(condition, section), "test accuracy, %" if left is panels[-1, 0] else "")
+        style_axes(left, heading(condition, section), "test accuracy, %" if left is panels[-1, 0] else "")
         draw_differences(right, lines, best)
-        finish(right, f"against {best}" if best else "", "difference, points" if right is panels[-1, 1] else "")
+        style_axes(right, f"against {best}" if best else "", "difference, points" if right is panels[-1, 1] else "")
         for axes in (left, right):
             axes.set_ylim(len(lines) - 0.4, -0.6)
             axes.grid(axis="y", visible=False)
@@ -37,9 +37,9 @@ def draw(study, records: list[dict], path: Path) -> str:
 def trend(
     scores: dict[str, dict[str, dict[int, float]]], claims: list[tuple[str, str]], title: str, xlabel: str, path: Path
 ) -> str:
-    """Left, mean scores {name: {x: {seed: score}}}, a line a name; right, what claims say: one against another.
+    """Left: mean scores {name: {x: {seed: score}}}, one line per name. Right: paired differences for the claims.
 
-    The first name has all x, the others have the last one.
+    A claim is a pair of names. The first name must have all x, the others at least the last one.
     """
     figure = new_figure(12, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
@@ -47,12 +47,12 @@ def trend(
     lines = []
     for i, (name, by_x) in enumerate(scores.items()):
         color = (*MODALITY_COLORS, MUTED)[i % (len(MODALITY_COLORS) + 1)]
-        places = [place for place, x in enumerate(ticks) if x in by_x]
-        values = [100 * spread(by_x[ticks[place]].values())[0] for place in places]
+        positions = [i for i, x in enumerate(ticks) if x in by_x]
+        values = [100 * mean_and_std(by_x[ticks[i]].values())[0] for i in positions]
         lines.append((name, values[-1], color))
-        left.plot(places, values, "o-", color=color, linewidth=2.2 if i < 2 else 1.3)
+        left.plot(positions, values, "o-", color=color, linewidth=2.2 if i < 2 else 1.3)
     left.margins(x=0.03)
-    finish(left, title, xlabel)
+    style_axes(left, title, xlabel)
     label_ends(left, [(name, len(ticks) - 1, value, color) for name, value, color in lines])
     kept = [(ours, theirs) for ours, theirs in claims if ours in scores and theirs in scores]
     rows = [(ours, theirs, x) for ours, theirs in kept for x in ticks if x in scores[theirs]]
@@ -65,7 +65,7 @@ def trend(
     right.set_yticks(range(len(rows)), [f"{ours} − {theirs}, {x}" for ours, theirs, x in rows], fontsize=9)
     right.invert_yaxis()
     right.axvline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
-    finish(right, "Paired differences, 95% intervals", "points")
+    style_axes(right, "Paired differences, 95% intervals", "points")
     for axes in (left, right):
         axes.grid(axis="y" if axes is right else "x", visible=False)
     left.set_xticks(range(len(ticks)), ticks)
@@ -74,7 +74,7 @@ def trend(
 
 
 def draw_accuracies(axes, lines: dict, best: str | None):
-    scores = {name: {seed: 100 * x for seed, x in column(b, "test_acc").items()} for name, b in lines.items()}
+    scores = {name: {seed: 100 * x for seed, x in scores_by_seed(b, "test_acc").items()} for name, b in lines.items()}
     bars = {name: mean_and_interval(by_seed.values()) for name, by_seed in scores.items()}
     every = [x for by_seed in scores.values() for x in by_seed.values()]
     low = min(*every, *(mean - half for mean, half in bars.values()))
@@ -99,13 +99,13 @@ def draw_differences(axes, lines: dict, best: str | None):
     axes.spines["left"].set_visible(False)
     if best is None:
         return axes.set_visible(False)
-    theirs = column(lines[best], "test_acc")
-    found = {name: [100 * x for x in differences(column(b, "test_acc"), theirs)] for name, b in lines.items()}
-    bars = {name: mean_and_interval(values) for name, values in found.items() if values and name != best}
-    far = {name: abs(mean) + half for name, (mean, half) in bars.items()}
-    # The range is that of the study's own lines. Of baselines far outside there is a number at the edge.
-    own = max([1.0, *(reach for name, reach in far.items() if not is_baseline(lines[name]))])
-    limit = 1.05 * max([own, *(reach for reach in far.values() if reach < 2 * own)])
+    theirs = scores_by_seed(lines[best], "test_acc")
+    gains = {name: [100 * x for x in differences(scores_by_seed(b, "test_acc"), theirs)] for name, b in lines.items()}
+    bars = {name: mean_and_interval(values) for name, values in gains.items() if values and name != best}
+    extents = {name: abs(mean) + half for name, (mean, half) in bars.items()}
+    # The study's own lines set the range. An arrow at the edge marks baselines far outside.
+    own = max([1.0, *(extent for name, extent in extents.items() if not is_baseline(lines[name]))])
+    limit = 1.05 * max([own, *(extent for extent in extents.values() if extent < 2 * own)])
     for y, name in enumerate(lines):
         color = MUTED if is_baseline(lines[name]) else COLOR
         if name == best:
@@ -113,7 +113,7 @@ def draw_differences(axes, lines: dict, best: str | None):
         elif name in bars:
             mean, half = bars[name]
             axes.text(1.02, y, f"{mean:+.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-            if far[name] > limit:
+            if extents[name] > limit:
                 axes.plot(limit if mean > 0 else -limit, y, ">" if mean > 0 else "<", color=color, clip_on=False)
             else:
                 axes.plot([mean - half, mean + half], [y, y], color=color, linewidth=2, solid_capstyle="butt")
@@ -123,15 +123,15 @@ def draw_differences(axes, lines: dict, best: str | None):
 
 
 def mean_and_interval(values: Collection[float]) -> tuple[float, float]:
-    return spread(values)[0], interval(values) or 0
+    return mean_and_std(values)[0], interval(values) or 0
 
 
 def swarm(values: list[float], near: float) -> list[float]:
-    """Vertical offsets, of lines at distance 1, that keep values apart which are nearer to each other than ``near``."""
+    """Vertical offsets that separate values closer than ``near``, for lines at distance 1."""
     steps: list[int] = []
     for i, x in enumerate(values):
-        taken = {steps[j] for j in range(i) if abs(values[j] - x) < near}
+        used = {steps[j] for j in range(i) if abs(values[j] - x) < near}
         nearest_first = sorted(range(-len(values), len(values)), key=abs)
-        steps.append(next(step for step in nearest_first if step not in taken))
+        steps.append(next(step for step in nearest_first if step not in used))
     size = min(0.13, 0.31 / max(1, *map(abs, steps)))
     return [size * step for step in steps]

@@ -1,10 +1,10 @@
-"""results.json: where a study comes from, and of each run, on a line of its own, what tables and plots need."""
+"""results.json: the origin of a study and, in one line per run, the data of its tables and plots."""
 
 import json
 from pathlib import Path
 
 from udi_trainer.errors import UserError
-from udi_trainer.run_folder import write
+from udi_trainer.run_folder import write_atomically
 
 
 def load(path: Path):
@@ -17,4 +17,4 @@ def load(path: Path):
 def save(path: Path, results: dict):
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items() if name != "runs"]
     runs = ",\n".join(map(json.dumps, results["runs"]))
-    write(path, ("{\n" + ",\n".join([*lines, f'"runs": [\n{runs}\n]']) + "\n}\n").encode())
+    write_atomically(path, ("{\n" + ",\n".join([*lines, f'"runs": [\n{runs}\n]']) + "\n}\n").encode())

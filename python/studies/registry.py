@@ -1,4 +1,4 @@
-"""Studies, by name. The questions fill it; this file imports none."""
+"""The registry of studies. Questions register here; this module imports none of them."""
 
 from udi_trainer.registry import Registry
 

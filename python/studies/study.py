@@ -1,4 +1,4 @@
-"""What a study is: the ancestor of all, and what it is made of."""
+"""The base class of studies, and its parts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from . import plots, tables
 
 PROG = "experiments.py"
 SCORES = ("val_acc", "test_acc", "test_macro_f1")
-NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # conditions: options
+NOISE = {"": "", "noisy training": "--noise 0.2,0.2"}  # options by condition
 
 SEEDING = """\
-Seeds change initial weights and the order of samples, not the samples: the interval says nothing
-about other test samples."""
-RESPLIT = "Seeds draw the split, too, and which samples have a label."
+Seeds change the initial weights and the order of samples, but not the split, so intervals do not
+cover other test samples."""
+RESPLIT = "Seeds also draw the split and the samples that have labels."
 
 
 @dataclass
 class Variant:
-    """Runs that differ in their seed alone, and the options that make them. Those of one condition share baselines."""
+    """Runs that differ only in their seed, and their options. Variants of one condition share baselines."""
 
     name: str
     options: str
@@ -36,27 +36,27 @@ class Variant:
 
 @dataclass
 class Entry:
-    """What one run says for one line of a table."""
+    """The scores of one run for one line of a table."""
 
     section: str
     name: str
     scores: dict[str, float]
     baseline: bool = False
-    collapsed: str = ""  # why it counts as collapsed
+    collapsed: str = ""  # the reason, if it collapsed
 
 
 class Study:
-    """Its docstring is the question. ``records``: of its runs, as results.json keeps them."""
+    """A study. Its docstring is the question. ``records``: the records of its runs in results.json."""
 
     seeds: int | range = 5
-    seeding = SEEDING  # what they change
-    unit = "seed"  # what a dot of the plots is, and intervals are over
+    seeding = SEEDING  # describes what seeds change
+    unit = "seed"  # of dots in plots and of intervals
     program = Path(__file__).parents[1] / "train.py"
     variants: Sequence[Variant] = ()
     columns = {"val acc": ("val_acc", 100), "test acc": ("test_acc", 100), "macro F1": ("test_macro_f1", 100)}
 
-    def settle(self, argv: list[str]) -> dict:
-        """All options of the program as it would take them; an error for those that it would refuse."""
+    def resolve(self, argv: list[str]) -> dict:
+        """All options of the program after parsing; raises an error for options that the program would refuse."""
         options, _ = parse(argv, PROG)
         choose("method", options.method, methods)
         choose("dataset", options.dataset, datasets)
@@ -72,14 +72,14 @@ class Study:
         return movable(name) or name in ("seed", "out")
 
     def keep(self, metrics: dict, history: list[dict]) -> dict:
-        """What tables and plots need of a run's metrics.json, and here of nothing in the rows of its metrics.jsonl."""
+        """The parts of a run's metrics.json, and of the rows in metrics.jsonl, that tables and plots need."""
         kept = {name: metrics.get(name) for name in ("anchor", "collapsed", "similarity") if metrics.get(name)}
         for name in ("unimodal", "modalities", "baselines"):
             kept[name] = {key: scores_of(scores) for key, scores in metrics[name].items()}
         return {"metrics": kept | {name: scores_of(metrics[name]) for name in ("ensemble", "fused") if name in metrics}}
 
     def entries(self, record: dict) -> Iterator[Entry]:
-        """Everything that predicts, and below that each follower beside the same modality alone."""
+        """All predictions first, then each follower next to the same modality trained alone."""
         name, metrics = record["variant"], record["metrics"]
         baselines = {f"{m} alone": scores for m, scores in metrics["unimodal"].items()}
         baselines |= {"ensemble": metrics["ensemble"]} if "ensemble" in metrics else {}
@@ -95,14 +95,14 @@ class Study:
                 yield Entry(f"follower {m}", name, scores, collapsed=collapsed.get(m, ""))
 
     def notes(self, records: list[dict]) -> Sequence[str]:
-        """Further lines of table.md."""
+        """Additional lines of table.md."""
         return []
 
     def tables(self, records: list[dict]) -> str:
         return tables.tables(self, records)
 
     def draw(self, records: list[dict], folder: Path) -> list[str]:
-        """Writes plots into the folder; returns their names."""
+        """Writes plots to the folder and returns their names."""
         return [plots.draw(self, records, folder / "accuracy.png")]
 
 

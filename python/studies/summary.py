@@ -1,4 +1,4 @@
-"""From the records of runs to what tables and plots show: entries by seed, means, paired differences, intervals."""
+"""Statistics of the runs of a study: entries by seed, means, paired differences and confidence intervals."""
 
 import statistics
 from collections.abc import Collection
@@ -6,33 +6,33 @@ from collections.abc import Collection
 from scipy.stats import t
 
 
-def spread(values: Collection[float]) -> tuple[float, float | None]:
-    """Mean, and the standard deviation of a sample (None of one value)."""
+def mean_and_std(values: Collection[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def interval(values: Collection[float], level: float = 0.95) -> float | None:
-    """Half the t confidence interval of the mean; None of one value."""
-    std, n = spread(values)[1], len(values)
+    """Half the width of the t confidence interval of the mean; None for a single value."""
+    std, n = mean_and_std(values)[1], len(values)
     return None if std is None else float(t.ppf((1 + level) / 2, n - 1)) * std / n**0.5
 
 
 def differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
-    """Of scores by seed, for the seeds that both have."""
+    """Differences of scores by seed, for the seeds that both have."""
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def paired(ours: dict, theirs: dict) -> str:
-    """The mean difference of test accuracy in points and its interval, of entries by seed."""
-    values = [100 * x for x in differences(column(ours, "test_acc"), column(theirs, "test_acc"))]
+def format_difference(ours: dict, theirs: dict) -> str:
+    """The mean difference in test accuracy of two {seed: entry}, in points, with its interval."""
+    values = [100 * x for x in differences(scores_by_seed(ours, "test_acc"), scores_by_seed(theirs, "test_acc"))]
     if not values:
         return ""
-    mean, half = spread(values)[0], interval(values)
+    mean, half = mean_and_std(values)[0], interval(values)
     return f"{mean:+.2f}" + ("" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]")
 
 
-def gather(study, records: list[dict]) -> dict:
-    """{(condition, section): {name: {seed: Entry}}}, of an entry that several variants share the first one's."""
+def collect(study, records: list[dict]) -> dict:
+    """{(condition, section): {name: {seed: Entry}}}. If several variants have the same entry, the first one counts."""
     tables = {}
     for record in records:
         for entry in study.entries(record):
@@ -45,16 +45,16 @@ def is_baseline(by_seed: dict) -> bool:
     return next(iter(by_seed.values())).baseline
 
 
-def column(by_seed: dict, key: str) -> dict[int, float]:
-    """This score by seed."""
+def scores_by_seed(by_seed: dict, key: str) -> dict[int, float]:
+    """{seed: score}."""
     return {seed: entry.scores[key] for seed, entry in by_seed.items() if key in entry.scores}
 
 
 def best_baseline(lines: dict) -> str | None:
-    """Its name, by mean validation accuracy, never by test; the first of equals; None without baselines."""
-    merits = {name: spread(column(b, "val_acc").values())[0] for name, b in lines.items() if is_baseline(b)}
-    return max(merits, key=merits.get, default=None)
+    """The name of the baseline with the highest mean validation accuracy; None without baselines."""
+    means = {n: mean_and_std(scores_by_seed(b, "val_acc").values())[0] for n, b in lines.items() if is_baseline(b)}
+    return max(means, key=means.get, default=None)
 
 
-def title(condition: str, section: str) -> str:
+def heading(condition: str, section: str) -> str:
     return ": ".join(filter(None, (condition, section)))

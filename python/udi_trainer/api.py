@@ -96,7 +96,7 @@ def train(
     """
     if isinstance(dataset, str):
         choose("dataset", dataset, datasets)
-    with distributed.joined(), console(distributed.first()) if progress else contextlib.nullcontext():
+    with distributed.process_group(), console(distributed.first()) if progress else contextlib.nullcontext():
         if resume is None:
             folder, chosen = None, Options.make(method=method, dataset=dataset, **options)
         else:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     try:
         if argv[:1] == ["manifest"]:
             return scan.main(argv[1:], prog)
-        with stop.on_signals(), distributed.joined(), console(distributed.first()):
+        with stop.on_signals(), distributed.process_group(), console(distributed.first()):
             options, folder = parse(argv, prog)
             training = Training(options)
             folder = folder or training.new_folder()
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        number, reason = stop.number or signal.SIGINT, "interrupted"
+        number, reason = stop.signal_number or signal.SIGINT, "interrupted"
     except BrokenPipeError:
         number, reason = signal.SIGPIPE, "its output is no longer read"
         with contextlib.suppress(OSError):  # Python would flush the rest of the buffer at exit

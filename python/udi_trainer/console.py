@@ -1,4 +1,4 @@
-"""What a run tells while it works: messages by the logger ``udi_trainer``, and a bar or lines of progress."""
+"""Output of a run in progress: messages through the logger ``udi_trainer``, and a progress bar or progress lines."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 log = logging.getLogger("udi_trainer")
-SILENCE = 30  # seconds after which a line tells how far it is, where there is no terminal for a bar
+INTERVAL = 30  # seconds between progress lines where there is no terminal for a bar
 
 
 class _Console(logging.Handler):
@@ -22,16 +22,16 @@ class _Console(logging.Handler):
             file.flush()
         except BrokenPipeError:
             raise
-        except OSError:  # the terminal is gone; what is written to files still counts
+        except OSError:  # the terminal is gone; the run goes on, its files matter
             pass
 
 
 @contextlib.contextmanager
-def console(speaks: bool = True) -> Iterator[None]:
-    """Prints the messages of a run, or keeps quiet; leaves the logger as it was."""
+def console(visible: bool = True) -> Iterator[None]:
+    """Prints the messages of a run if ``visible``, and restores the logger afterwards."""
     handler, level, propagate = _Console(), log.level, log.propagate
     log.addHandler(handler)
-    log.setLevel(logging.INFO if speaks else logging.CRITICAL)
+    log.setLevel(logging.INFO if visible else logging.CRITICAL)
     log.propagate = False
     try:
         yield
@@ -42,11 +42,11 @@ def console(speaks: bool = True) -> Iterator[None]:
 
 
 class Progress:
-    """Of so many steps: a bar on a terminal, elsewhere a line now and then; nothing where messages are not shown."""
+    """Progress over ``total`` steps: a bar on a terminal, else an occasional line; silent if messages are hidden."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done, self.note = label, total, 0, ""
-        self.spoke = time.monotonic()
+        self.reported = time.monotonic()
         shown = any(isinstance(handler, _Console) for handler in log.handlers)
         self.bar = tqdm(total=total, desc=label, leave=False, disable=None if shown else True)
 
@@ -59,11 +59,11 @@ class Progress:
     def update(self, steps: int = 1) -> None:
         self.bar.update(steps)
         self.done += steps
-        if self.bar.disable and time.monotonic() - self.spoke > SILENCE:
-            self.spoke = time.monotonic()
+        if self.bar.disable and time.monotonic() - self.reported > INTERVAL:
+            self.reported = time.monotonic()
             log.info("%s: step %d of %d%s", self.label, self.done, self.total, self.note)
 
     def show(self, /, **values: float) -> None:
-        """Values that stand beside it from now on."""
+        """Sets the values shown with the progress."""
         self.bar.set_postfix({name: f"{x:.3f}" for name, x in values.items()})
         self.note = "".join(f", {name} {x:.3f}" for name, x in values.items())

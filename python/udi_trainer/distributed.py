@@ -1,8 +1,8 @@
-"""Several processes that train as one, started by torchrun: each has its share of every batch.
+"""Distributed data-parallel training with torchrun: each process computes on its share of every batch.
 
-All here is nothing where one process trains. Every process holds the same parameters: gradients are averaged before an
-optimizer sees them, so what follows from parameters, figures and seeds is the same everywhere, and needs no message.
-Messages on the CPU go by gloo, between GPUs by nccl.
+With a single process these functions do nothing. All processes hold the same parameters, because gradients are averaged
+before the optimizer step. Whatever follows from parameters, metrics and seeds is therefore the same in all of them and
+needs no communication. gloo transfers CPU tensors, nccl GPU tensors.
 """
 
 import contextlib
@@ -18,53 +18,53 @@ import torch.distributed as dist
 
 from .errors import UserError
 
-BUCKET = 25 * 2**20  # bytes of gradients that travel in one message, as in DDP
+BUCKET = 25 * 2**20  # bytes of gradients in one all-reduce, as in DDP
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Joins the processes that torchrun started beside this one, if there are any and nobody has yet."""
+def process_group() -> Iterator[None]:
+    """Joins torchrun's process group for this context; does nothing without torchrun or in an existing group."""
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    join(*next(dist.rendezvous("env://")))
+    initialize(*next(dist.rendezvous("env://")))
     try:
         yield
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        raise UserError(f"process {rank()} lost another one ({str(error).splitlines()[0]})") from error
+        raise UserError(f"process {rank()} lost contact with another one ({str(error).splitlines()[0]})") from error
     finally:
         dist.destroy_process_group()
 
 
-def join(store: dist.Store, rank: int, world: int) -> None:
-    """Begins the group, in a part of torchrun's store where nobody has written yet.
+def initialize(store: dist.Store, rank: int, world: int) -> None:
+    """Initializes the process group under a fresh prefix of torchrun's store.
 
-    torchrun keeps the store when it starts its processes anew, with the addresses of those that are gone, and its count
-    of restarts differs from node to node (pytorch#135712). So nobody believes what may be old: the first process names
-    a part to each of the others until that has said it was told.
+    After a restart torchrun keeps the store, which still holds the addresses of dead processes, and its restart count
+    differs between nodes (pytorch#135712). So no process trusts old entries: rank 0 announces the prefix to each other
+    process until that process has acknowledged it.
     """
-    part = uuid.uuid4().hex
+    prefix = uuid.uuid4().hex
     if rank == 0:
         for other in range(1, world):
-            while not store.check([f"{part}/{other}"]):
-                store.set(f"part of {store.get(f'who/{other}').decode()}", part)
+            while not store.check([f"{prefix}/{other}"]):
+                store.set(f"prefix for {store.get(f'rank/{other}').decode()}", prefix)
                 time.sleep(0.01)
     else:
-        store.set(f"who/{rank}", part)
-        part = store.get(f"part of {part}").decode()
-        store.set(f"{part}/{rank}", "told")
+        store.set(f"rank/{rank}", prefix)
+        prefix = store.get(f"prefix for {prefix}").decode()
+        store.set(f"{prefix}/{rank}", "acknowledged")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=rank, world_size=world)
+    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process, one of several without Python's own end.
+def exit_process(code: int) -> NoReturn:
+    """Exits the process; under torchrun without Python's own shutdown.
 
-    DTensor's caches keep gloo's threads beyond the group, and one that lets go of a message's tensor while Python ends
-    aborts the process (pytorch#190489).
+    DTensor's caches keep gloo's threads alive after the group is destroyed. A thread that frees a tensor during
+    Python's shutdown aborts the process (pytorch#190489).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
@@ -82,17 +82,17 @@ def rank() -> int:
 
 
 def first() -> bool:
-    """Whether this is the process that writes and tells."""
+    """Whether this is the process that writes files and messages."""
     return rank() == 0
 
 
 def group() -> dist.ProcessGroup | None:
-    """Of all processes, if they are several."""
+    """The group of all processes; None if there is only one."""
     return dist.group.WORLD if world() > 1 else None
 
 
 def on_first(make: Callable[[], T]) -> T:
-    """What the first process makes, in all; its error too."""
+    """Calls ``make`` in the first process and returns its result in all; a UserError is raised in all, too."""
     if world() == 1:
         return make()
     made: list[Any] = [None, None]
@@ -108,18 +108,18 @@ def on_first(make: Callable[[], T]) -> T:
 
 
 def share(order: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Of samples in the order of their batches those of this process, an equal part of each batch."""
+    """This process's samples from ``order``, which lists the samples of all batches: an equal part of each batch."""
     return order.view(-1, world(), batch_size // world())[:, rank()].flatten()
 
 
-def part(count: int) -> torch.Tensor:
-    """This process's part of so many samples that all have to be seen once: as many in each, so some twice."""
+def local_indices(count: int) -> torch.Tensor:
+    """Indices of this process's part of ``count`` samples. Parts have equal sizes, so a few samples come twice."""
     each = -(-count // world())
     return torch.arange(rank() * each, (rank() + 1) * each) % count
 
 
 def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """What all processes computed of their :func:`part`, in order."""
+    """Concatenates, in order, the rows that the processes computed for their :func:`local_indices`."""
     if world() == 1:
         return rows
     rows = rows.contiguous()
@@ -128,9 +128,9 @@ def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(parts)[:count]
 
 
-def whole(rows: torch.Tensor) -> torch.Tensor:
-    """All processes' rows of a batch. The gradient reaches those of this one, times the number of processes: of a loss
-    that is the same in all of them the averaged gradients are then those of one process.
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """All processes' rows of a batch. Gradients flow to this process's rows only, times the number of processes: if all
+    processes compute the same loss, their averaged gradients equal those of a single process.
     """
     if world() == 1:
         return rows
@@ -142,7 +142,7 @@ def whole(rows: torch.Tensor) -> torch.Tensor:
 
 
 def average(tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
-    """Each tensor's mean over the processes, in few messages. What is None is None in all."""
+    """Each tensor's mean over the processes, with few all-reduces. A None must be None in all processes."""
     if world() == 1:
         return tensors
     means: list[torch.Tensor | None] = list(tensors)
@@ -151,13 +151,13 @@ def average(tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | N
         dist.all_reduce(flat)
         flat /= world()
         for i, mean in zip(indices, flat.split([tensors[i].numel() for i in indices]), strict=True):  # type: ignore
-            # In the gradient's own strides: a fused optimizer walks through memory, and takes them for the parameter's.
+            # Keep the gradient's strides: fused optimizers read memory linearly and assume the parameter's layout.
             means[i] = torch.empty_like(tensors[i]).copy_(mean.view_as(tensors[i]))  # type: ignore
     return means
 
 
 def buckets(tensors: Sequence[torch.Tensor | None]) -> Iterator[list[int]]:
-    """Indices of tensors that go together: one dtype, so many bytes; the same in all processes."""
+    """Groups indices of tensors by dtype into buckets of about ``BUCKET`` bytes, alike in all processes."""
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, t in enumerate(tensors):
         if t is not None:
@@ -175,7 +175,7 @@ def buckets(tensors: Sequence[torch.Tensor | None]) -> Iterator[list[int]]:
 
 
 def average_(tensors: Sequence[torch.Tensor]) -> None:
-    """The same in place: buffers that a process keeps of its own share, such as BatchNorm's."""
+    """Averages in place, for buffers that depend on a process's own samples, such as BatchNorm's."""
     if world() > 1:
         for t, mean in zip(tensors, average(tensors), strict=True):
             t.copy_(mean)  # type: ignore[arg-type]
@@ -194,14 +194,14 @@ def total(t: torch.Tensor) -> torch.Tensor:
 
 
 def from_first(t: torch.Tensor) -> torch.Tensor:
-    """The first process's, in all."""
+    """The first process's tensor, in all processes."""
     if world() > 1:
         dist.broadcast(t, 0)
     return t
 
 
 def noise_like(t: torch.Tensor) -> torch.Tensor:
-    """From a normal distribution; the first process's, in all, or of sharded tensors a shard of that in each."""
+    """Standard normal noise, the same in all processes; for a sharded tensor, this process's shard of it."""
     if type(t) is torch.Tensor:
         return from_first(torch.randn_like(t))
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -210,10 +210,10 @@ def noise_like(t: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(torch.randn(t.shape, dtype=t.dtype, device=t.device), t.device_mesh, t.placements)
 
 
-def anyone(wish: bool) -> bool:
-    """Whether any process wishes it."""
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds in any process."""
     if world() == 1:
-        return wish
-    wishes = torch.tensor(int(wish))
-    dist.all_reduce(wishes, dist.ReduceOp.MAX)
-    return bool(wishes)
+        return condition
+    result = torch.tensor(int(condition))
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return bool(result)

@@ -1,4 +1,4 @@
-"""The error that is meant for the user."""
+"""Errors addressed to the user."""
 
 import contextlib
 import difflib
@@ -8,11 +8,11 @@ import torch
 
 
 class UserError(ValueError):
-    """Something that the user can mend, in one line: the command prints it and ends with exit code 2."""
+    """A mistake that the user can fix, explained in one line. The command prints it and exits with code 2."""
 
 
 def choose(kind: str, name: str, names: Iterable[str]) -> str:
-    """``name`` if it is one of ``names``, else an error that lists them."""
+    """Returns ``name`` if it is in ``names``; otherwise raises a UserError that lists them."""
     names = list(names)
     if name in names:
         return name
@@ -23,11 +23,11 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
-    """Out of memory becomes a UserError with this remedy."""
+    """Turns out-of-memory errors into a UserError that names the remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's allocator for the CPU has no class of its own.
+        # PyTorch's CPU allocator raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         lines = str(error).splitlines() or ["MemoryError"]

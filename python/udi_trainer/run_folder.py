@@ -1,4 +1,4 @@
-"""A run's folder: config.json at the start, metrics.jsonl and checkpoints/ while it trains, the rest at the end."""
+"""The folder of a run: config.json is written first, metrics.jsonl and checkpoints/ during training, the rest last."""
 
 import contextlib
 import datetime
@@ -19,33 +19,32 @@ from .errors import UserError
 
 
 class RunFolder:
-    """Reads and writes the files of a run; without a path there are none, and checkpoints are in memory.
+    """Reads and writes the files of a run. Without a path it writes none and keeps checkpoints in memory.
 
-    A checkpoint holds all that its stage logged, so a resumed run takes up its log from there too, and a method the
-    stages that another one has trained. A run that has ended lacks nothing: what cannot be written there any more is
-    left as it is.
+    A checkpoint includes the log of its stage, so a resumed run continues the log, and a method can reuse stages that
+    another method has trained. The folder of a finished run is complete, so write errors there are ignored.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.ended = path is not None and (path / "metrics.json").exists()
-        self.kept: dict[str, memoryview] = {}  # the checkpoints in memory
+        self.states: dict[str, memoryview] = {}  # checkpoints by stage, without a path
 
     def checkpoint_path(self, stage: str) -> Path | None:
         return self.path and self.path / "checkpoints" / f"{stage}.pt"
 
     def checkpoint(self, stage: str) -> dict | None:
-        """What :meth:`save` kept of the stage."""
+        """The state that :meth:`save` stored for the stage, or None."""
         path = self.checkpoint_path(stage)
         if not path:
-            return torch.load(io.BytesIO(self.kept[stage]), map_location="cpu") if stage in self.kept else None
+            return torch.load(io.BytesIO(self.states[stage]), map_location="cpu") if stage in self.states else None
         return load_tensors(path, REPEAT) if path.exists() else None
 
     def save(self, name: str, /, **state: Any) -> None:
         if self.path:
-            self.write(f"checkpoints/{name}.pt", packed(state))
+            self.write(f"checkpoints/{name}.pt", serialized(state))
         else:
-            self.kept[name] = packed(state)
+            self.states[name] = serialized(state)
 
     def write_log(self, rows: list[dict]) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -64,7 +63,7 @@ class RunFolder:
         if not self.path:
             return
         try:
-            write(self.path / name, data)
+            write_atomically(self.path / name, data)
         except UserError:
             if not self.ended:
                 raise
@@ -75,25 +74,25 @@ REPEAT = "delete it to repeat that stage, then resume"
 
 @contextlib.contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """No other process may work in the folder meanwhile. However this one ends, the system takes the lock away."""
+    """Locks the folder against other processes. The system releases the lock however this process ends."""
     if folder is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself: it may be read-only
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself, which may be read-only
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process works in {folder}: wait for its end, or stop it") from None
+            raise UserError(f"another process is using {folder}: wait until it ends, or stop it") from None
         except OSError as error:
-            log.warning(f"{folder} cannot be locked ({error.strerror}): no other process may work in it")
+            log.warning(f"{folder} cannot be locked ({error.strerror}): make sure that no other process uses it")
         yield
     finally:
         os.close(handle)
 
 
 def new_folder(out: str | None, label: str, config: dict) -> Path:
-    """Creates ``out``, or a folder under runs/ that no run has yet; never takes one with something in it."""
+    """Creates ``out``, or a new folder under runs/; refuses a folder that is not empty."""
     folder = Path(out) if out is not None else Path("runs")
     try:
         if out is not None:
@@ -112,17 +111,17 @@ def new_folder(out: str | None, label: str, config: dict) -> Path:
                     number += 1
         with locked(folder):
             if any(folder.iterdir()):
-                raise UserError(f"--out {out} has something in it: choose another folder, or go on with --resume {out}")
+                raise UserError(f"--out {out} is not empty: choose another folder, or continue with --resume {out}")
             write_json(folder / "config.json", config)
     except OSError as error:
         raise UserError(
-            f"run folder {folder} cannot be made ({error.strerror}): choose a writable one with --out"
+            f"run folder {folder} cannot be created ({error.strerror}): choose a writable one with --out"
         ) from None
     return folder
 
 
 def read_config(folder: Path) -> dict:
-    """config.json."""
+    """The content of config.json."""
     path = folder / "config.json"
     try:
         return read_json(path)
@@ -131,10 +130,10 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, or an OSError or ValueError."""
+    """The JSON object in a file; raises OSError or ValueError."""
     value = json.loads(path.read_text())
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return value
 
 
@@ -143,22 +142,22 @@ def as_json(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write(path, as_json(value))
+    write_atomically(path, as_json(value))
 
 
 def load_tensors(path: Path, remedy: str) -> dict:
-    """Tensors and plain values alone, if their checksums are right."""
+    """Loads a dict of tensors and plain values after verifying its checksums; never runs code from the file."""
     try:
-        with zipfile.ZipFile(path) as records:  # torch writes a checksum of each, and never looks at it
+        with zipfile.ZipFile(path) as records:  # torch writes checksums but never verifies them
             damaged = records.testzip()
         saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(saved, dict):
             return saved
         reason = f"the checksum of {damaged} is wrong" if damaged else "not a checkpoint"
-    except pickle.UnpicklingError:  # torch would advise to load it without its safeguard
-        reason = "it holds more than tensors and plain values: code, which is not run"
+    except pickle.UnpicklingError:  # torch's message recommends weights_only=False
+        reason = "it contains code, which is not run, and not only tensors and plain values"
     except zipfile.BadZipFile:
-        reason = "cut off, or not a checkpoint" if path.stat().st_size else "it is empty"
+        reason = "truncated, or not a checkpoint" if path.stat().st_size else "it is empty"
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:
@@ -166,14 +165,14 @@ def load_tensors(path: Path, remedy: str) -> dict:
     raise UserError(f"{path} is damaged ({reason}): {remedy}") from None
 
 
-def packed(state: dict) -> memoryview:
+def serialized(state: dict) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
 
 
-def write(path: Path, data: bytes | memoryview) -> None:
-    """All or nothing: a reader, or a process killed here, sees the old file or the new one."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replaces the file atomically: a reader always sees either the old content or the new one, even after a kill."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -190,6 +189,6 @@ def write(path: Path, data: bytes | memoryview) -> None:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"{path} cannot be written ({error.strerror}): make room or mend the permissions, then go on with --resume;"
-        " what was saved before is intact"
+        f"{path} cannot be written ({error.strerror}): free space or fix the permissions, then continue with --resume;"
+        " earlier files are intact"
     )

@@ -1,4 +1,4 @@
-"""Where random numbers come from: a seed for each purpose, so that none depends on how many another one drew."""
+"""Seeds for random numbers. Each purpose has its own seed, so no stream depends on how much another one has drawn."""
 
 import contextlib
 import hashlib
@@ -8,13 +8,13 @@ import torch
 
 
 def derive_seed(*key: object) -> int:
-    """A seed for this purpose alone."""
+    """A seed derived from this key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Initial weights drawn inside depend on this seed alone; torch's generator goes on as if nothing was drawn."""
+    """Seeds torch's CPU generator in this context (for initial weights) and restores its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Ending a run early, with nothing lost."""
+"""Stops a run early without losing work."""
 
 import contextlib
 import signal
@@ -6,36 +6,36 @@ from collections.abc import Iterator
 
 from . import distributed
 
-AGREE = 8  # steps after which processes that train together ask each other
+CHECK_EVERY = 8  # steps between two checks of distributed processes
 
 
 class Stopped(KeyboardInterrupt):
-    """The run ends, between two steps of its training."""
+    """The run was stopped between two training steps."""
 
 
 class Stop:
-    """A wish to end the run. A training hears it between two steps and keeps what it has; elsewhere it is at once."""
+    """A request to stop. Training honours it between two steps and saves; elsewhere it takes effect at once."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.signal_number: int | None = None
         self._deferred = False
 
-    def ask(self, number: int, frame: object = None) -> None:
-        """The handler of a signal; the second one does not wait."""
-        again, self.number = self.number is not None, number
-        if again or not self._deferred:
+    def request(self, number: int, frame: object = None) -> None:
+        """A signal handler. A second signal takes effect at once."""
+        repeated, self.signal_number = self.signal_number is not None, number
+        if repeated or not self._deferred:
             raise KeyboardInterrupt
 
     def check(self, step: int | None = None) -> None:
-        """``step``: of the epoch. Processes that train together stop after the same one, so they ask each other."""
-        if distributed.world() > 1 and (step is None or step % AGREE):
+        """Raises :class:`Stopped` if requested; distributed processes only agree on it every few steps of an epoch."""
+        if distributed.world() > 1 and (step is None or step % CHECK_EVERY):
             return
-        if distributed.anyone(self.number is not None):
+        if distributed.any_process(self.signal_number is not None):
             raise Stopped
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, :meth:`check` alone raises."""
+        """In this context a first signal only takes effect at the next :meth:`check`."""
         self._deferred = True
         try:
             yield
@@ -44,11 +44,11 @@ class Stop:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Ctrl-C, the end of the terminal, and what a scheduler sends before it kills; those not ignored already."""
+        """Handles SIGINT, SIGTERM (sent by schedulers) and SIGHUP (terminal closed) unless they are already ignored."""
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self.ask) for number in numbers}
+        previous = {number: signal.signal(number, self.request) for number in numbers}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)

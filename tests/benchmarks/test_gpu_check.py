@@ -1,4 +1,4 @@
-"""The GPU check: stages that fit its calls, and a summary of a page, whatever fails."""
+"""The GPU check: its stages fit the time limit, and it always writes a one-page summary."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What is measured is what is stated, and what differs in result is not compared."""
+"""The cases state their true sizes, and providers with different results are not compared."""
 
 import math
 from functools import partial
@@ -32,7 +32,7 @@ def test_an_input_set_has_the_size_that_its_case_states():
 
 
 class Still(measure.CPU):
-    """Its ceilings do not matter here."""
+    """A CPU whose bandwidths are not measured."""
 
     seconds = 0.05
 

@@ -36,7 +36,7 @@ def test_pytest_benchmark_shows_the_samples(tmp_path):
     if importlib.util.find_spec("matplotlib"):
         run(BENCHMARKS / "report.py", tmp_path / "results.json", "--out", tmp_path / "out")
         assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md", "js_div.png"}
-        again = run(BENCHMARKS / "report.py", tmp_path / "out" / "results.json")  # what it keeps is all that it needs
+        again = run(BENCHMARKS / "report.py", tmp_path / "out" / "results.json")  # the compact file is sufficient
         assert again == (tmp_path / "out" / "table.md").read_text()
 
 
@@ -51,7 +51,9 @@ def test_every_case_can_be_shown(monkeypatch):
 
 
 def run(*command):
-    env = {name: x for name, x in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # which has no benchmarks
+    env = {
+        name: x for name, x in os.environ.items() if name != "PYTEST_XDIST_WORKER"
+    }  # pytest-benchmark is disabled under xdist
     command = [sys.executable, *map(str, command)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=BENCHMARKS.parent)
     assert result.returncode == 0, result.stdout + result.stderr

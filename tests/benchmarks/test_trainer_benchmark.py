@@ -1,4 +1,4 @@
-"""The trainer's benchmark: its runs in small, and that it tells of steps that ran eagerly."""
+"""The trainer's benchmark: small runs, and the report of steps that ran eagerly."""
 
 import argparse
 

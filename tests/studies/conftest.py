@@ -12,7 +12,7 @@ from studies.study import Study, Variant
 
 ROOT = Path(__file__).parents[2]
 
-# Stands for the trainer: seed 1 takes forever while the file "stuck" exists, seed 2 fails while "broken" does.
+# Replaces the trainer. Seed 1 hangs while the file "stuck" exists, and seed 2 fails while "broken" exists.
 STUB = """
 import argparse, json, pathlib, sys, time
 parser = argparse.ArgumentParser()
@@ -43,7 +43,7 @@ metrics = {
 
 @pytest.fixture(autouse=True)
 def stub(tmp_path, monkeypatch):
-    """A working directory of its own, with a study whose runs take no time."""
+    """A temporary working directory, and a study with instant runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     Path("stub.py").write_text(STUB)
@@ -55,7 +55,7 @@ def stub(tmp_path, monkeypatch):
         seeds, program = 3, tmp_path / "stub.py"
         variants = [Variant("ours", "--skill 0.6")]
 
-        def settle(self, argv):
+        def resolve(self, argv):
             return dict(zip(argv[::2], argv[1::2], strict=True))
 
     yield Stub
@@ -64,7 +64,7 @@ def stub(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As a run of a study has: on a busy machine more of them wait for each other."""
+    """One thread, as in the runs of a study: on a busy machine more threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

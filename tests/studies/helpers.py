@@ -1,4 +1,4 @@
-"""What tests of studies share."""
+"""Helpers for the tests of studies."""
 
 import json
 from pathlib import Path
@@ -16,12 +16,12 @@ def table(folder="results/stub"):
 
 
 def line(text, name):
-    """The cells of a table's line."""
+    """The cells of a line in a table."""
     return next([c.strip() for c in x.split("|")[2:-1]] for x in text.splitlines() if x.startswith(f"| {name} "))
 
 
 def metrics(anchor, fused):
-    """metrics.json of a run of UDI, as far as studies read it."""
+    """The part of a UDI run's metrics.json that studies read."""
     both = {"gray": SCORES, "color": SCORES}
     top = {"method": "udi", "anchor": anchor, "unimodal": both, "modalities": both, "baselines": {}, "collapsed": {}}
     return top | {"fused": SCORES | {"test_acc": fused, "rule": "mean", "by_rule": {}}}

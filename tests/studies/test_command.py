@@ -1,4 +1,4 @@
-"""The command: its options, what it refuses, and what it writes."""
+"""The command: options, errors and output."""
 
 import json
 import os
@@ -19,13 +19,13 @@ def test_report_from_results_alone(stub):
     before, plot = table(), Path("results/stub/accuracy.png")
     shutil.rmtree("results/stub/runs")
     Path("results/stub/table.md").unlink(), plot.unlink()
-    stub.variants = []  # nor does it need the study as it was
+    stub.variants = []  # the study may have changed
     assert main(["stub", "--report"]) == 0
     assert table() == before and plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_say_where_they_come_from(monkeypatch):
-    monkeypatch.setattr("studies.command.describe", lambda: "abc")
+    monkeypatch.setattr("studies.command.git_version", lambda: "abc")
     assert main(["stub", "--seeds", "2", "--jobs", "1"]) == 0
     found = results()
     assert found["command"] == "python python/experiments.py stub --seeds 2 --jobs 1"
@@ -65,7 +65,7 @@ def test_bad_input(options, wanted, capsys):
 
 
 def test_real_runs():
-    """One epoch of the trainer, one process a core; everything that it trained has its line."""
+    """One epoch of the trainer, one process per core. The table has a line for everything that was trained."""
     argv = ["cgdigits", "--seeds", "2", "--epochs", "1", "--baselines", "joint", "--out", "out"]
     assert main(argv) == 0
     for name in ("gray alone", "color alone", "ensemble", "joint", "udi"):
@@ -80,7 +80,7 @@ def test_real_runs():
 
 
 def test_command_from_another_folder(tmp_path):
-    """As a user starts it: the script by its path, wherever one is."""
+    """The script runs from any working directory."""
     command = [sys.executable, ROOT / "python" / "experiments.py", "estimator"]
     command += ["--seeds", "1", "--steps", "2", "--dims", "2", "--out", "here"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

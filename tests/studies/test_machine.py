@@ -1,4 +1,4 @@
-"""What a study has of the machine."""
+"""How a study assigns the hardware."""
 
 from studies import machine
 

@@ -1,4 +1,4 @@
-"""The questions: their options, what they keep of runs, and what they say of them."""
+"""The questions: their options, records and notes."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from .helpers import ROOT, SCORES, line, metrics, record, results, table
 
 def test_options_of_all_studies():
     for study in (cls() for name, cls in studies.items() if name != "stub"):
-        assert all(study.settle([*v.options.split(), "--seed", "0"]) for v in study.variants) and study.__doc__
+        assert all(study.resolve([*v.options.split(), "--seed", "0"]) for v in study.variants) and study.__doc__
         assert len({str(v) for v in study.variants}) == len(study.variants)
 
 
@@ -30,7 +30,7 @@ def test_committed_tables_come_from_the_committed_results(name):
     records, committed = results(folder)["runs"], table(folder)
     for text in (study.tables(records), *study.notes(records)):
         assert f"\n\n{text}\n" in committed
-    assert len((folder / "results.json").read_text().splitlines()) < len(records) + 20  # a line a run
+    assert len((folder / "results.json").read_text().splitlines()) < len(records) + 20  # one line per run
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/studies.md"])
@@ -67,7 +67,7 @@ def test_controller_study(tmp_path):
 
 
 def test_defaults_study():
-    """The gain over the paper's controller is of validation, a mean over conditions, paired by seed."""
+    """The gain over the paper's controller is measured on validation, averaged over conditions and paired by seed."""
     study, records, gains = studies["defaults"](), [], [0.01, 0.03, 0.02]
     for seed, gain in enumerate(gains):
         for condition in ("clean", "noisy training"):
@@ -91,7 +91,7 @@ def test_q_study():
 
 
 def test_features_study():
-    """Trained for an epoch: the likeness of follower and anchor, and the follower's features as they were kept."""
+    """After one epoch: the similarity of follower and anchor, and the stored features of the follower."""
     assert main(["features", "--seeds", "3,", "--epochs", "1", "--out", "out"]) == 0
     text = table("out")
     assert "CKA with anchor" in text and "![](features.png)" in text
@@ -103,7 +103,7 @@ def test_features_study():
 
 
 def test_estimator_study(tmp_path):
-    """Both of its programs in small, and what the study makes of them."""
+    """Small runs of both of its tasks, and the tables of the study."""
     for name, options in (("default", "--dims 2,64 --rho2 0.1"), ("minimise", "--task minimise")):
         assert gaussian.main([*options.split(), "--steps", "20", "--out", name]) == 0
     records = [record(n, 0, metrics=json.loads(Path(n, "metrics.json").read_text())) for n in ("default", "minimise")]
@@ -145,7 +145,7 @@ def test_fewlabels_study(tmp_path):
 
 
 def test_shortcut_study(tmp_path):
-    """What counts is the digit's own classifier where hues are random; its predictions stand beside."""
+    """The digit's classifier is judged on random hues, next to the fused predictions."""
     study, records = studies["shortcut"](), []
     shifts = {"ensemble": 0.5, "consistency": 0.4, "CLUB": 0.6, "CLUB given the label": 0.7, "residual": 0.8}
     for v in study.variants:
@@ -170,7 +170,7 @@ def test_shortcut_study(tmp_path):
 
 
 def test_speakers_study(tmp_path):
-    """A fold counts once, by the mean of its seeds."""
+    """A fold counts once, with the mean over its seeds."""
     study, records = studies["speakers"](), []
     for fold in range(6):
         for seed, gain in ((0, 0.0), (1, 0.02)):
@@ -192,7 +192,7 @@ def test_speakers_study(tmp_path):
 
 def test_quickstart_study():
     study = studies["quickstart"]()
-    assert Options.make() == Options.make(**study.settle([]))
+    assert Options.make() == Options.make(**study.resolve([]))
     found = metrics("left", 0.9) | {"ensemble": scored(0.8)}
     assert study.notes([record("udi", seed, metrics=found) for seed in (0, 1)]) == [
         "udi against ensemble: +10.00 [+10.00, +10.00] points."

@@ -1,4 +1,4 @@
-"""Studies that are interrupted, fail or meet earlier runs."""
+"""Studies that are interrupted, fail or find earlier runs."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from .helpers import line, results, table
 
 
 def test_interrupted_study_goes_on(capfd):
-    """Ctrl-C while seed 1 runs: no process is left, seed 0 is kept, seed 1 resumed, seed 2 run for the first time."""
+    """After Ctrl-C in seed 1: no process remains, seed 0 is kept, seed 1 is resumed, and seed 2 is run."""
     Path("stuck").touch()
 
     def interrupt():
@@ -24,9 +24,9 @@ def test_interrupted_study_goes_on(capfd):
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["stub", "--jobs", "1"]) == 130
-    assert "go on with the same command: python python/experiments.py stub --jobs 1" in capfd.readouterr().err
+    assert "continue with the same command: python python/experiments.py stub --jobs 1" in capfd.readouterr().err
     with open("results/stub/runs/ours-seed1/stdout.txt") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: its process is gone
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked: the process is gone
     Path("stuck").unlink()
     assert main(["stub"]) == 0
     assert sorted(Path("started").read_text().splitlines()) == ["0 new", "1 new", "1 resumed", "2 new"]
@@ -49,7 +49,7 @@ def test_failed_run_is_reported_and_tried_again(capsys):
 def test_nothing_but_failures(capsys):
     Path("broken").touch()
     assert main(["stub", "--seeds", "2,"]) == 2
-    assert "no run of stub ended well" in capsys.readouterr().err
+    assert "all runs of stub failed" in capsys.readouterr().err
 
 
 def test_a_run_in_use_is_left_alone(capsys):

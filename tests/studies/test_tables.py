@@ -1,4 +1,4 @@
-"""What the tables of a study say, against scipy."""
+"""The tables of a study, compared with scipy."""
 
 import pytest
 import scipy.stats
@@ -22,7 +22,7 @@ def test_table_against_scipy():
 
 
 def test_best_baseline_is_chosen_on_validation():
-    """b is far better on test, but a on validation."""
+    """b is far better on test, but a is better on validation."""
     assert main(["stub"]) == 0
     assert line(table(), "a alone")[3] == "best baseline"
     assert line(table(), "b alone")[3].startswith("+44.00")

@@ -68,6 +68,6 @@ def main(dtype, methods, steps, file, shard=""):
 
 
 if __name__ == "__main__":
-    with distributed.joined():
+    with distributed.process_group():
         main(*sys.argv[1:])
-    distributed.leave(0)
+    distributed.exit_process(0)

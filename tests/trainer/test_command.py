@@ -118,7 +118,7 @@ def test_memory_does_not_grow():
 
 def test_progress_where_there_is_no_terminal(monkeypatch, capsys):
     """A line now and then, with what validation says."""
-    monkeypatch.setattr(console, "SILENCE", 0)
+    monkeypatch.setattr(console, "INTERVAL", 0)
     assert main(["--method", "joint", "--epochs", "2", "--out", "run"]) == 0
     lines = re.findall(r"^joint: step (\d+) of 32(.*)$", capsys.readouterr().out, re.MULTILINE)
     assert [int(step) for step, _ in lines] == list(range(1, 33))
@@ -126,7 +126,7 @@ def test_progress_where_there_is_no_terminal(monkeypatch, capsys):
 
 
 def test_no_line_of_progress_in_a_short_run(monkeypatch, capsys):
-    monkeypatch.setattr(console, "SILENCE", 3600)
+    monkeypatch.setattr(console, "INTERVAL", 3600)
     assert main(["--method", "joint", "--epochs", "1", "--out", "run"]) == 0
     assert "step" not in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ def work():
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(console, "SILENCE", 0)
+    monkeypatch.setattr(console, "INTERVAL", 0)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with console.console():
         work()
@@ -30,7 +30,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 
 def test_lines_elsewhere(monkeypatch, capsys):
-    monkeypatch.setattr(console, "SILENCE", 0)
+    monkeypatch.setattr(console, "INTERVAL", 0)
     with console.console():
         work()
     out, err = capsys.readouterr()

@@ -121,7 +121,7 @@ def test_store_that_dead_processes_have_written(monkeypatch):
         distributed.dist, "init_process_group", lambda backend, store, rank, world_size: parts.update({rank: store})
     )
     for _ in range(3):
-        threads = [threading.Thread(target=distributed.join, args=(store, rank, 3)) for rank in (0, 2, 1)]
+        threads = [threading.Thread(target=distributed.initialize, args=(store, rank, 3)) for rank in (0, 2, 1)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -141,7 +141,7 @@ def test_leaves_without_the_end_of_python(count, rest, monkeypatch):
 from udi_trainer import distributed
 atexit.register(print, "Python's end")
 print("done")
-distributed.leave(3)"""
+distributed.exit_process(3)"""
     process = start("-c", code)
     assert process.communicate() == (rest, "") and process.returncode == 3
 
@@ -167,7 +167,7 @@ def test_shares_and_parts(monkeypatch):
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(distributed.share(order, 12))
-        parts.append(distributed.part(9))
+        parts.append(distributed.local_indices(9))
     batches = torch.stack([share.view(5, 3) for share in shares], dim=1).flatten()
     assert torch.equal(batches, order)
     assert torch.cat(parts)[:9].tolist() == list(range(9)) and {len(part) for part in parts} == {3}
@@ -183,5 +183,5 @@ def test_one_process_sends_nothing(monkeypatch):
     """All is as it was, the same objects."""
     tensors = [torch.ones(2), None]
     assert distributed.average(tensors) is tensors and distributed.gather(tensors[0], 2) is tensors[0]
-    assert distributed.part(5).tolist() == [0, 1, 2, 3, 4] and distributed.group() is None
+    assert distributed.local_indices(5).tolist() == [0, 1, 2, 3, 4] and distributed.group() is None
     assert sys.modules["torch.distributed"].is_initialized() is False

@@ -85,7 +85,7 @@ def narrower(parts):
     "damage, wanted",
     [
         (lambda path: path.write_bytes(b""), "it is empty"),
-        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is damaged (cut off"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is damaged (truncated"),
         (lambda path: path.write_text("no checkpoint"), "is damaged"),
         (lambda path: torch.save([1, 2], path), "not a checkpoint"),
         (lambda path: torch.save({"weights": torch.ones(2)}, path), "is not a checkpoint of joint"),
@@ -117,7 +117,7 @@ def test_code_in_a_checkpoint_is_not_run(cut, capsys):
 def test_flipped_bits(tmp_path):
     """Wherever one flips: an error, or the tensors as they were."""
     path, state = tmp_path / "x.pt", {"parts": {"weight": torch.randn(700)}, "rows": [{"epoch": 1}]}
-    run_folder.write(path, run_folder.packed(state))
+    run_folder.write_atomically(path, run_folder.serialized(state))
     whole, found = path.read_bytes(), 0
     places = random.Random(0).sample(range(len(whole)), 300)
     inside = whole.index(state["parts"]["weight"].numpy().tobytes())
@@ -195,7 +195,7 @@ def test_two_processes_on_one_folder(cut, capsys):
     try:
         assert holder.stdout.readline()
         before = {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()}
-        assert "another process works in run" in refused(capsys, "--resume", cut)
+        assert "another process is using run" in refused(capsys, "--resume", cut)
         assert {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()} == before
     finally:
         holder.kill()

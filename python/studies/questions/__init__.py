@@ -1,7 +1,7 @@
-"""The questions, a file each.
+"""The questions, one per file.
 
-A new one is a file here with a class decorated with ``@studies.register(name)``, imported below. Its docstring is the
-question; most need no more than ``variants``.
+To add one, write a class decorated with ``@studies.register(name)`` in a new file here and import it below. Its
+docstring is the question. Most studies only need ``variants``.
 """
 
 from . import (

@@ -2,7 +2,7 @@ from collections import Counter
 
 from ..registry import studies
 from ..study import Study, Variant
-from ..summary import spread
+from ..summary import mean_and_std
 
 MODALITIES = {"cgdigits": ("gray", "color"), "splitdigits": ("left", "right")}
 
@@ -22,7 +22,7 @@ class Anchor(Study):
 
 
 def choice(dataset, records):
-    """Validation's choice against the one that was best on test, which nobody can make beforehand."""
+    """Compares the anchor chosen on validation with the one that is best on test."""
     by_seed, modalities = {}, MODALITIES[dataset]
     for record in records:
         if record["condition"] == dataset:
@@ -35,8 +35,8 @@ def choice(dataset, records):
             losses.append(max(test.values()) - test[metrics["auto"]["anchor"]])
     if losses:
         votes = ", ".join(f"{m} {n}" for m, n in chosen.most_common())
-        right = sum(loss == 0 for loss in losses)
+        best = sum(loss == 0 for loss in losses)
         yield (
-            f"{dataset}: validation chose {votes}. On {right} of {len(losses)} seeds no other anchor fused better on"
-            f" test; on the mean of seeds the best would have been worth {100 * spread(losses)[0]:.2f} points."
+            f"{dataset}: validation chose {votes}. On {best} of {len(losses)} seeds no other anchor fused better on"
+            f" test; on average the best anchor would have gained {100 * mean_and_std(losses)[0]:.2f} points."
         )

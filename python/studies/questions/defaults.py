@@ -1,6 +1,6 @@
 from ..registry import studies
 from ..study import NOISE, Study, Variant
-from ..summary import differences, interval, spread
+from ..summary import differences, interval, mean_and_std
 
 PAPER = "dynamic"
 ALPHAS = {
@@ -12,7 +12,7 @@ ALPHAS = {
 
 @studies.register("defaults")
 class Defaults(Study):
-    """Does validation overturn the paper's controller as the default? Where fusion uses a follower, on many seeds."""
+    """Does validation favor another default than the paper's controller? Many seeds, where fusion uses a follower."""
 
     seeds = 20
     variants = [
@@ -22,20 +22,20 @@ class Defaults(Study):
     ]
 
     def notes(self, records):
-        """The gain in fused validation accuracy over the paper's controller: the mean of conditions, seed by seed."""
+        """The paired gain in fused validation accuracy over the paper's controller, averaged over conditions."""
         fused = {}
         for record in records:
             by_seed = fused.setdefault(record["variant"], {}).setdefault(record["seed"], {})
             by_seed[record["condition"]] = record["metrics"]["fused"]["val_acc"]
-        whole = {
-            name: {seed: spread(by.values())[0] for seed, by in by_seed.items() if len(by) == len(NOISE)}
+        means = {
+            name: {seed: mean_and_std(by.values())[0] for seed, by in by_seed.items() if len(by) == len(NOISE)}
             for name, by_seed in fused.items()
         }
-        found = []
-        for name, ours in whole.items():
-            gains = [100 * x for x in differences(ours, whole.get(PAPER, {}))]
+        texts = []
+        for name, ours in means.items():
+            gains = [100 * x for x in differences(ours, means.get(PAPER, {}))]
             if name != PAPER and len(gains) > 1:
-                mean, half = spread(gains)[0], interval(gains)
-                found.append(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
-        text = f"Fused validation accuracy against {PAPER}, mean of clean and noisy: {'; '.join(found)}."
-        return [text] if found else []
+                mean, half = mean_and_std(gains)[0], interval(gains)
+                texts.append(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+        text = f"Fused validation accuracy against {PAPER}, mean of clean and noisy: {'; '.join(texts)}."
+        return [text] if texts else []

@@ -1,6 +1,6 @@
 from ..registry import studies
 from ..study import SCORES, Entry, Study, Variant
-from ..summary import differences, interval, spread
+from ..summary import differences, interval, mean_and_std
 
 DATASETS = {"cgdigits": "--dataset cgdigits", "halves": "--dataset splitdigits"}
 FULL = "full contrast, both ways"
@@ -21,7 +21,7 @@ CLAIMS = [
 
 @studies.register("dimml")
 class DIMML(Study):
-    """Beside UDI, and without its parts: what does DI-MML owe to shared classifier, contrast and certainty?"""
+    """How does DI-MML compare with UDI, and what do shared classifier, contrast and certainty contribute?"""
 
     variants = [
         Variant(name, f"--method dimml {dataset} {options}", condition)
@@ -33,8 +33,8 @@ class DIMML(Study):
         kept = super().keep(metrics, history)
         by_rule = metrics["fused"]["by_rule"]
         kept["metrics"]["mean"] = {name: by_rule["mean"][name] for name in SCORES}
-        found = metrics.get("effective_dims", {})
-        kept["effective_dims"] = {m: [len(facts["dims"]), facts["lacking_in"]] for m, facts in found.items()}
+        effective = metrics.get("effective_dims", {})
+        kept["effective_dims"] = {m: [len(dims["dims"]), dims["lacking_in"]] for m, dims in effective.items()}
         return kept
 
     def entries(self, record):
@@ -45,11 +45,11 @@ class DIMML(Study):
             yield Entry(f"own head {m}", record["variant"], scores)
 
     def notes(self, records):
-        """DI-MML's gains in test accuracy, seed by seed, and the effective dimensions."""
+        """DI-MML's paired gains in test accuracy, and the effective dimensions."""
         lines = []
         for condition in DATASETS:
             ours = [record for record in records if record["condition"] == condition]
-            reached = {}
+            accuracies = {}
             for record in ours:
                 metrics, name = record["metrics"], record["variant"]
                 own = [scores["test_acc"] for scores in metrics["modalities"].values()]
@@ -58,20 +58,20 @@ class DIMML(Study):
                     figures |= {(other, "fused"): s["test_acc"] for other, s in metrics["baselines"].items()}
                     figures[MEAN, "fused"] = metrics["mean"]["test_acc"]
                 for key, value in figures.items():
-                    reached.setdefault(key, {})[record["seed"]] = value
+                    accuracies.setdefault(key, {})[record["seed"]] = value
             for other, what in CLAIMS:
-                pair = reached.get(("dimml", what), {}), reached.get((other, what), {})
+                pair = accuracies.get(("dimml", what), {}), accuracies.get((other, what), {})
                 gains = [100 * x for x in differences(*pair)]
                 if len(gains) > 1:
-                    mean, half = spread(gains)[0], interval(gains)
+                    mean, half = mean_and_std(gains)[0], interval(gains)
                     bounds = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
                     lines.append(f"{condition}: dimml's {what} against {other}: {mean:+.2f} {bounds} points.")
-            whole = [record["effective_dims"] for record in ours if record["variant"] == "dimml"]
-            for m in whole[0] if whole else ():
-                counts = [found[m][0] for found in whole]
-                lacking = [n for found in whole for n in found[m][1].values()]
+            effective = [record["effective_dims"] for record in ours if record["variant"] == "dimml"]
+            for m in effective[0] if effective else ():
+                counts = [dims[m][0] for dims in effective]
+                lacking = [n for dims in effective for n in dims[m][1].values()]
                 lines.append(
-                    f"{condition}: {m} is effective in {min(counts)} to {max(counts)} of 64 dimensions;"
+                    f"{condition}: {m} has {min(counts)} to {max(counts)} effective dimensions of 64;"
                     f" another modality lacks {min(lacking)} to {max(lacking)} of these."
                 )
         return lines

@@ -4,11 +4,11 @@ from udi_trainer.evaluation.plotting import MODALITY_COLORS, MUTED, new_figure
 
 from ..registry import studies
 from ..study import Study, Variant
-from ..summary import spread
-from ..tables import markdown, show
+from ..summary import mean_and_std
+from ..tables import format_scores, markdown
 from . import gaussian
 
-NEAR = 0.05  # of the value with the true conditional
+NEAR = 0.05  # relative to CLUB with the true conditional
 DIMS, RHO2 = (2, 16, 64), (0.1, 0.3, 0.6)
 HARD = "--dims 64 --rho2 0.1,0.6"  # where settings differ most
 SETTINGS = {
@@ -31,7 +31,7 @@ SETTINGS = {
 
 @studies.register("estimator")
 class Estimator(Study):
-    """How must q be fitted for CLUB to be right, where the mutual information is known, and does lowering it help?"""
+    """How must q be fitted for an accurate CLUB, given known mutual information, and does minimising it help?"""
 
     seeds = 3
     program = Path(gaussian.__file__)
@@ -41,7 +41,7 @@ class Estimator(Study):
         Variant("minimise", "--task minimise"),
     ]
 
-    def settle(self, argv):
+    def resolve(self, argv):
         return vars(gaussian.parse([*argv, "--out", "unused"]))
 
     def extra(self, argv, extra):
@@ -51,7 +51,7 @@ class Estimator(Study):
         return {"metrics": metrics}
 
     def tables(self, records):
-        cells = gather(records)
+        cells = group_cells(records)
         encoders = [record["metrics"] for record in records if "before" in record["metrics"]]
         parts = {
             "Fitted with the defaults: nats, on held-out samples": cells and accuracy(cells.get("default", {})),
@@ -61,14 +61,14 @@ class Estimator(Study):
         return "\n\n".join(f"### {title}\n\n{markdown(lines)}" for title, lines in parts.items() if lines)
 
     def draw(self, records, folder):
-        """Errors of the defaults by D and rho², and of every setting where it is hardest."""
-        cells = gather(records)
+        """Errors of the default settings by D and rho², and of each other setting in the hardest cases."""
+        cells = group_cells(records)
         figure = new_figure(12, 5.2)
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
-        for place, (rho2, color) in enumerate(zip(RHO2, MODALITY_COLORS, strict=False)):
+        for offset, (rho2, color) in enumerate(zip(RHO2, MODALITY_COLORS, strict=False)):
             for (dim, r), group in cells.get("default", {}).items():
                 if r == rho2:
-                    x = list(DIMS).index(dim) + 0.2 * (place - 1)
+                    x = list(DIMS).index(dim) + 0.2 * (offset - 1)
                     first = dim == DIMS[0]
                     left.plot([x] * len(group), [100 * error(c) for c in group], "o", color=color, alpha=0.8,
                               label=f"ρ² = {rho2}" if first else None)  # fmt: skip
@@ -99,13 +99,13 @@ class Estimator(Study):
         return ["error.png"]
 
 
-def gather(records):
+def group_cells(records):
     """{variant: {(D, rho²): the seeds' cells}}"""
-    found = {}
+    cells = {}
     for record in records:
         for cell in record["metrics"].get("cells", []):
-            found.setdefault(record["variant"], {}).setdefault((cell["dim"], cell["rho2"]), []).append(cell)
-    return found
+            cells.setdefault(record["variant"], {}).setdefault((cell["dim"], cell["rho2"]), []).append(cell)
+    return cells
 
 
 def error(cell, of="estimate"):
@@ -116,14 +116,14 @@ def percent(errors):
     """Mean and standard deviation, in percent."""
     if not errors:
         return ""
-    mean, std = spread(errors)
+    mean, std = mean_and_std(errors)
     return f"{100 * mean:+.1f}%" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def accuracy(default):
     lines = [["D, ρ²", "information", "CLUB, true q", "CLUB, fitted q", "error", "largest error", "below information"]]
     for (dim, rho2), cells in default.items():
-        errors, (mean, _) = [error(c) for c in cells], spread([c["estimate"] for c in cells])
+        errors, (mean, _) = [error(c) for c in cells], mean_and_std([c["estimate"] for c in cells])
         truth = [f"{cells[0][name]:.3f}" for name in ("information", "club")]
         below = f"{sum(c['estimate'] < c['information'] for c in cells)} of {len(cells)}"
         largest = f"{100 * max(errors, key=abs):+.1f}%"
@@ -148,5 +148,5 @@ def lowered(encoders):
     lines = [["", "before", "after"]]
     for name in encoders[0]["before"]:
         values = ([metrics[when][name] for metrics in encoders] for when in ("before", "after"))
-        lines.append([name, *(show(v, digits=3) for v in values)])
+        lines.append([name, *(format_scores(v, digits=3) for v in values)])
     return lines

@@ -18,7 +18,7 @@ ALPHAS = {"without": "1,0", "with": "1,1"}
 
 @studies.register("features")
 class Features(Study):
-    """Does the complementary loss make a follower's features say what the anchor's do not?"""
+    """Does the complementary loss make a follower's features complement those of the anchor?"""
 
     variants = [
         Variant(f"{name} L_com", f"--dataset splitdigits --baselines none --controller static --alpha {alpha}")
@@ -34,14 +34,14 @@ class Features(Study):
             yield entry
 
     def draw(self, records, folder):
-        """Beside the accuracies, t-SNE of a follower's test features in the first seed's runs, while these exist."""
+        """Adds t-SNE of a follower's test features, if the runs of the first seed still exist."""
         names, path = super().draw(records, folder), folder / "features.png"
         seed = min(record["seed"] for record in records)
-        found = {v.name: folder / "runs" / f"{v.name.replace(' ', '-')}-seed{seed}" / "run" for v in self.variants}
-        if all((run / FILE).exists() for run in found.values()):
+        runs = {v.name: folder / "runs" / f"{v.name.replace(' ', '-')}-seed{seed}" / "run" for v in self.variants}
+        if all((run / FILE).exists() for run in runs.values()):
             figure = new_figure(12, 5.6)
-            panels = figure.subplots(1, len(found), squeeze=False)[0]
-            for axes, (name, run) in zip(panels, found.items(), strict=True):
+            panels = figure.subplots(1, len(runs), squeeze=False)[0]
+            for axes, (name, run) in zip(panels, runs.items(), strict=True):
                 modality, features, labels = follower_features(run)
                 points = TSNE(random_state=0).fit_transform(features)
                 dots = axes.scatter(*points.T, c=labels, cmap="tab10", s=14, linewidth=0)
@@ -55,7 +55,7 @@ class Features(Study):
 
 @torch.no_grad()
 def follower_features(run: Path) -> tuple[str, numpy.ndarray, numpy.ndarray]:
-    """The first follower of an ended run: its modality, its features of the test samples, and their labels."""
+    """The first follower of a finished run: its modality, its features of the test samples, and their labels."""
     config, predictor = read_json(run / "config.json"), load(run, device="cpu")
     anchor = read_json(run / "metrics.json")["anchor"]
     test = datasets.find(config["dataset"])(config["data_root"]).test

@@ -1,7 +1,7 @@
 from ..plots import trend
 from ..registry import studies
 from ..study import RESPLIT, Study, Variant
-from ..summary import column, gather, paired
+from ..summary import collect, format_difference, scores_by_seed
 
 LABELS = (50, 100, 200)
 SETTINGS = {
@@ -20,7 +20,7 @@ LINES = ("co-training", "udi", "ensemble", "joint")
 
 @studies.register("fewlabels")
 class FewLabels(Study):
-    """Of 1077 pairs of digits' halves few have labels: what is it worth that a follower learns from the others, too?"""
+    """Few of 1077 pairs of digit halves have labels: how much does a follower gain from the unlabelled pairs?"""
 
     seeds, seeding = range(10, 20), RESPLIT
     variants = [
@@ -30,19 +30,19 @@ class FewLabels(Study):
     ]
 
     def notes(self, records):
-        tables, lines = gather(self, records), []
+        tables, lines = collect(self, records), []
         for n in LABELS:
-            found = tables.get((f"{n} labels", "prediction"), {})
+            table = tables.get((f"{n} labels", "prediction"), {})
             for ours, theirs in CLAIMS:
-                if gain := ours in found and theirs in found and paired(found[ours], found[theirs]):
+                if gain := ours in table and theirs in table and format_difference(table[ours], table[theirs]):
                     lines.append(f"{n} labels: {ours} against {theirs}: {gain} points.")
         return lines
 
     def draw(self, records, folder):
-        tables, scores = gather(self, records), {}
+        tables, scores = collect(self, records), {}
         for n in LABELS:
             for name, by_seed in tables.get((f"{n} labels", "prediction"), {}).items():
-                scores.setdefault(name, {})[str(n)] = column(by_seed, "test_acc")
+                scores.setdefault(name, {})[str(n)] = scores_by_seed(by_seed, "test_acc")
         shown = {name: scores[name] for name in LINES if name in scores}
         title = "Halves of digits, few of 1077 pairs with a label: test accuracy, %"
         path = folder / "labels.png"

@@ -1,10 +1,10 @@
-"""CLUB where the truth is known: the program behind the study ``estimator``.
+"""CLUB for Gaussians with known mutual information: the program of the study ``estimator``.
 
-x and y are jointly Gaussian with D dimensions, each pair with correlation rho. Their information is
--D/2 ln(1 - rho²) nats. CLUB with the true conditional N(rho x, 1 - rho²) is D rho² / (1 - rho²), which bounds it.
+x and y are jointly Gaussian with D dimensions; each pair of components has correlation rho. Their mutual information is
+-D/2 ln(1 - rho²) nats. CLUB with the true conditional N(rho x, 1 - rho²) is D rho² / (1 - rho²), an upper bound.
 
-y has unit variance because q's Tanh keeps the log-variance in [-1, 1]: for rho² = 0.6 it is ln 0.4 = -0.92, just
-inside. The same y in another unit (--scale) has the same information, but its variance is out of q's reach.
+y has unit variance, because q's Tanh keeps the log-variance in [-1, 1]. For rho² = 0.6 the log-variance is
+ln 0.4 = -0.92, just inside. Scaling y (--scale) preserves the information, but moves the variance out of q's range.
 """
 
 import math
@@ -22,7 +22,7 @@ from udi_trainer.options import number
 from udi_trainer.run_folder import write_json
 from udi_trainer.seeds import derive_seed
 
-HELD_OUT = 100_000  # fresh samples on which everything is measured
+HELD_OUT = 100_000  # new samples for all measurements
 
 
 def main(argv=None):
@@ -42,7 +42,7 @@ def main(argv=None):
 
 
 def parse(argv=None):
-    parser = Parser(prog="gaussian.py", description="Fits CLUB's q to Gaussians of known mutual information.")
+    parser = Parser(prog="gaussian.py", description="Fits CLUB's q to Gaussians with known mutual information.")
 
     def add(flag, kind, default, help):
         help += f" (default: {default})"
@@ -53,17 +53,17 @@ def parse(argv=None):
     add("--rho2", numbers(float, above=0), [0.1, 0.3, 0.6], "squared correlations, below 1")
     add("--depth", number(int, 0), 1, "hidden layers of q's two networks; CLUB has one")
     add("--width", number(int, 1), 128, "units of a hidden layer; half of CLUB's hidden_size")
-    add("--lr", number(float, above=0), 1e-2, "first learning rate of Adam; it falls to 0 along a cosine")
-    add("--steps", number(int, 1), 3000, "of q; an encoder takes half as many")
-    add("--batch-size", number(int, 1), 256, "samples of a step")
+    add("--lr", number(float, above=0), 1e-2, "initial learning rate of Adam, with cosine decay to 0")
+    add("--steps", number(int, 1), 3000, "training steps of q; an encoder takes half as many")
+    add("--batch-size", number(int, 1), 256, "batch size")
     add("--repeats", number(int, 1), 1, "steps on each batch")
-    add("--samples", number(int, 0), 0, "samples to fit q to, again and again; 0: fresh ones in every batch")
+    add("--samples", number(int, 0), 0, "size of a fixed training set for q; 0: new samples in every batch")
     add("--scale", number(float, above=0), 1.0, "standard deviation of y")
-    add("--seed", number(int, 0), 0, "of samples and weights")
+    add("--seed", number(int, 0), 0, "seed of samples and weights")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for metrics.json")
     options = parser.parse_args(argv)
     if max(options.rho2) >= 1:
-        raise UserError(f"--rho2 {max(options.rho2)}: a squared correlation is below 1")
+        raise UserError(f"--rho2 {max(options.rho2)}: must be below 1")
     return options
 
 
@@ -91,7 +91,7 @@ def make_q(dim, depth, width):
 
 
 def batches(draw, size, pool=None, repeats=1):
-    """Without end: of fresh samples, or of those in the pool; each ``repeats`` times."""
+    """Endless batches of new samples, or of samples from the pool; yields each batch ``repeats`` times."""
     while True:
         index = torch.randint(len(pool[0]), (size,)) if pool else None
         batch = [t[index] for t in pool] if pool else draw(size)
@@ -110,7 +110,7 @@ def fit(parameters, loss, data, steps, lr):
 
 
 def estimate(dim, rho2, options):
-    """CLUB by a fitted q on held-out samples, and what it should be."""
+    """CLUB with a fitted q on held-out samples, and the true values."""
 
     def draw(n):
         x, y = correlated(n, dim, rho2)
@@ -127,14 +127,15 @@ def estimate(dim, rho2, options):
 
 
 def minimise(options, dim=16, rho2=0.6, warmup=100):
-    """An encoder y of z is taught to tell nothing about x, of which half of z tells rho²: dependence before and after.
+    """Trains an encoder y of z to be independent of x; returns the dependence before and after.
 
-    The other half of z is free to be told. The encoder's output has mean 0 and variance 1, so it cannot vanish.
+    Half of z depends on x with squared correlation rho², the other half is independent of it. The encoder's output has
+    mean 0 and variance 1, so it cannot vanish.
     """
 
     def draw(n):
-        x, told = correlated(n, dim, rho2)
-        return x, torch.cat((told, torch.randn(n, dim)), dim=1)
+        x, dependent = correlated(n, dim, rho2)
+        return x, torch.cat((dependent, torch.randn(n, dim)), dim=1)
 
     encoder = layers(2 * dim, dim, 1, 128).append(nn.BatchNorm1d(dim, affine=False))
     before = dependence(encoder, draw, dim, options)
@@ -159,7 +160,7 @@ def minimise(options, dim=16, rho2=0.6, warmup=100):
 
 
 def dependence(encoder, draw, dim, options):
-    """Of x and y = encoder(z), by measures of which only the first was minimised, and by another q than that one."""
+    """Measures of dependence between x and y = encoder(z). Training minimised only the first one, with another q."""
 
     @torch.no_grad()
     def encode(n):
@@ -168,7 +169,7 @@ def dependence(encoder, draw, dim, options):
 
     encoder.train()
     for _ in range(50):
-        encode(1000)  # settles BatchNorm's statistics, which are then kept
+        encode(1000)  # updates BatchNorm's running statistics
     encoder.eval()
     x, y, free = encode(HELD_OUT)
     q = make_q(dim, options.depth, options.width)
@@ -176,7 +177,7 @@ def dependence(encoder, draw, dim, options):
     fit(q.parameters(), q.learning_loss, data, options.steps // 2, options.lr)
 
     def r2(source, target):
-        """Held-out variance of one of (x, y, free) that a fresh network explains by another; mean over dimensions."""
+        """Held-out R², averaged over dimensions, of a new network that predicts one of (x, y, free) from another."""
         network = layers(dim, dim, 1, 256)
         data = ((batch[source], batch[target]) for batch in batches(encode, options.batch_size))
         fit(network.parameters(), lambda a, b: mse_loss(network(a), b), data, options.steps // 3, 3e-3)

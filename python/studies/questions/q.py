@@ -30,7 +30,7 @@ class Q(Study):
     columns = Study.columns | {"bound, nats": ("bound", 1), "q's loss": ("q_nll", 1), "R² from anchor": ("r2", 1)}
 
     def keep(self, metrics, history):
-        """Beside the metrics, the bound and q's own loss over each follower's last epoch."""
+        """Adds the bound and q's loss, averaged over each follower's last epoch."""
         last = {row["modality"]: row for row in history if row["phase"] == "follower"}
         ends = {m: {"bound": FEATURES * row["com"], "q_nll": row["q_nll"]} for m, row in last.items()}
         return super().keep(metrics, history) | {"ends": ends}
@@ -44,4 +44,4 @@ class Q(Study):
             yield entry
 
     def notes(self, records):
-        return ["Bound and q's loss: on training batches, mean of the last epoch; R² is of test features."]
+        return ["Bound and q's loss are means over the training batches of the last epoch; R² is of test features."]

@@ -1,7 +1,7 @@
 from ..plots import trend
 from ..registry import studies
 from ..study import RESPLIT, Entry, Study, Variant
-from ..summary import column, gather, paired
+from ..summary import collect, format_difference, scores_by_seed
 
 RHOS = (0.9, 0.95, 0.99)
 ALONE, PLAIN, GIVEN, RESIDUAL = "digit alone", "CLUB", "CLUB given the label", "residual"
@@ -20,7 +20,7 @@ ORACLE = "random hue in training, too"
 
 @studies.register("shortcut")
 class Shortcut(Study):
-    """A hue that mostly tells the label is one modality, a digit in it the other: what frees the digit from the hue?"""
+    """A hue usually reveals the label, and a digit in this hue is the other modality: what makes it ignore the hue?"""
 
     seeding = RESPLIT
     variants = [
@@ -36,7 +36,7 @@ class Shortcut(Study):
         return kept | {"shifted": shifted | baselines}
 
     def entries(self, record):
-        """Below the fused predictions on data like that of training, the digit's classifier on random hues."""
+        """The fused predictions on test data like the training data, then the digit classifier on random hues."""
         name, metrics, shifted = record["variant"], record["metrics"], record["shifted"]
         alone = name == "ensemble"
         for other, scores in metrics["baselines"].items():
@@ -50,20 +50,20 @@ class Shortcut(Study):
         yield Entry(SHIFTED, ALONE if alone else name, scores, baseline=alone)
 
     def notes(self, records):
-        tables, lines = gather(self, records), []
+        tables, lines = collect(self, records), []
         for rho in RHOS:
-            found = tables.get((f"rho {rho}", SHIFTED), {})
+            table = tables.get((f"rho {rho}", SHIFTED), {})
             for ours, theirs in CLAIMS:
-                if gain := ours in found and theirs in found and paired(found[ours], found[theirs]):
+                if gain := ours in table and theirs in table and format_difference(table[ours], table[theirs]):
                     lines.append(f"rho {rho}, random hue in test: {ours} against {theirs}: {gain} points.")
-        lines.append("Weights are by hand: validation, whose hues are those of training, cannot choose them.")
+        lines.append("The weights were set by hand: validation has the hues of training and cannot choose them.")
         return lines
 
     def draw(self, records, folder):
-        tables, scores = gather(self, records), {}
+        tables, scores = collect(self, records), {}
         for rho in RHOS:
             for name, by_seed in tables.get((f"rho {rho}", SHIFTED), {}).items():
-                scores.setdefault(name, {})[str(rho)] = column(by_seed, "test_acc")
+                scores.setdefault(name, {})[str(rho)] = scores_by_seed(by_seed, "test_acc")
         title = "Digits in a hue that tells the label with probability rho; in test it is random: accuracy, %"
         path = folder / "shift.png"
         shown = {

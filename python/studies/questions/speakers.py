@@ -3,8 +3,8 @@ import statistics
 from ..plots import trend
 from ..registry import studies
 from ..study import Study, Variant
-from ..summary import column, gather, paired
-from ..tables import markdown, show
+from ..summary import collect, format_difference, scores_by_seed
+from ..tables import format_scores, markdown
 
 FOLDS = range(6)
 DATA = "--dataset spokendigits --audio-length 0.6 --epochs 12"
@@ -19,17 +19,17 @@ SETTINGS = {
 }
 OTHERS = ("ensemble", "joint", "ogm-ge", "dimml", "image alone")
 LABELLED = {FEW: "one", "": "all three"}
-BEST = {FEW: "udi, static 1,0", "": "udi, warm"}  # the best on validation
+BEST = {FEW: "udi, static 1,0", "": "udi, warm"}  # best on validation
 
 
 @studies.register("speakers")
 class Speakers(Study):
-    """Spoken and written digits of speakers never heard in training: does UDI pass the ensemble, and what lets it?"""
+    """Spoken and written digits with new speakers in test: does UDI beat the ensemble, and under which conditions?"""
 
     seeds, unit = 2, "fold"
     seeding = """\
-A fold counts by the mean of its seeds, which change initial weights and the
-order of samples; each speaker is tested in two folds, so folds are not independent."""
+A fold counts with the mean of its seeds, which change the initial weights and the
+order of samples. Each speaker is tested in two folds, so folds are not independent."""
     variants = [
         Variant(name, f"{DATA} --fold {fold} {options}", f"{condition}, fold {fold}".removeprefix(", "))
         for condition, settings in SETTINGS.items()
@@ -44,27 +44,27 @@ order of samples; each speaker is tested in two folds, so folds are not independ
         return kept
 
     def tables(self, records):
-        return f"{super().tables(by_fold(records))}\n\n### One sense missing in test\n\n{missing(by_fold(records))}"
+        return f"{super().tables(by_fold(records))}\n\n### One modality missing in test\n\n{missing(by_fold(records))}"
 
     def notes(self, records):
-        tables, lines = gather(self, by_fold(records)), []
+        tables, lines = collect(self, by_fold(records)), []
         for condition, settings in SETTINGS.items():
-            found = tables.get((condition, "prediction"), {})
+            table = tables.get((condition, "prediction"), {})
             for ours in settings:
                 for theirs in OTHERS:
-                    if gain := ours in found and theirs in found and paired(found[ours], found[theirs]):
+                    if gain := ours in table and theirs in table and format_difference(table[ours], table[theirs]):
                         lines.append(f"{condition or 'All labelled'}: {ours} against {theirs}: {gain} points.")
         return lines
 
     def draw(self, records, folder):
         merged = by_fold(records)
-        tables, scores = gather(self, merged), {}
+        tables, scores = collect(self, merged), {}
         for condition, ticks in LABELLED.items():
-            found = tables.get((condition, "prediction"), {})
+            table = tables.get((condition, "prediction"), {})
             for name in (BEST[condition], *OTHERS):
-                if name in found:
+                if name in table:
                     shown = "udi" if name == BEST[condition] else name
-                    scores.setdefault(shown, {})[ticks] = column(found[name], "test_acc")
+                    scores.setdefault(shown, {})[ticks] = scores_by_seed(table[name], "test_acc")
         title = "New speakers: test accuracy, %"
         path, claims = folder / "speakers.png", [("udi", theirs) for theirs in OTHERS]
         return [
@@ -74,19 +74,19 @@ order of samples; each speaker is tested in two folds, so folds are not independ
 
 
 def missing(records: list[dict]) -> str:
-    """Test accuracy of each fused prediction without each modality, where all speakers have labels."""
-    found: dict = {}
+    """Test accuracy of each fused prediction without each modality, in runs where all speakers have labels."""
+    accuracies: dict = {}
     for record in records:
         for name, without in record["metrics"]["without"].items() if not record["condition"] else ():
             for m, accuracy in without.items():
-                found.setdefault(name or record["variant"], {}).setdefault(m, {})[record["seed"]] = accuracy
-    modalities = list(next(iter(found.values()), ()))
-    rows = [[name, *(show(by[m].values(), 100) for m in modalities)] for name, by in found.items()]
+                accuracies.setdefault(name or record["variant"], {}).setdefault(m, {})[record["seed"]] = accuracy
+    modalities = list(next(iter(accuracies.values()), ()))
+    rows = [[name, *(format_scores(by[m].values(), 100) for m in modalities)] for name, by in accuracies.items()]
     return markdown([["", *(f"without {m}" for m in modalities)], *rows])
 
 
 def by_fold(records: list[dict]) -> list[dict]:
-    """A record a variant and fold, with the mean scores of its seeds, and the fold as its seed."""
+    """One record per variant and fold, with the mean scores of its seeds. The fold takes the place of the seed."""
     groups: dict = {}
     for record in records:
         groups.setdefault((record["variant"], record["condition"]), []).append(record)
@@ -99,7 +99,7 @@ def by_fold(records: list[dict]) -> list[dict]:
 
 
 def mean(values: list):
-    """Of numbers in dicts of the same keys; what is no number is the first one's."""
+    """Averages the floats in nested dicts with the same keys; other values are those of the first dict."""
     if isinstance(values[0], dict):
         keys = dict.fromkeys(key for value in values for key in value)
         return {key: mean([value[key] for value in values if key in value]) for key in keys}

@@ -1,4 +1,4 @@
-"""Datasets: what they are made of, whether they are fit to be trained on, and those that come with the trainer."""
+"""Datasets: their structure, their validation, and the ones that come with the trainer."""
 
 from . import digits, layouts, manifest, spokendigits
 from .dataset import Dataset, Modality, Split

@@ -1,7 +1,8 @@
-"""Decoded data on disk, one memory-mapped array a column: decoded once, whatever the run and however it ended.
+"""A disk cache of decoded data: one memory-mapped array per column, decoded once for all runs.
 
-A column lies in two files: the samples, and beside them a key of each sample, written after it. So an unfinished column
-tells which of its samples are whole, and a new one (a row more, another split) takes over what an older one has.
+A column has two files: the samples, and an index with the key of each sample, which is written after the sample. The
+index tells which samples of an unfinished column are complete, and lets a new column (one more row, another split) copy
+samples from an older one.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..errors import UserError
 from ..options import Group, option, pathname
 from ..run_folder import read_json, write_json
 
-VERSION = 1  # of how things are decoded: another number decodes all anew
+VERSION = 1  # of the decoders; a new number invalidates the cache
 KEY = 16  # bytes
 
 
@@ -35,15 +36,15 @@ class CacheOptions(Group, title="data"):
 
 
 class Unreadable(Exception):
-    """Why a sample cannot be decoded, in words that name the file."""
+    """A sample that cannot be decoded; the message names the file."""
 
 
-def digest(*parts) -> bytes:
+def digest(*parts: object) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=KEY).digest()
 
 
-def key_of(paths: Sequence[Path]) -> bytes:
-    """Of files as they are now: their paths, sizes and times of change."""
+def file_key(paths: Sequence[Path]) -> bytes:
+    """A key of the files' current state: their paths, sizes and modification times."""
     facts = []
     for path in paths:
         try:
@@ -55,9 +56,9 @@ def key_of(paths: Sequence[Path]) -> bytes:
 
 
 class Cache:
-    """Columns in a folder; without one, in the user's cache. It may be deleted at any time."""
+    """Cached columns in a folder, by default the user's cache folder. The folder may be deleted at any time."""
 
-    def __init__(self, folder: str | Path | None = None):
+    def __init__(self, folder: str | Path | None = None) -> None:
         root = os.environ.get("UDI_KERNELS_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(folder) if folder else Path(root) / "udi_trainer"
 
@@ -70,41 +71,42 @@ class Cache:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor | None, dict[int, str]]:
-        """The samples (N, *shape), one a key, from the cache; those that it lacks are decoded, side by side.
+        """The samples (N, *shape) of the keys, from the cache. Missing ones are decoded in parallel.
 
-        ``options``: all that decoding depends on beside the files. Samples that raise :class:`Unreadable` are returned
-        by number, with the reason; then there is no tensor.
+        ``options``: everything besides the files that decoding depends on. Samples that raise :class:`Unreadable` are
+        returned as a dict from row to reason; there is no tensor then.
         """
         folder = self.folder / digest(VERSION, label, options, shape, str(dtype)).hex()
         path = folder / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY).hexdigest()}.bin"
         if not path.exists():
-            with self.writable(folder), locked(path.with_suffix(".lock")):
-                errors = {} if path.exists() else fill(path, label, keys, decode, np.empty(shape, numpy_type(dtype)))
+            with self.writable(folder), file_lock(path.with_suffix(".lock")):
+                sample = np.empty(shape, numpy_type(dtype))
+                errors = {} if path.exists() else decode_column(path, label, keys, decode, sample)
                 if errors:
                     return None, errors
         count = len(keys) * int(np.prod(shape, dtype=np.int64))
-        # A private mapping: whoever writes to the tensor changes his own copy.
+        # A private mapping: writing to the tensor changes the process's own copy only.
         return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(len(keys), *shape), {}
 
-    def remember(self, key: bytes, compute: Callable[[], dict]) -> dict:
-        """What was computed for this key once, a JSON object."""
+    def memoize(self, key: bytes, compute: Callable[[], dict]) -> dict:
+        """The result of ``compute``, a JSON object, computed once per key."""
         path = self.folder / "statistics" / f"{key.hex()}.json"
         with contextlib.suppress(OSError, json.JSONDecodeError):
             return read_json(path)
         value = compute()
-        with self.writable(path.parent), locked(path.with_suffix(".lock")):
+        with self.writable(path.parent), file_lock(path.with_suffix(".lock")):
             write_json(path, value)
         return value
 
     @contextlib.contextmanager
-    def writable(self, folder: Path):
+    def writable(self, folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
-                f"decoded data cannot be kept in {self.folder} ({reason}): choose --cache-dir DIR"
+                f"decoded data cannot be stored in {self.folder} ({reason}): choose --cache-dir DIR"
             ) from None
 
 
@@ -113,25 +115,31 @@ def numpy_type(dtype: torch.dtype) -> np.dtype:
 
 
 @contextlib.contextmanager
-def locked(path: Path):
-    """Waits for others at the same work; the lock of a process that was killed is free."""
+def file_lock(path: Path) -> Iterator[None]:
+    """Waits while another process holds the lock. The lock of a killed process is free."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def fill(path: Path, label: str, keys: Sequence[bytes], decode, like: np.ndarray) -> dict[int, str]:
-    """Writes a column, from where it was left and from what other columns have; the numbers it could not decode."""
-    part, written, size, errors = path.with_suffix(".part"), path.with_suffix(".keys"), like.nbytes, {}
-    if not part.exists():
-        written.unlink(missing_ok=True)  # it speaks of samples that somebody deleted
-    done = np.fromfile(written, f"V{KEY}").tolist() if written.exists() else []
-    done += [b""] * (len(keys) - len(done))
-    others = known(path.parent, besides=path)
-    todo = [i for i, key in enumerate(keys) if done[i] != key]
-    data, index = (os.open(file, os.O_RDWR | os.O_CREAT, 0o644) for file in (part, written))
+def decode_column(
+    path: Path, label: str, keys: Sequence[bytes], decode: Callable[[int], np.ndarray], like: np.ndarray
+) -> dict[int, str]:
+    """Writes a column of samples ``like`` this one; returns the reasons for unreadable samples by row.
 
-    def make(i):
+    Continues an unfinished file, and copies samples that other columns of the same kind contain.
+    """
+    part, index_path, size = path.with_suffix(".part"), path.with_suffix(".keys"), like.nbytes
+    errors: dict[int, str] = {}
+    if not part.exists():
+        index_path.unlink(missing_ok=True)  # its samples were deleted
+    done = np.fromfile(index_path, f"V{KEY}").tolist() if index_path.exists() else []
+    done += [b""] * (len(keys) - len(done))
+    others = other_columns(path)
+    missing = [i for i, key in enumerate(keys) if done[i] != key]
+    data, index = (os.open(file, os.O_RDWR | os.O_CREAT, 0o644) for file in (part, index_path))
+
+    def write_sample(i: int) -> None:
         key = keys[i]
         try:
             if key in others:
@@ -141,18 +149,18 @@ def fill(path: Path, label: str, keys: Sequence[bytes], decode, like: np.ndarray
             else:
                 sample = np.asarray(decode(i))
                 if sample.shape != like.shape:
-                    raise Unreadable(f"shape {sample.shape} in the place of {like.shape}")
+                    raise Unreadable(f"shape {sample.shape} instead of {like.shape}")
                 raw = sample.astype(like.dtype).tobytes()
         except Unreadable as error:
             errors[i] = str(error)
             return
-        put(data, raw, i * size)
-        put(index, key, i * KEY)
+        write_at(data, raw, i * size)
+        write_at(index, key, i * KEY)
 
     try:
-        with Progress(f"decoding {label}", len(todo)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with Progress(f"decoding {label}", len(missing)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
-                for _ in pool.map(make, todo):
+                for _ in pool.map(write_sample, missing):
                     progress.update()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -166,19 +174,20 @@ def fill(path: Path, label: str, keys: Sequence[bytes], decode, like: np.ndarray
     return errors
 
 
-def put(file: int, raw: bytes, place: int):
-    """All of it: where a disk fills up, the system writes what has room, and raises nothing."""
-    if os.pwrite(file, raw, place) < len(raw):
+def write_at(file: int, data: bytes, offset: int) -> None:
+    """Writes all of the data or raises: on a full disk, pwrite writes what fits and reports no error."""
+    if os.pwrite(file, data, offset) < len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def known(folder: Path, besides: Path) -> dict[bytes, tuple[Path, int]]:
-    """Where other columns of the same kind have samples, by key: file and row."""
-    found = {}
-    for written in folder.glob("*.keys"):
-        whole = written.with_suffix(".bin")
-        source = whole if whole.exists() else written.with_suffix(".part")
-        if written.stem != besides.stem and source.exists():
-            found |= {key: (source, row) for row, key in enumerate(np.fromfile(written, f"V{KEY}").tolist())}
-    found.pop(bytes(KEY), None)
-    return found
+def other_columns(path: Path) -> dict[bytes, tuple[Path, int]]:
+    """The file and row of each sample, by key, in the other columns of the folder."""
+    samples: dict[bytes, tuple[Path, int]] = {}
+    for index_path in path.parent.glob("*.keys"):
+        finished = index_path.with_suffix(".bin")
+        source = finished if finished.exists() else index_path.with_suffix(".part")
+        if index_path.stem != path.stem and source.exists():
+            keys = np.fromfile(index_path, f"V{KEY}").tolist()
+            samples |= {key: (source, row) for row, key in enumerate(keys)}
+    samples.pop(bytes(KEY), None)
+    return samples

@@ -1,4 +1,4 @@
-"""Is this data fit to be trained on? One error, before anything is trained."""
+"""Checks of a dataset before training."""
 
 import torch
 from torch import nn
@@ -9,15 +9,15 @@ from .dataset import Dataset, Split
 
 
 def check(data: Dataset) -> None:
-    """Raises a UserError that names split, tensor and what is wrong with it."""
+    """Raises a UserError for the first problem, which names the split and the tensor."""
     if not isinstance(data.classes, int) or data.classes < 2:
-        raise UserError(f"{data.name} has {data.classes!r} classes: it takes two or more")
+        raise UserError(f"{data.name} has {data.classes!r} classes: two or more are needed")
     if len(data.modalities) < 2:
-        raise UserError(f"{data.name} has modalities {list(data.modalities)}: it takes two or more")
+        raise UserError(f"{data.name} has modalities {list(data.modalities)}: two or more are needed")
     for name in data.modalities:
-        taken = name in methods or hasattr(nn.ModuleDict(), name)
-        if taken or not name or not set(name).isdisjoint("./\\"):
-            raise UserError(f"a modality cannot be named {name!r}: choose another word, without dots and slashes")
+        reserved = name in methods or hasattr(nn.ModuleDict(), name)
+        if reserved or not name or not set(name).isdisjoint("./\\"):
+            raise UserError(f"a modality cannot be named {name!r}: choose another name, without dots and slashes")
     for name, split in data.splits().items():
         check_split(name, split, data)
     counts = torch.bincount(data.train.labels[data.train.labels >= 0].cpu(), minlength=data.classes)
@@ -31,11 +31,11 @@ def check(data: Dataset) -> None:
 
 
 def check_presence(data: Dataset) -> None:
-    """Each split has samples of each modality, with a label."""
+    """Checks that each split has a labelled sample of each modality."""
     for m in data.modalities:
         for name, split in data.splits().items():
             if (has := split.present(m)) is not None and not (has & (split.labels.cpu() >= 0)).any():
-                raise UserError(f"no {name} sample has {m}: leave the modality out")
+                raise UserError(f"no labelled {name} sample has {m}: leave the modality out")
 
 
 def check_split(name: str, split: Split, data: Dataset) -> None:
@@ -45,8 +45,8 @@ def check_split(name: str, split: Split, data: Dataset) -> None:
         raise UserError(f"{name} labels must be int64 (N,), got {got}")
     if not len(labels):
         raise UserError(f"the {name} split is empty")
-    least = -1 if name == "train" else 0
-    wrong = ((labels < least) | (labels >= data.classes)).nonzero().flatten()
+    minimum = -1 if name == "train" else 0
+    wrong = ((labels < minimum) | (labels >= data.classes)).nonzero().flatten()
     if len(wrong):
         i = int(wrong[0])
         unlabelled = ", or -1 for unlabelled" if name == "train" else ""
@@ -63,14 +63,14 @@ def check_split(name: str, split: Split, data: Dataset) -> None:
                 raise UserError(f"{m} reads {stored!r}, which {name} lacks: it has {has}")
     for stored, t in split.stored.items():
         if stored in ("labels", "index"):
-            raise UserError(f"a stored tensor cannot be named {stored!r}: a batch has its own")
+            raise UserError(f"a stored tensor cannot be named {stored!r}: batches use this name")
         if not isinstance(t, torch.Tensor) or not t.dim():
             raise UserError(f"{name} {stored} must be a tensor (N, ...), got {type(t).__name__}")
         if len(t) != len(labels):
             raise UserError(f"{name} {stored} has {len(t)} samples, but there are {len(labels)} labels")
         if t.is_floating_point() and stored not in data.checked:
-            for start in range(0, len(t), 4096):  # a piece at a time: the whole would need a mask of its size
-                piece = t[start : start + 4096]
-                bad = ~piece.isfinite().reshape(len(piece), -1).all(1)
+            for start in range(0, len(t), 4096):  # in chunks: one mask for all samples would take too much memory
+                chunk = t[start : start + 4096]
+                bad = ~chunk.isfinite().reshape(len(chunk), -1).all(1)
                 if bad.any():
                     raise UserError(f"{name} {stored} has NaN or inf in sample {start + int(bad.nonzero()[0])}")

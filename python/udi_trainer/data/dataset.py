@@ -1,4 +1,4 @@
-"""What data is to the trainer: what is stored of each sample, and how a modality's input is made from it."""
+"""Datasets: the tensors stored for each sample, and how the input of a modality is computed from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +11,11 @@ from ..options import Group, number, option, pathname
 
 Encoder = str | Callable[[torch.Size], nn.Module]
 FEATURES = 64  # width of the trainer's own encoders, unless an option says otherwise
-Batch = dict[str, torch.Tensor]  # what is stored of some samples, their labels, and what samples they are
+Batch = dict[str, torch.Tensor]  # stored tensors of some samples, and their labels and indices
 
 
 def presence(modality: str) -> str:
-    """Name of the stored tensor, bool (N,), that tells which samples have this modality; without it all have."""
+    """The name of the stored bool tensor (N,) that marks the samples with this modality. Without it, all have it."""
     return f"{modality} present"
 
 
@@ -37,11 +37,11 @@ class Fold(Group, title="data"):
 
 @dataclass
 class Split:
-    """Labels (N,) and whatever the modalities read, each tensor with N samples, in its smallest form.
+    """Labels (N,) and the tensors that the modalities read, N samples each, in compact form.
 
-    Labels are int64 in [0, classes); −1 in training means unlabelled. A sample that lacks a modality says so in the
-    tensor of the name :func:`presence`, and has anything finite in that modality's own. ``ids`` names the samples in
-    predictions.csv, by default by number.
+    Labels are int64 in [0, classes); −1 in training means unlabelled. The tensor named :func:`presence` marks the
+    samples that have a modality; those that lack it have arbitrary finite values in its own tensors. ``ids`` are the
+    names of the samples in predictions.csv, by default their indices.
     """
 
     labels: torch.Tensor
@@ -52,7 +52,7 @@ class Split:
         return len(self.labels)
 
     def batch(self, index: torch.Tensor, names: Sequence[str]) -> Batch:
-        """These samples' labels and stored tensors of these names, and what samples they are."""
+        """The indices, labels and named tensors of the samples at ``index``."""
         tensors = {"labels": self.labels} | {name: self.stored[name] for name in names}
         return {"index": index} | {name: t.index_select(0, index) for name, t in tensors.items()}
 
@@ -62,7 +62,7 @@ class Split:
         return None if mask is None or mask.all() else mask.cpu()
 
     def take(self, index: torch.Tensor) -> "Split":
-        """These samples: numbers, or a bool of each."""
+        """The split of these samples only, given as indices or as a bool mask."""
         ids = None if self.ids is None else [self.ids[i] for i in torch.arange(len(self))[index].tolist()]
         return Split(self.labels[index], {name: t[index] for name, t in self.stored.items()}, ids)
 
@@ -75,20 +75,19 @@ class Split:
 
 @dataclass
 class Modality:
-    """An encoder, and how its input is made from the stored tensors it reads, on the device.
+    """An encoder, and how its input is computed on the device from the stored tensors that it reads.
 
     Args:
-        encoder: a name (``cnn``, ``mlp``, ``resnet18``, or one's own, registered), or a callable from the shape of one
-            sample to a fresh module from a batch of inputs to features (N, any width); a class will do.
+        encoder: a registered name (``cnn``, ``mlp``, ``resnet18``, or your own), or a callable such as a class that
+            takes the shape of one sample and returns a new module, from a batch of inputs to features (N, width).
         reads: names of the stored tensors.
-        make: the input from batches of these tensors; by default the one tensor as float32. A frozen dataclass with a
-            ``__call__`` is kept in a run folder with its fields.
-        augment: changes an input at random, in training only.
-        vary: makes the input in training, in the place of ``make``, from these tensors and from ``chance`` (N, 4):
-            uniform numbers of each sample and step, the same for all modalities, so that a clip's pictures and its
-            flow are cropped alike.
-        width: of the features, for an encoder given by name.
-        weights: a file of weights that an encoder given by name starts from.
+        make: computes the input from batches of these tensors; by default the single tensor as float32. A run folder
+            can store a frozen dataclass with a ``__call__``, including its fields.
+        augment: a random augmentation of the input, used in training only.
+        vary: replaces ``make`` in training. It takes these tensors and ``chance`` (N, 4), uniform random numbers per
+            sample and step, the same for all modalities, so the images and the flow of a clip are cropped alike.
+        width: width of the features, for an encoder given by name.
+        weights: file with initial weights, for an encoder given by name.
     """
 
     encoder: Encoder
@@ -101,7 +100,7 @@ class Modality:
 
     @property
     def random(self) -> bool:
-        """Whether its input differs from epoch to epoch."""
+        """Whether the training input is random."""
         return self.augment is not None or self.vary is not None
 
     def input(self, batch: Batch, training: bool = False) -> torch.Tensor:
@@ -112,16 +111,17 @@ class Modality:
         return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     def sample(self, split: Split, count: int = 1) -> torch.Tensor:
-        """The input of the first samples."""
+        """The input of the first ``count`` samples."""
         return self.input(split.batch(torch.arange(count, device=split.labels.device), self.reads))
 
 
 @dataclass
 class Dataset:
-    """A dataset of two or more modalities; ``name`` stands in tables and run folders, ``class_names`` in predictions.
+    """A dataset of two or more modalities.
 
-    ``checked``: stored tensors of these names are known to be finite, and are not read through before training.
-    ``shifted``: another test split, of another distribution, on which accuracies are reported too.
+    ``name`` appears in tables and run folders, ``class_names`` in predictions. ``checked``: names of stored tensors
+    that are known to be finite, so they are not checked before training. ``shifted``: a second test split with a
+    distribution shift, on which accuracies are reported, too.
     """
 
     classes: int
@@ -135,8 +135,8 @@ class Dataset:
     shifted: Split | None = None
 
     def splits(self) -> dict[str, Split]:
-        further = {"shifted": self.shifted} if self.shifted else {}
-        return {"train": self.train, "val": self.val, "test": self.test, **further}
+        shifted = {"shifted": self.shifted} if self.shifted else {}
+        return {"train": self.train, "val": self.val, "test": self.test, **shifted}
 
     def to(self, device: torch.device) -> "Dataset":
         splits: dict[str, Any] = {name: split.to(device) for name, split in self.splits().items()}

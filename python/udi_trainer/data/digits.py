@@ -1,8 +1,8 @@
-"""Handwritten digits as two modalities: scikit-learn's and MNIST's, colored-and-gray, in halves, or with their hue.
+"""Two-modality datasets of handwritten digits (scikit-learn's or MNIST's): colored-and-gray, halves, and with a hue.
 
 A new data set is one function from :class:`Options` to a :class:`Dataset`, decorated with ``@datasets.register(name)``
-and, for options of its own, ``@reads(...)``. Nothing here depends on the seed of a run, unless --resplit asks for that:
-all seeds see the same samples.
+and, for options of its own, ``@reads(...)``. All seeds of a run see the same samples, unless --resplit draws the splits
+by seed.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from ..registry import datasets
 from ..seeds import derive_seed
 from .dataset import DataRoot, Dataset, Modality, Split
 from .labels import stratified
-from .noise import noisy
+from .noise import add_noise
 
 Part = tuple[torch.Tensor, torch.Tensor]  # pixels uint8 (N, H, W), labels (N,)
 
@@ -32,16 +32,16 @@ COLORS = torch.tensor(
     ]
 ) / 255  # fmt: skip
 COLOR_VARIANCE = 0.03
-LARGEST = 2**30  # bytes of an idx file's data; MNIST's largest has 47 million
-HUE_VARIANCE = 0.03  # of huedigits
-HALVES = {"left": 0.1, "right": 0.3}  # of splitdigits, and the noise of each: standard deviation, of pixels' range
+MAX_BYTES = 2**30  # of an idx file's data; MNIST's largest file has 47 million
+HUE_VARIANCE = 0.03  # in huedigits
+HALVES = {"left": 0.1, "right": 0.3}  # in splitdigits: the standard deviation of each one's noise, for pixels in [0, 1]
 
 
 def colored_and_gray(train: Part, val: Part, test: Part, mean: float, std: float) -> Dataset:
-    """Each split as two modalities: the gray digit, and the digit in a color.
+    """The digit in gray and the digit in a color, as two modalities.
 
-    In training the color tells the digit: a shortcut. In validation and test it is drawn independently of the digit:
-    a validation split with training colors would take the shortcut for skill, and make color the anchor.
+    In training the color reveals the digit, which is a shortcut. In validation and test the color is independent of the
+    digit. A validation split with training colors would reward the shortcut and make color the anchor.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -58,24 +58,22 @@ def colored_and_gray(train: Part, val: Part, test: Part, mean: float, std: float
 
 
 def split_in_halves(train: Part, val: Part, test: Part, mean: float, std: float, seed: int = 0) -> Dataset:
-    """The left and the right half of each digit, with independent noise, in all splits alike: each has what the other
-    lacks.
-    """
+    """The left and the right half of each digit as complementary modalities, with independent noise in all splits."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(pixels, labels):
         halves = zip(HALVES.items(), pixels.chunk(2, dim=2), strict=True)
-        return Split(labels, {name: noisy(half, noise, generator) for (name, noise), half in halves})
+        return Split(labels, {name: add_noise(half, noise, generator) for (name, noise), half in halves})
 
     modalities = {name: Modality("cnn", (name,), lambda half: (half[:, None] / 255 - mean) / std) for name in HALVES}
     return Dataset(10, modalities, split(*train), split(*val), split(*test))
 
 
 def with_hue(train: Part, val: Part, test: Part, mean: float, std: float, rho: float, seed: int = 0) -> Dataset:
-    """A hue, and the digit in that very hue, so that both modalities have the same shortcut.
+    """A hue and the digit in the same hue, so that both modalities contain the same shortcut.
 
-    In training, validation and test the hue is the label's own with probability rho, else another's; in the shifted
-    test split it is drawn independently of the digit.
+    In training, validation and test the hue is the one of the label with probability rho, otherwise that of another
+    label. In the shifted test split it is independent of the digit.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -137,28 +135,28 @@ def cgmnist(options: Options) -> Dataset:
 @datasets.register("splitdigits")
 @reads(DataRoot, Resplit)
 def splitdigits(options: Options) -> Dataset:
-    """The halves of scikit-learn's digits, 8x4, or with a data root of MNIST's, 28x14."""
+    """The halves of scikit-learn's digits, 8x4, or with a data root those of MNIST, 28x14."""
     return split_in_halves(**drawn(options))
 
 
 @datasets.register("fewdigits", labels=100, resplit=100, alpha=(1.0, 0.0), fusion="loglinear")
 @reads(DataRoot, Resplit)
 def fewdigits(options: Options) -> Dataset:
-    """splitdigits with few labels: a task for consistency with the anchor."""
+    """splitdigits with few labels, where consistency with the anchor helps."""
     return splitdigits(options)
 
 
 @datasets.register("huedigits", anchor="hue")
 @reads(DataRoot, Resplit, Hue)
 def huedigits(options: Options) -> Dataset:
-    """Digits in a hue that mostly tells the label, and that hue; scikit-learn's, or with a data root MNIST's."""
+    """A hue that usually reveals the label, and digits in this hue; scikit-learn's, or with a data root MNIST's."""
     return with_hue(**drawn(options), rho=options.of(Hue).rho)
 
 
 def drawn(options: Options) -> dict[str, Any]:
-    """scikit-learn's digits, or with a data root MNIST's: their own splits, or with --resplit splits drawn by the seed.
+    """scikit-learn's digits, or with a data root MNIST's: the original splits, or with --resplit drawn by the seed.
 
-    Training is then as large as before, validation as asked for, and the rest is for test.
+    Training keeps its size, validation has as many samples as --resplit says, and test gets the rest.
     """
     root, count = options.of(DataRoot).data_root, options.of(Resplit).resplit
     parts = mnist(root) if root else digits()
@@ -169,10 +167,10 @@ def drawn(options: Options) -> dict[str, Any]:
     pixels, labels = (torch.cat([parts[name][i] for name in names]) for i in (0, 1))
     size, free = len(parts["train"][1]), torch.ones(len(labels), dtype=torch.bool)
     if count >= len(labels) - size:
-        raise UserError(f"--resplit {count}: of {len(labels)} digits training takes {size}, and test some")
+        raise UserError(f"--resplit {count}: training takes {size} of {len(labels)} digits, test needs some")
     for name, wanted in (("train", size), ("val", count), ("test", len(labels) - size - count)):
-        left = free.nonzero().flatten()
-        index = left[stratified(labels[left], wanted, generator)]
+        remaining = free.nonzero().flatten()
+        index = remaining[stratified(labels[remaining], wanted, generator)]
         free[index] = False
         parts[name] = pixels[index], labels[index]
     return parts | {"seed": seed}
@@ -195,7 +193,7 @@ def digits() -> dict[str, Any]:
 
 
 def mnist(data_root: str | Path) -> dict[str, Any]:
-    """MNIST, 28x28: 55,000 for training, the last twelfth of the training file for validation."""
+    """MNIST, 28x28: 55,000 for training; the last twelfth of the training file is the validation split."""
     root, files = Path(data_root), {}
     for part in ("train", "t10k"):
         for kind, dims in (("images", 3), ("labels", 1)):
@@ -210,7 +208,7 @@ def mnist(data_root: str | Path) -> dict[str, Any]:
             raise UserError(f"{root}: {len(pixels)} {part} images but {len(labels)} labels: download the files again")
         if labels.max() > 9:
             path, i = files[part, "labels"], int(labels.argmax())
-            raise UserError(f"{path}: label {i} is {int(labels[i])}, no digit: download it again")
+            raise UserError(f"{path}: label {i} is {int(labels[i])}, not a digit: download it again")
         parts[part] = pixels, labels
     pixels, labels = parts["train"]
     cut = len(labels) - len(labels) // 12
@@ -219,28 +217,28 @@ def mnist(data_root: str | Path) -> dict[str, Any]:
 
 
 def read_idx(path: Path, dims: int) -> torch.Tensor:
-    """A gzipped idx file of unsigned bytes: magic 0 0 8 dims, the sizes big-endian, the data.
+    """Reads a gzipped idx file of unsigned bytes: magic 0 0 8 dims, big-endian sizes, data.
 
-    Takes no more memory than the header announces, however much the file would unpack to.
+    Never allocates more memory than the header announces, even for a decompression bomb.
     """
 
-    def wrong(what: str) -> UserError:
+    def damaged(what: str) -> UserError:
         return UserError(f"{path} {what}: download it again")
 
     try:
         with gzip.open(path) as file:
             header = file.read(4 + 4 * dims)
             if len(header) < 4 + 4 * dims or header[:4] != bytes((0, 0, 8, dims)):
-                raise wrong(f"is not an idx file of unsigned bytes with {dims} dimension(s)")
+                raise damaged(f"is not an idx file of unsigned bytes with {dims} dimension(s)")
             shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
-            size = math.prod(shape)  # of integers without end: four bytes a dimension can announce more than a tensor
-            if not 0 < size <= LARGEST:
-                raise wrong("holds no samples" if size == 0 else f"claims to hold {' x '.join(map(str, shape))} bytes")
+            size = math.prod(shape)  # Python integers do not overflow, unlike a product of tensor sizes
+            if not 0 < size <= MAX_BYTES:
+                raise damaged("has no samples" if size == 0 else f"claims to have {' x '.join(map(str, shape))} bytes")
             data = bytearray(file.read(size))
             if len(data) < size:
-                raise wrong(f"is truncated ({len(data)} bytes of {size})")
+                raise damaged(f"is truncated ({len(data)} bytes of {size})")
             if file.read(1):
-                raise wrong(f"has more than the {size} bytes that its header announces")
+                raise damaged(f"has more than the {size} bytes that its header announces")
     except (OSError, EOFError, zlib.error) as error:
-        raise wrong(f"cannot be read ({error})") from None
+        raise damaged(f"cannot be read ({error})") from None
     return torch.frombuffer(data, dtype=torch.uint8).view(shape)

@@ -1,8 +1,9 @@
-"""From stored samples to a modality's input, on the device: pictures, clips, spectrograms, features, words.
+"""Input pipelines from stored samples to a modality's input, on the device: images, clips, sound, features, words.
 
-Each is a frozen dataclass, so that a run folder can keep it. A call makes the input as evaluation sees it, ``vary`` as
-training does, from ``chance`` (N, 4), uniform in [0, 1): where to crop from the top, from the left and in time, and
-whether to flip. All modalities of a sample share them, so its pictures and its flow move together.
+Each is a frozen dataclass, so that a run folder can store it. A call returns the input for evaluation, ``vary`` the
+augmented input for training. ``vary`` takes ``chance`` (N, 4), uniform in [0, 1): the crop position from the top, from
+the left and in time, and whether to flip. All modalities of a sample share these numbers, so the images and the flow of
+a clip are augmented alike.
 """
 
 import functools
@@ -11,27 +12,27 @@ from dataclasses import dataclass
 import torch
 
 TOP, LEFT, FLIP, TIME = range(4)
-MASKS = 2  # of SpecAugment, along either axis of a spectrogram; each hides at most an eighth of it
+MASKS = 2  # of SpecAugment, along each axis of a spectrogram; each covers at most an eighth of the axis
 FLOOR = 1e-7  # added to magnitudes before the logarithm, as in OGM-GE's code
 
 
 @functools.lru_cache
 def constant(values: tuple, device: torch.device) -> torch.Tensor:
-    """Copied to the device once: a CUDA graph cannot contain a copy."""
+    """A tensor that is copied to the device once: a CUDA graph cannot contain a copy from the host."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """uint8 (N, C, S, S), or clips of frames (N, F, C, S, S), normalised by channel; of clips, some of the frames.
+    """Images uint8 (N, C, S, S) or clips (N, F, C, S, S), normalised per channel.
 
     Args:
-        mean, std: of each channel, of pixels' range 0 to 1.
-        size: pixels on a side of what is cropped, at random or from the middle.
-        frames: how many of a clip's frames: one from each of so many equal parts, at random or the middle one
-            (temporal segment networks, arXiv 1608.00859).
-        flip: mirror half of the samples.
-        flow: channels are u and v, and mirrored flow goes the other way.
+        mean, std: per channel, for pixels in [0, 1].
+        size: side of the crop in pixels; random in training, otherwise in the center.
+        frames: number of frames taken from a clip, one from each of as many equal segments: random in training,
+            otherwise the middle one (temporal segment networks, arXiv 1608.00859).
+        flip: mirror half of the samples in training.
+        flow: the channels are optical flow u and v; mirroring negates u.
     """
 
     mean: tuple[float, ...]
@@ -45,16 +46,16 @@ class Pictures:
         return self.vary(x, torch.full((len(x), 4), 0.5, device=x.device))
 
     def vary(self, x, chance):
-        number = torch.arange(len(x), device=x.device)
+        sample = torch.arange(len(x), device=x.device)
         if self.frames:
-            part = torch.arange(self.frames, device=x.device)
-            picked = ((part + chance[:, TIME, None]) * (x.shape[1] / self.frames)).long().clamp(max=x.shape[1] - 1)
-            x = x[number[:, None], picked]
+            segment = torch.arange(self.frames, device=x.device)
+            frame = ((segment + chance[:, TIME, None]) * (x.shape[1] / self.frames)).long().clamp(max=x.shape[1] - 1)
+            x = x[sample[:, None], frame]
         clip, spare = x.dim() == 5, x.shape[-1] - self.size
         if spare:
-            side = torch.arange(self.size, device=x.device)
-            top, left = ((chance[:, axis, None] * (spare + 1)).long() + side for axis in (TOP, LEFT))
-            x = x[number[:, None, None], ..., top[:, :, None], left[:, None, :]].movedim((1, 2), (-2, -1))
+            offset = torch.arange(self.size, device=x.device)
+            row, column = ((chance[:, axis, None] * (spare + 1)).long() + offset for axis in (TOP, LEFT))
+            x = x[sample[:, None, None], ..., row[:, :, None], column[:, None, :]].movedim((1, 2), (-2, -1))
         if self.flip:
             mirrored = x.flip(-1)
             if self.flow:
@@ -66,13 +67,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Spectrogram:
-    """Sound, int16 (N, T), to the logarithm of its magnitudes (N, 1, frequencies, times), normalised.
+    """Normalised log-magnitude spectrograms (N, 1, frequencies, times) of sound, int16 (N, T).
 
     Args:
         mean, std: of all values.
-        window, hop: in samples.
-        length: samples of what is cut out, at random or from the middle.
-        mask: hide bands of frequencies and spans of time in training: SpecAugment (Park et al. 2019, arXiv 1904.08779).
+        window, hop: of the short-time Fourier transform, in samples.
+        length: length of the crop in samples; random in training, otherwise in the center.
+        mask: mask bands of frequency and time in training: SpecAugment (Park et al. 2019, arXiv 1904.08779).
     """
 
     mean: float
@@ -90,7 +91,7 @@ class Spectrogram:
         if self.mask:
             for axis in (2, 3):
                 for _ in range(MASKS):
-                    x = x.masked_fill(self.hidden(x, axis), 0)
+                    x = x.masked_fill(self.random_mask(x, axis), 0)
         return x
 
     def transform(self, x, chance):
@@ -103,19 +104,19 @@ class Spectrogram:
         return (((z.abs() + FLOOR).log() - self.mean) / self.std)[:, None]
 
     @staticmethod
-    def hidden(x, axis):
+    def random_mask(x, axis):
         size = x.shape[axis]
         start, width = torch.rand(2, len(x), 1, device=x.device)
         width = width * size / 8
-        place = torch.arange(size, device=x.device)
+        position = torch.arange(size, device=x.device)
         start = start * (size - width)
-        masked = (place >= start) & (place < start + width)
+        masked = (position >= start) & (position < start + width)
         return masked.view(len(x), *(size if a == axis else 1 for a in (1, 2, 3)))
 
 
 @dataclass(frozen=True)
 class Features:
-    """Arrays (N, ...), normalised, by one value or one for each place of the last axis; given another shape, if any."""
+    """Normalised arrays (N, ...), with one mean or one per position of the last axis, reshaped to ``shape``."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -128,7 +129,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hashes of words, as they are."""
+    """Word hashes, unchanged."""
 
     def __call__(self, x):
         return x

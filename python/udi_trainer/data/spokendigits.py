@@ -1,9 +1,9 @@
-"""Spoken and written digits: the Free Spoken Digit Dataset beside MNIST, drawn to pairs of the same digit.
+"""Spoken and written digits: recordings of the Free Spoken Digit Dataset, paired with MNIST images of the same digit.
 
-Speakers of validation and test are never heard in training: a fold holds out one speaker for validation and the next
-two, in the alphabet's circle, for test. Every recording gets one image of its digit, training recordings from MNIST's
-training images, the others from its test images, with noise that makes reading about as hard as listening. Pairs and
-noise are drawn by the fold: all its runs see the same. Some training speakers may come without labels.
+A fold holds out one speaker for validation and the next two, in cyclic alphabetical order, for test; training has no
+recording of these speakers. Each recording is paired with an image: training recordings with MNIST's training images,
+the others with its test images. Noise makes the images about as hard to classify as the recordings. The fold seeds the
+pairs and the noise, so all runs of a fold see the same data. Some training speakers can be left unlabelled.
 """
 
 import re
@@ -20,8 +20,8 @@ from .cache import Cache, CacheOptions
 from .dataset import DataRoot, Dataset, Fold, Modality, Split
 from .digits import mnist
 from .kinds import Audio, Augmentation, Column, Sound
-from .manifest import load
-from .noise import noisy
+from .manifest import load_column
+from .noise import add_noise
 from .pipelines import Features
 
 NAME = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
@@ -43,43 +43,43 @@ def spokendigits(options: Options) -> Dataset:
     root = Path(data_root)
     files = sorted((p for p in root.rglob("*.wav") if NAME.fullmatch(p.name)), key=lambda p: p.name)
     if not files:
-        raise UserError(f"--data-root {root} holds no recordings such as 7_jackson_32.wav, looked in all folders below")
-    names = [NAME.fullmatch(p.name).groups() for p in files]
+        raise UserError(f"--data-root {root} and its subfolders contain no recordings such as 7_jackson_32.wav")
+    names = [match.groups() for p in files if (match := NAME.fullmatch(p.name))]
     speakers = sorted({speaker for _, speaker, _ in names})
     if len(speakers) < 4:
-        raise UserError(f"--data-root {root}: recordings of {len(speakers)} speakers, a fold needs four or more")
+        raise UserError(f"--data-root {root} has recordings of {len(speakers)} speakers, but a fold needs four or more")
     place = {speaker: (i - fold) % len(speakers) for i, speaker in enumerate(speakers)}
     part = ["val" if place[s] == 0 else "test" if place[s] <= 2 else "train" for _, s, _ in names]
     labelled = own.labelled_speakers or len(speakers) - 3
     if labelled > len(speakers) - 3:
-        raise UserError(f"--labelled-speakers {labelled}: {len(speakers) - 3} speakers are for training")
+        raise UserError(f"--labelled-speakers {labelled}: only {len(speakers) - 3} speakers are for training")
 
     column = Column("speech", [[p] for p in files], options, Cache(options.of(CacheOptions).cache_dir), {})
-    kind, keys, sound = load(Audio(column))
-    if column.bad:
+    kind, keys, sound = load_column(Audio(column))
+    if column.bad or sound is None:
         raise UserError(next(iter(column.bad.values())))
     labels = torch.tensor([int(digit) for digit, *_ in names])
-    written, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(fold)
-    heard = [i for i, name in enumerate(part) if name == "train"]
-    speech = kind.modality("speech", sound[heard], [keys[i] for i in heard])
+    images, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(fold)
+    train_rows = [i for i, name in enumerate(part) if name == "train"]
+    speech = kind.modality("speech", sound[train_rows], [keys[i] for i in train_rows])
 
-    def split(name, pixels, digits):
-        index = torch.tensor([i for i, where in enumerate(part) if where == name])
+    def split(name: str, pixels: torch.Tensor, digits: torch.Tensor) -> Split:
+        index = torch.tensor([i for i, split_name in enumerate(part) if split_name == name])
         pool = {d: (digits == d).nonzero().flatten() for d in range(10)}
-        pool = {d: found[torch.randperm(len(found), generator=generator)] for d, found in pool.items()}
-        used, images = defaultdict(int), []
+        pool = {d: rows[torch.randperm(len(rows), generator=generator)] for d, rows in pool.items()}
+        used, chosen = defaultdict[int, int](int), []
         for d in labels[index].tolist():
-            images.append(pool[d][used[d] % len(pool[d])])
+            chosen.append(pool[d][used[d] % len(pool[d])])
             used[d] += 1
-        image = noisy(pixels[torch.stack(images)], own.image_noise, generator)
+        image = add_noise(pixels[torch.stack(chosen)], own.image_noise, generator)
         ids = [files[i].stem for i in index.tolist()]
         return Split(labels[index], {"image": image, "speech": sound[index]}, ids)
 
-    train, test = split("train", *written["train"]), written["test"]
-    train.labels[torch.tensor([place[names[i][1]] > 2 + labelled for i in heard])] = -1
-    half = len(test[0]) // 2  # no image in both
-    val = split("val", test[0][:half], test[1][:half])
-    test = split("test", test[0][half:], test[1][half:])
+    train, (pixels, digits) = split("train", *images["train"]), images["test"]
+    train.labels[torch.tensor([place[names[i][1]] > 2 + labelled for i in train_rows])] = -1
+    half = len(pixels) // 2  # validation and test share no image
+    val = split("val", pixels[:half], digits[:half])
+    test = split("test", pixels[half:], digits[half:])
     x = train.stored["image"].double()
     gray = Features((x.mean().item(),), (x.std().item(),), (1, *x.shape[1:]))
     modalities = {"image": Modality("cnn", ("image",), gray), "speech": speech}
@@ -87,7 +87,7 @@ def spokendigits(options: Options) -> Dataset:
 
 
 def mnist_folder(root: Path) -> Path:
-    """Where MNIST's files are: there, below, or beside."""
+    """The folder of MNIST's files: ``root``, a subfolder or a sibling folder."""
     name = "train-images-idx3-ubyte.gz"
-    found = [*root.rglob(name), *root.parent.glob(f"*/{name}")]
-    return found[0].parent if found else root
+    files = [*root.rglob(name), *root.parent.glob(f"*/{name}")]
+    return files[0].parent if files else root

@@ -1,1 +1,1 @@
-"""What predictions are worth: scores, fusion, similarity of features, and the report of a run."""
+"""Evaluation: scores, fusion of modalities, similarity of features, and the report of a run."""

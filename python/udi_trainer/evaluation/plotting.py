@@ -1,4 +1,4 @@
-"""What the pictures of runs and of studies have in common: colors, figures, and lines that are named where they end."""
+"""Plotting helpers for runs and studies: colors, figures, and lines with labels at their ends."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from matplotlib.ticker import MaxNLocator
 
 INK, MUTED = "#222222", "#8f8f8f"
 MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
-METHOD_COLORS = ("#6b7a8f", "#c4476a", "#17a2a2", "#a89a1f", "#7b5fc7", "#5b5b5b")  # of models of all modalities
+METHOD_COLORS = ("#6b7a8f", "#c4476a", "#17a2a2", "#a89a1f", "#7b5fc7", "#5b5b5b")  # models of all modalities
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """In inches."""
+    """A figure without a window; sizes in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
     return figure
 
 
-def finish(axes: Axes, title: str, xlabel: str = "epoch"):
+def style_axes(axes: Axes, title: str, xlabel: str = "epoch"):
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)
     axes.grid(alpha=0.25)
@@ -28,12 +28,12 @@ def finish(axes: Axes, title: str, xlabel: str = "epoch"):
 
 
 def curves(axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float], dict]]):
-    """Lines (name, epochs, values, style), named at their ends in their colors; equal ones are drawn once."""
+    """Draws lines (name, epochs, values, style) with their names at the ends. Equal lines are drawn once."""
     merged: list[list] = []
     for name, epochs, values, style in (line for line in lines if line[1]):
-        twin = next((line for line in merged if line[2] == values), None)
-        if twin:
-            twin[0] += f" = {name}"
+        equal = next((line for line in merged if line[2] == values), None)
+        if equal:
+            equal[0] += f" = {name}"
         else:
             merged.append([name, epochs, values, style])
     for _, epochs, values, style in merged:
@@ -44,24 +44,24 @@ def curves(axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float]
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]], size: float = 9):
-    """Names (name, x, y, color) to the right of the axes, at the height of their points or as near as there is room."""
-    ends = [end for end in ends if end[2] == end[2]]  # nan has no place
+    """Writes labels (name, x, y, color) to the right of the axes, close to the height of their points."""
+    ends = [end for end in ends if end[2] == end[2]]  # without NaN
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     gap = 1.25 * size / 72 / (axes.bbox.height / axes.figure.dpi)
     ends = sorted(ends, key=lambda end: end[2])
-    places = spaced([(end[2] - low) / (high - low) for end in ends], gap)
-    for (name, x, y, color), place in zip(ends, places, strict=True):
+    positions = separated([(end[2] - low) / (high - low) for end in ends], gap)
+    for (name, x, y, color), position in zip(ends, positions, strict=True):
         axes.annotate(
-            name, (x, y), (1.03, place), textcoords="axes fraction", va="center", fontsize=size, color=color,
+            name, (x, y), (1.03, position), textcoords="axes fraction", va="center", fontsize=size, color=color,
             arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.8, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
-def spaced(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending places between 0 and 1, moved as little as it takes to be ``gap`` apart.
+def separated(positions: Sequence[float], gap: float) -> list[float]:
+    """Moves ascending positions in [0, 1] as little as possible so that they are at least ``gap`` apart.
 
-    Neighbours too near each other spread about their mean.
+    Positions that are too close are spread around their mean.
     """
     blocks: list[list[float]] = []
 
@@ -69,8 +69,8 @@ def spaced(places: Sequence[float], gap: float) -> list[float]:
         height = gap * (len(block) - 1)
         return max(0, min(sum(block) / len(block) - height / 2, 1 - height))
 
-    for place in places:
-        blocks.append([place])
+    for position in positions:
+        blocks.append([position])
         while len(blocks) > 1 and bottom(blocks[-1]) - bottom(blocks[-2]) < gap * len(blocks[-2]):
             upper = blocks.pop()
             blocks[-1] += upper

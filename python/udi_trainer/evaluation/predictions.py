@@ -1,4 +1,4 @@
-"""What the test samples were taken for: predictions.csv, and the figures that need more than accuracies."""
+"""Predictions on test: predictions.csv, and metrics by class."""
 
 import csv
 import io
@@ -10,9 +10,9 @@ from .scores import average_precision, confusion
 
 
 def details(probabilities: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Of fused predictions (N, C): mAP, the accuracy of each class, and the confusion matrix (labels x predictions).
+    """Metrics of fused predictions (N, C): mAP, accuracy per class and the confusion matrix (labels x predictions).
 
-    A class that no sample has counts in neither mean, and its accuracy is None.
+    A class without samples is left out of the mAP, and its accuracy is None.
     """
     precision = average_precision(probabilities, labels)
     table = confusion(probabilities, labels)
@@ -27,21 +27,21 @@ def details(probabilities: torch.Tensor, labels: torch.Tensor) -> dict:
 
 
 def predictions_csv(data: Dataset, logits: dict[str, torch.Tensor], fused: torch.Tensor) -> bytes:
-    """The content of predictions.csv, a row a test sample.
+    """The content of predictions.csv, with one row per test sample.
 
-    Its id and label, the fused prediction and its probability, each modality's prediction, and what it lacks.
+    Columns: id, label, the fused prediction and its probability, each modality's prediction, and missing modalities.
     """
     names = data.class_names or [str(c) for c in range(data.classes)]
     ids = data.test.ids or [str(i) for i in range(len(data.test))]
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["id", "label", "fused", "probability", *logits, "missing"])
-    best, taken = fused.max(-1)
-    each = {m: z.nan_to_num(0).argmax(-1).tolist() for m, z in logits.items()}
+    probabilities, predicted = fused.max(-1)
+    by_modality = {m: z.nan_to_num(0).argmax(-1).tolist() for m, z in logits.items()}
     absent = {m: z.isnan().any(-1).tolist() for m, z in logits.items()}
     labels = data.test.labels.tolist()
-    for i, (name, label, c, p) in enumerate(zip(ids, labels, taken.tolist(), best.tolist(), strict=True)):
-        own = ["" if absent[m][i] else names[each[m][i]] for m in logits]
-        lacking = ";".join(m for m in logits if absent[m][i])
-        rows.writerow([name, names[label], names[c], f"{p:.4f}", *own, lacking])
+    for i, (name, label, c, p) in enumerate(zip(ids, labels, predicted.tolist(), probabilities.tolist(), strict=True)):
+        own = ["" if absent[m][i] else names[by_modality[m][i]] for m in logits]
+        missing = ";".join(m for m in logits if absent[m][i])
+        rows.writerow([name, names[label], names[c], f"{p:.4f}", *own, missing])
     return text.getvalue().encode()

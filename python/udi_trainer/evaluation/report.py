@@ -1,22 +1,22 @@
-"""What a run shows of itself: the table on the terminal, and report.png."""
+"""The report of a run: the table on the terminal, and report.png."""
 
 from pathlib import Path
 from typing import IO
 
-from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, finish, new_figure
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, new_figure, style_axes
 
 ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
 LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
 ALPHAS = {"alpha_con": r"$\alpha_{con}$", "alpha_com": r"$\alpha_{com}$"}
-History = dict[str, list[dict]]  # stage: its rows of metrics.jsonl
+History = dict[str, list[dict]]  # the rows of metrics.jsonl by stage
 
 
 def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
-    """(name, modality or None, scores) of everything that the run trained, the method itself last."""
+    """(name, modality or None, scores) of everything that the run trained; the method itself comes last."""
     method, unimodal, modalities = metrics["method"], metrics["unimodal"], metrics["modalities"]
     entries = []
     for m, scores in unimodal.items():
-        epochs = f", {scores['epochs']} epochs" if "epochs" in scores else ""  # that lost the race for the anchor
+        epochs = f", {scores['epochs']} epochs" if "epochs" in scores else ""  # stopped early by --race
         entries.append((f"{m} alone{epochs}", m, scores))
     if "ensemble" in metrics and "ensemble" not in metrics["baselines"]:
         entries.append(("ensemble", None, metrics["ensemble"]))
@@ -31,56 +31,59 @@ def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
 
 
 def table(metrics: dict) -> str:
-    """Everything that the run trained, as text."""
+    """A text table of everything that the run trained."""
     lines = [f"{'':<28}{'val acc':>8}{'test acc':>10}{'macro F1':>10}   fusion"]
     for name, _, scores in comparison(metrics):
         numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
-        lines.append(f"{name:<28}{numbers}   {rule(scores)}".rstrip())
+        lines.append(f"{name:<28}{numbers}   {fusion_text(scores)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
-    for m, found in metrics.get("effective_dims", {}).items():
-        lacking = ", ".join(f"{n} not in {other}" for other, n in found["lacking_in"].items())
-        lines.append(f"effective dimensions: {m} {len(found['dims'])} of {found['of']}; of these {lacking}")
+    for m, dims in metrics.get("effective_dims", {}).items():
+        lacking = ", ".join(f"{n} not in {other}" for other, n in dims["lacking_in"].items())
+        lines.append(f"effective dimensions: {m} {len(dims['dims'])} of {dims['of']}; of these {lacking}")
     return "\n".join(lines)
 
 
-def rule(scores: dict) -> str:
+def fusion_text(scores: dict) -> str:
+    """The fusion rule and its weights."""
     weights = scores.get("weights") or {}
     return scores.get("rule", "") + (": " if weights else "") + ", ".join(f"{m} {w:.2f}" for m, w in weights.items())
 
 
 def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
-    """Above what was reached and how; below, where there are followers, what drove them. A color is a modality."""
+    """Draws report.png: accuracies above; below, the followers' losses, effective dimensions and results by class.
+
+    Each modality has its own color.
+    """
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
-    if "controller" not in metrics:  # they are a baseline's
+    if "controller" not in metrics:  # they belong to a baseline
         followers = {}
-    found = metrics.get("effective_dims")
-    whole = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
-    colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(whole)}
+    effective_dims = metrics.get("effective_dims")
+    joint_phases = [rows[0]["phase"] for rows in history.values() if rows[0]["modality"] is None]
+    colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(joint_phases)}
     colors[metrics["method"]] = INK
-    bars = picked(metrics)
-    two = bool(followers or found)
-    top, bottom = max(4.0, 1 + 0.42 * len(bars)), 2.9 * two
-    last = 4.2 * ("test_confusion" in metrics["fused"])
-    heights = [height for height in (top, bottom, last) if height]
+    bars = bar_entries(metrics)
+    top, middle = max(4.0, 1 + 0.42 * len(bars)), 2.9 * bool(followers or effective_dims)
+    bottom = 4.2 * ("test_confusion" in metrics["fused"])
+    heights = [height for height in (top, middle, bottom) if height]
     figure = new_figure(12, sum(heights) + 0.4)
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
-    accuracies(left, history, metrics["anchor"], colors)
-    compare(right, bars, metrics["method"], colors)
+    draw_accuracies(left, history, metrics["anchor"], colors)
+    draw_comparison(right, bars, metrics["method"], colors)
     if followers:
-        drives(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
-    if found:
-        dimensions(rows[1, 0], found, history, colors)
-    if last:
-        classes(rows[-1, 0], metrics)
+        draw_losses(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
+    if effective_dims:
+        draw_dimensions(rows[1, 0], effective_dims, history, colors)
+    if bottom:
+        draw_classes(rows[-1, 0], metrics)
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
     figure.suptitle(f"{metrics['method']} on {metrics['dataset']}, seed {metrics['seed']}{anchor}", fontsize=13)
     figure.savefig(path, dpi=130)
 
 
-def accuracies(axes, history: History, anchor: str | None, colors: dict):
-    """Validation accuracy by epoch; a modality that has a follower too is dashed where it is trained alone."""
+def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):
+    """Validation accuracy by epoch. If a modality has a follower, its training alone is dashed."""
     following = {rows[0]["modality"] for rows in history.values() if rows[0]["phase"] == "follower"}
     lines = []
     for rows in history.values():
@@ -98,11 +101,11 @@ def accuracies(axes, history: History, anchor: str | None, colors: dict):
         lines.append((name, epochs, [100 * x for x in values], style))
     axes.set_ylim(0, 102)
     curves(axes, lines)
-    finish(axes, "Validation accuracy, %")
+    style_axes(axes, "Validation accuracy, %")
 
 
-def drives(figure, followers: History, dynamic: bool, colors: dict):
-    """The followers' losses, and the weights of two of them: a panel each where a controller moves them."""
+def draw_losses(figure, followers: History, dynamic: bool, colors: dict):
+    """The followers' losses. With the dynamic controller, further panels show the weights of L_con and L_com."""
     shown = LOSSES | (ALPHAS if dynamic else {})
     last = next(iter(followers.values()))[-1]
     fixed = ", ".join(f"{label} = {last[name]:g}" for name, label in ALPHAS.items())
@@ -111,31 +114,31 @@ def drives(figure, followers: History, dynamic: bool, colors: dict):
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         lines = [(m, *series(rows, name), {"color": colors[m]}) for m, rows in followers.items()]
-        reach = [x for _, _, values, _ in lines for x in values if x == x]
-        axes.set_ylim((-0.03, 1.03) if name in ALPHAS else (min(0, *reach), 1.05 * max(reach)))
+        finite = [x for _, _, values, _ in lines for x in values if x == x]
+        axes.set_ylim((-0.03, 1.03) if name in ALPHAS else (min(0, *finite), 1.05 * max(finite)))
         curves(axes, lines)
-        finish(axes, label)
+        style_axes(axes, label)
 
 
-def dimensions(figure, found: dict, history: History, colors: dict):
-    """The loss between modalities, and the dimensions in which each is effective."""
+def draw_dimensions(figure, effective_dims: dict, history: History, colors: dict):
+    """The loss between modalities, and the effective dimensions of each."""
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     rows = next(rows for rows in history.values() if rows[0]["phase"] == "detached")
     curves(left, [("", *series(rows, "contrast"), {"color": INK})])
-    finish(left, "Loss between modalities, nats")
-    for y, (m, facts) in enumerate(found.items()):
-        right.bar(facts["dims"], 0.8, width=0.9, bottom=y - 0.4, color=colors[m])
-    names = [f"{m}\n{len(facts['dims'])} of {facts['of']}" for m, facts in found.items()]
-    right.set_yticks(range(len(found)), names, fontsize=9)
+    style_axes(left, "Loss between modalities, nats")
+    for y, (m, dims) in enumerate(effective_dims.items()):
+        right.bar(dims["dims"], 0.8, width=0.9, bottom=y - 0.4, color=colors[m])
+    names = [f"{m}\n{len(dims['dims'])} of {dims['of']}" for m, dims in effective_dims.items()]
+    right.set_yticks(range(len(effective_dims)), names, fontsize=9)
     right.invert_yaxis()
-    right.set_xlim(-0.5, max(facts["of"] for facts in found.values()) - 0.5)
+    right.set_xlim(-0.5, max(dims["of"] for dims in effective_dims.values()) - 0.5)
     right.set_xlabel("dimension")
     right.set_title("Effective dimensions", loc="left", fontsize=11)
     right.spines[["top", "right"]].set_visible(False)
 
 
-def classes(figure, metrics: dict):
-    """What the fused prediction takes each class for, and how often it is right."""
+def draw_classes(figure, metrics: dict):
+    """The confusion matrix and the accuracy per class of the fused prediction."""
     fused, names = metrics["fused"], metrics["classes"]
     f1, precision = 100 * fused["test_macro_f1"], 100 * fused["test_map"]
     figure.suptitle(f"Fused, on test: macro-F1 {f1:.1f} %, mAP {precision:.1f} %", x=0.01, ha="left", fontsize=11)
@@ -155,31 +158,31 @@ def classes(figure, metrics: dict):
     left.set_title("Labels (rows), predictions (columns)", loc="left", fontsize=11)
     right.bar(ticks, [100 * (acc or 0) for acc in fused["test_acc_by_class"]], color=INK, alpha=0.7)
     right.set_ylim(0, 102)
-    finish(right, "Accuracy by class, %", "class")
+    style_axes(right, "Accuracy by class, %", "class")
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Epochs, and this value at their ends; nan where it was not finite."""
+    """The epochs, and this value after each; NaN where it was not finite."""
     return [row["epoch"] for row in rows], [float("nan") if row[name] is None else row[name] for row in rows]
 
 
-def picked(metrics: dict) -> list[tuple[str, str | None, dict]]:
-    """The comparison without the anchor's second entry: it stays as it was trained alone."""
-    anchor, part = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
-    entries = [entry for entry in comparison(metrics) if entry[0] != part]
+def bar_entries(metrics: dict) -> list[tuple[str, str | None, dict]]:
+    """The comparison without the anchor's second entry, which repeats the first: the anchor is frozen."""
+    anchor, repeated = metrics["anchor"], f"{metrics['method']}: {metrics['anchor']} (anchor)"
+    entries = [entry for entry in comparison(metrics) if entry[0] != repeated]
     return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, m, s) for name, m, s in entries]
 
 
-def compare(axes, bars: list, method: str, colors: dict):
-    """Test accuracy of everything; a dot marks what the plain mean of probabilities reaches in a fusion's place."""
+def draw_comparison(axes, bars: list, method: str, colors: dict):
+    """Test accuracies. A dot marks the accuracy of fusion by the mean of probabilities."""
     title = "Test accuracy, %"
     for y, (name, modality, scores) in enumerate(bars):
         color = colors.get(modality or name, MUTED)
         value = 100 * scores["test_acc"]
         axes.barh(y, value, color=color, height=0.68, alpha=0.5 if " alone" in name else 1)
         if scores.get("rule") != "mean" and "by_rule" in scores:
-            plain = 100 * scores["by_rule"]["mean"]["test_acc"]
-            axes.plot(plain, y, "o", color="white", markeredgecolor=INK, markersize=6)
+            mean = 100 * scores["by_rule"]["mean"]["test_acc"]
+            axes.plot(mean, y, "o", color="white", markeredgecolor=INK, markersize=6)
             title = "Test accuracy, % (dot: plain mean)"
         bold = "bold" if name == method else "normal"
         axes.text(1.03, y, f"{value:.1f}", va="center", fontsize=9, weight=bold,

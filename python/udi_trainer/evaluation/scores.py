@@ -1,4 +1,4 @@
-"""How good predictions (N, C) are."""
+"""Metrics of predictions (N, C)."""
 
 import torch
 
@@ -12,41 +12,41 @@ def scores(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) ->
 
 
 def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float:
-    """Of the samples that have a prediction: a row of NaN is of one that lacks the modality."""
-    outputs, labels = predicted(outputs, labels)
+    """Accuracy over the samples that have a prediction; a row of NaN means that the sample lacks the modality."""
+    outputs, labels = drop_missing(outputs, labels)
     return (outputs.argmax(-1) == labels).double().mean().item()
 
 
 def macro_f1(outputs: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean over the classes of 2 tp / (2 tp + fp + fn); a class neither present nor predicted counts 0."""
-    table = confusion(*predicted(outputs, labels))
+    table = confusion(*drop_missing(outputs, labels))
     hits = table.diagonal().double()
     return (2 * hits / (table.sum(0) + table.sum(1)).clamp_min(1)).mean().item()
 
 
 def confusion(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many samples of each class (rows) were taken for each (columns)."""
+    """The confusion matrix (C, C): labels in rows, predictions in columns."""
     classes = outputs.shape[-1]
     return torch.bincount(labels * classes + outputs.argmax(-1), minlength=classes**2).view(classes, classes)
 
 
 def average_precision(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of each class (C,): the mean over its samples of the precision among all that are ranked as high, or higher.
+    """Average precision of each class (C,): the mean over its samples of the precision at their rank.
 
-    Equal outputs share a rank. NaN of a class without samples.
+    Equal outputs share a rank. A class without samples has NaN.
     """
     values = []
     for c in range(outputs.shape[-1]):
         hit = (labels == c).double()
         order = outputs[:, c].argsort(descending=True)
         ranked, relevant = outputs[order, c], hit[order]
-        last = torch.searchsorted(-ranked, -ranked, right=True) - 1  # of its equals
+        last = torch.searchsorted(-ranked, -ranked, right=True) - 1  # the last of equal outputs
         precision = relevant.cumsum(0)[last] / (last + 1)
         values.append((precision * relevant).sum() / hit.sum() if hit.any() else torch.tensor(torch.nan))
     return torch.stack([value.double() for value in values])
 
 
-def predicted(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without the samples whose outputs are NaN."""
+def drop_missing(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops the samples whose outputs are NaN."""
     kept = ~outputs.isnan().any(-1)
     return outputs[kept], labels[kept]

@@ -1,15 +1,14 @@
-"""How much two modalities' features say the same, of the same samples: features (N, D) and (N, E), CPU tensors."""
+"""Similarity of two modalities' features of the same samples, (N, D) and (N, E), CPU tensors."""
 
 import torch
 
-RIDGE = 1e-2  # of the features' mean variance
+RIDGE = 1e-2  # relative to the features' mean variance
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Linear centered kernel alignment |x'y|^2 / (|x'x| |y'y|), in Frobenius norms of centered features, 0 to 1.
+    """Linear centered kernel alignment |x'y|^2 / (|x'x| |y'y|) with Frobenius norms of centered features; 0 to 1.
 
-    Kornblith et al. 2019, arXiv 1905.00414. Rotations and scale of either side change nothing; features that do not
-    vary are like nothing: 0.
+    Kornblith et al. 2019, arXiv 1905.00414. Invariant to rotation and scale of either side; 0 for constant features.
     """
     x, y = centered(x), centered(y)
     scale = (x.T @ x).norm() * (y.T @ y).norm()
@@ -17,11 +16,10 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def cross_prediction(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> float:
-    """R2 of y's test features predicted from x's by ridge regression, which is fitted on validation.
+    """R2 of predicting y's test features from x's by ridge regression, fitted on validation.
 
-    1: y is a linear image of x; 0 and below: x tells nothing linear of y, or one does not vary. Dimensions count by
-    their variance.
-    ``x``, ``y``: {"val": features, "test": features}.
+    1: y is a linear function of x. 0 or less: x does not predict y linearly, or one of them is constant. Dimensions are
+    weighted by their variance. ``x``, ``y``: {"val": features, "test": features}.
     """
     mean_x, mean_y = (z["val"].double().mean(0) for z in (x, y))
     a, b = x["val"] - mean_x, y["val"] - mean_y
@@ -29,7 +27,7 @@ def cross_prediction(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> 
     if not (gram.any() and total > 0):
         return 0.0
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    weights = torch.linalg.solve(gram, a.T @ b)  # lstsq would differ in the last bits from run to run
+    weights = torch.linalg.solve(gram, a.T @ b)  # lstsq is not bitwise reproducible
     error = (y["test"] - mean_y - (x["test"] - mean_x) @ weights).square().sum()
     return (1 - error / total).item()
 

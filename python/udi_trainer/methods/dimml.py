@@ -35,7 +35,7 @@ from ..errors import UserError
 from ..evaluation.fusion import FusionOptions, fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import DetachedClassifiers, FeatureHead
-from ..models.encoders import make_encoder, may_draw
+from ..models.encoders import is_stochastic, make_encoder
 from ..options import Group, number, one_of, option, reads
 from ..registry import methods
 from ..run import Run
@@ -91,7 +91,7 @@ class Detached(Task):
         made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
-        self.random = any(view.random for view in self.views.values()) or any(map(may_draw, encoders.values()))
+        self.random = any(view.random for view in self.views.values()) or any(map(is_stochastic, encoders.values()))
         self.model = self.place(DetachedClassifiers(encoders, widths, run.data.classes))
         self.projected = {name: width for name, width in widths.items() if width != self.model.width}
         self.parameters = list(self.model.parameters())
@@ -114,7 +114,7 @@ class Detached(Task):
         labelled = (train.labels >= 0).nonzero().flatten()
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(labelled.cpu()[distributed.part(len(labelled))], 1000):
+        for batch in feed.batches(labelled.cpu()[distributed.local_indices(len(labelled))], 1000):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
         labels = train.labels[labelled].to(self.run.device)
@@ -139,7 +139,7 @@ class Detached(Task):
 
     def contrast(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The contrastive loss, summed over all ordered pairs of modalities and all rows of the global batch."""
-        features = [distributed.whole(x) for x in features]
+        features = [distributed.gather_rows(x) for x in features]
         temperature, full = self.options.contrast_temperature, self.options.contrast == "full"
         total = torch.zeros((), device=features[0].device)
         for a, b in itertools.permutations(range(len(features)), 2):

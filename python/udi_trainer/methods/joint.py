@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from ..data.dataset import Batch, presence
 from ..evaluation.scores import scores
 from ..models.classifiers import ConcatClassifier, JointClassifier
-from ..models.encoders import make_encoder, may_draw
+from ..models.encoders import is_stochastic, make_encoder
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs
@@ -30,7 +30,7 @@ class Joint(Task):
         made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
-        self.random = any(view.random for view in views.values()) or any(map(may_draw, encoders.values()))
+        self.random = any(view.random for view in views.values()) or any(map(is_stochastic, encoders.values()))
         self.model = self.place(self.classifier(encoders, widths, run.data.classes))
         self.parameters = trainable(self.model)
         self.optimizer = run.optimizer(self.parameters)

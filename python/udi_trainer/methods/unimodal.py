@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.dataset import Batch
 from ..models.classifiers import Classifier
-from ..models.encoders import make_encoder, may_draw
+from ..models.encoders import is_stochastic, make_encoder
 from ..run import Run
 from ..training.loop import fit
 from ..training.task import Task, trainable, update
@@ -23,7 +23,7 @@ class Unimodal(Task):
         super().__init__(run, modality)
         self.view = run.data.modalities[modality]
         encoder, self.width = make_encoder(modality, self.view, run.data.train)
-        self.random = self.view.random or may_draw(encoder)
+        self.random = self.view.random or is_stochastic(encoder)
         self.model = self.place(Classifier(encoder, self.width, run.data.classes))
         self.parameters = trainable(self.model)
 

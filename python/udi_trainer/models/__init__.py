@@ -1,4 +1,4 @@
-"""Encoders, and the classifiers made of them."""
+"""Encoders and classifiers."""
 
 from . import classifiers, encoders
 

@@ -1,4 +1,4 @@
-"""Classifiers: encoders under linear heads, which return (features, logits); and a head alone."""
+"""Classifiers: encoders with linear heads, which return (features, logits), and a head without an encoder."""
 
 from functools import reduce
 
@@ -15,7 +15,7 @@ class Classifier(nn.Module):
     kind = "unimodal"
 
     def __init__(self, encoder: nn.Module, width: int, classes: int, features: int | None = None):
-        """``features``: their width, if another than the encoder's: a linear layer brings them there."""
+        """``features``: width of the features; if it differs from the encoder's, a linear layer projects to it."""
         super().__init__()
         self.arguments = {"features": features}
         self.encoder = encoder if features in (None, width) else nn.Sequential(encoder, nn.Linear(width, features))
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
 
 
 class DetachedClassifiers(nn.Module):
-    """Each modality's classifier, and a linear head that all share; features are as wide as the narrowest encoder's."""
+    """A classifier per modality and a shared linear head. All features are as wide as the narrowest encoder's."""
 
     def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
         super().__init__()
@@ -41,9 +41,9 @@ class DetachedClassifiers(nn.Module):
 
 
 class JointClassifier(nn.Module):
-    """All modalities' encoders under a linear head; features come by modality.
+    """The encoders of all modalities with a joint linear head.
 
-    The logits are the sum of one share per modality, which :meth:`shares` tells apart.
+    The logits are the sum of one share per modality, see :meth:`shares`.
     """
 
     def __init__(self, encoders: dict[str, nn.Module]):
@@ -54,13 +54,16 @@ class JointClassifier(nn.Module):
         raise NotImplementedError
 
     def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The logits that come of each modality."""
+        """Each modality's share of the logits."""
         raise NotImplementedError
 
     def forward(
         self, inputs: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """``present``: which samples have a modality; the features of the others are 0. Not named: all have it."""
+        """Returns (features by modality, logits).
+
+        ``present`` marks the samples that have a modality (default: all); the features of the others are set to 0.
+        """
         features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
         for name, has in (present or {}).items():
             features[name] = features[name] * has[:, None].to(features[name].dtype)
@@ -69,7 +72,7 @@ class JointClassifier(nn.Module):
 
 @classifiers.register("concat")
 class ConcatClassifier(JointClassifier):
-    """One linear head on the concatenated features; its bias is shared out evenly."""
+    """A linear head on the concatenated features. The shares divide its bias evenly."""
 
     kind = "concat"
 
@@ -89,7 +92,7 @@ class ConcatClassifier(JointClassifier):
 
 @classifiers.register("sum")
 class SumClassifier(JointClassifier):
-    """A linear head on each modality's features, their logits summed."""
+    """A linear head on each modality's features; the logits are summed."""
 
     kind = "sum"
 
@@ -106,7 +109,7 @@ class SumClassifier(JointClassifier):
 
 @classifiers.register("features")
 class FeatureHead(nn.Module):
-    """A linear head on the features of other models, side by side (N, width): the logits."""
+    """A linear head on the concatenated features (N, width) of other models; returns the logits."""
 
     kind = "features"
 
@@ -120,9 +123,9 @@ class FeatureHead(nn.Module):
 
 
 class ConditionalGaussian(nn.Module):
-    """q(y|x) of CLUB, a diagonal Gaussian: mean and log-variance, the latter between -1 and 1.
+    """q(y|x) of CLUB: a diagonal Gaussian with mean and log-variance, the latter between -1 and 1.
 
-    ``depth``: layers of ``hidden`` units; 0 makes both linear in x.
+    ``depth``: number of hidden layers of ``hidden`` units. With 0, both depend linearly on x (before tanh).
     """
 
     def __init__(self, x_dim: int, y_dim: int, hidden: int, depth: int = 1):

@@ -1,8 +1,8 @@
-"""Encoders: from one modality's inputs to features.
+"""Encoders: modules from the inputs of one modality to features.
 
-A new encoder is one function decorated with ``@encoders.register(name)`` that takes the shape of one sample, and if it
-likes the width of the features, and returns a module from a batch to features (N, width). Those of images serve clips
-of several frames too, with the mean over the frames.
+A new encoder is one function decorated with ``@encoders.register(name)``. It takes the shape of one sample, and
+optionally the width of the features, and returns a module from a batch to features (N, width). Image encoders are also
+used for clips, with the mean over the frames.
 """
 
 import inspect
@@ -20,9 +20,9 @@ from ..run_folder import load_tensors
 
 @encoders.register("cnn")
 def cnn(shape: torch.Size, features: int = FEATURES) -> nn.Module:
-    """Two convolutions, for images of 8x8 and more; small ones keep their resolution longer, large ones get more.
+    """Two convolutions for images of 8x8 and more. Small images are pooled later, large ones get more layers.
 
-    ReLU comes after pooling: the same function, on a quarter of the elements.
+    ReLU follows pooling: this computes the same function on a quarter of the elements.
     """
     channels, height, width = shape
     late = 2 if min(height, width) >= 16 else 1
@@ -46,7 +46,7 @@ def mlp(shape: torch.Size, features: int = FEATURES) -> nn.Module:
 
 @encoders.register("cnn1d")
 def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
-    """Three convolutions along the first axis of sequences (T, D), and the mean over time."""
+    """Three convolutions along the first axis of sequences (T, D), then the mean over time."""
     sizes = (shape[1], 64, 128, 128)
     pairs = zip(sizes, sizes[1:], strict=False)
     layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
@@ -62,21 +62,21 @@ class Transpose(nn.Module):
 
 @encoders.register("words")
 class Words(nn.Module):
-    """Mean of the learned vectors of a text's words, which come as their hashes (N, L) below 8192; 0 is no word."""
+    """The mean of learned word embeddings. Inputs are word hashes (N, L) below 8192; 0 is padding."""
 
     def __init__(self, shape: torch.Size, features: int = FEATURES):
         super().__init__()
         self.vectors, self.head = nn.Embedding(8192, 64), nn.Linear(64, features)
 
     def forward(self, words):
-        known = (words != 0)[..., None]
-        mean = (self.vectors(words.long()) * known).sum(1) / known.sum(1).clamp_min(1)
+        mask = (words != 0)[..., None]
+        mean = (self.vectors(words.long()) * mask).sum(1) / mask.sum(1).clamp_min(1)
         return self.head(mean).relu()
 
 
 @encoders.register("resnet18")
 def resnet18(shape: torch.Size, features: int = FEATURES) -> nn.Module:
-    """ResNet-18 (He et al. 2016), for images of 32x32 and more, spectrograms too."""
+    """ResNet-18 (He et al. 2016) for images and spectrograms of 32x32 and more."""
 
     def conv(inputs, outputs, size, stride=1):
         layer = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
@@ -101,8 +101,8 @@ def resnet18(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, features))
 
 
-class OverFrames(nn.Module):
-    """The mean of an image encoder's features over the frames of clips (N, F, C, H, W)."""
+class FrameMean(nn.Module):
+    """Applies an image encoder to each frame of clips (N, F, C, H, W) and averages the features."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -114,21 +114,21 @@ class OverFrames(nn.Module):
 
 
 def named_encoder(modality: Modality, shape: torch.Size) -> nn.Module:
-    """Of clips, the images' encoder over their frames."""
+    """The encoder registered under the modality's encoder name; for clips, applied per frame."""
     clip = len(shape) == 4
     make = encoders.find(str(modality.encoder))
     widths = (modality.width,) if len(inspect.signature(make).parameters) > 1 else ()  # some have a width of their own
     encoder = make(shape[1:] if clip else shape, *widths)
     if modality.weights:
         load_weights(encoder, modality.weights)
-    return OverFrames(encoder) if clip else encoder
+    return FrameMean(encoder) if clip else encoder
 
 
 def load_weights(encoder: nn.Module, file: str):
-    """Starts from a file of weights: by name, or by order where all shapes agree, as with torchvision's ResNet-18.
+    """Loads initial weights from a file, by name or by order (as for torchvision's ResNet-18, whose names differ).
 
-    The last layers, whose width is another matter, keep their own. A first convolution of other channels gets the mean
-    over the file's channels, scaled so that its outputs keep their size (as in temporal segment networks,
+    The final layer keeps its own initialization. If the first convolution has a different number of channels, it gets
+    the mean over the file's channels, scaled to preserve the magnitude of its outputs (as in temporal segment networks,
     arXiv 1608.00859).
     """
     given = load_tensors(Path(file), "give another file")
@@ -143,44 +143,44 @@ def load_weights(encoder: nn.Module, file: str):
             channels = own[name].shape[1]
             t = t.mean(1, keepdim=True).expand(-1, channels, -1, -1) * (t.shape[1] / channels)
         if t.shape != own[name].shape:
-            raise UserError(f"{file}: {name} is {tuple(own[name].shape)} here, {tuple(t.shape)} there")
+            raise UserError(f"{file}: {name} has shape {tuple(t.shape)}, the encoder needs {tuple(own[name].shape)}")
         loaded[name] = t
     encoder.load_state_dict(own | loaded)
 
 
 def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module, int]:
-    """A fresh encoder of this modality, and the width of its features.
+    """A new encoder for this modality, and the width of its features.
 
-    Images keep their channels last in memory: pooling and, in reduced precision, convolutions are quicker so.
+    Image encoders use the channels-last format: pooling is faster, and so are convolutions in reduced precision.
     """
-    two = modality.sample(split, min(2, len(split))).cpu()
+    batch = modality.sample(split, min(2, len(split))).cpu()
     if isinstance(modality.encoder, nn.Module):
-        raise UserError(f"the encoder of {name} is a module: give what makes one anew, a class, or a function")
-    shape = two.shape[1:]
+        raise UserError(f"the encoder of {name} is a module: give a class or a function that creates new ones")
+    shape = batch.shape[1:]
     try:
         encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)
         if len(shape) == 3:
-            cast(Any, encoder).to(memory_format=torch.channels_last)  # torch's hints do not know it
+            cast(Any, encoder).to(memory_format=torch.channels_last)  # torch's type hints lack it
         with torch.no_grad():
-            features = encoder.eval()(two)
+            features = encoder.eval()(batch)
         encoder.train()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the encoder of {name} fails on inputs of shape {tuple(shape)}: {error}") from error
-    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != len(two):
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != len(batch):
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise UserError(f"the encoder of {name} must make (N, width) of {len(two)} samples, got {got}")
+        raise UserError(f"the encoder of {name} must return (N, width) for {len(batch)} samples, got {got}")
     return encoder, features.shape[1]
 
 
-def may_draw(encoder: nn.Module) -> bool:
-    """Whether its steps may draw random numbers: a layer is known to, or is nobody's that one could know."""
+def is_stochastic(encoder: nn.Module) -> bool:
+    """Whether training steps may draw random numbers: true for dropout-like layers, and for any unknown layer."""
 
-    def draws(layer):
+    def may_draw(layer):
         if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
             return layer.dropout > 0
-        known = nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d
-        return isinstance(layer, known) or not type(layer).__module__.startswith(("torch.nn.", __name__))
+        random = nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d
+        return isinstance(layer, random) or not type(layer).__module__.startswith(("torch.nn.", __name__))
 
-    return any(map(draws, encoder.modules()))
+    return any(map(may_draw, encoder.modules()))

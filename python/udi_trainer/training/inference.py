@@ -20,7 +20,7 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     task.model.eval()
     feed = Feed(run, split, task.reads)
     parts = []
-    for batch in feed.batches(distributed.part(len(split)), BATCH):
+    for batch in feed.batches(distributed.local_indices(len(split)), BATCH):
         parts.append(compute(feed.complete(batch)))
         run.stop.check()
     return distributed.gather(torch.cat(parts).float(), len(split)).cpu()

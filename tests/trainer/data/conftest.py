@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes files, see files.py."""
+    """Writes files, see files.py."""
     from .files import Folder
 
     (tmp_path / "files").mkdir()
@@ -12,5 +12,5 @@ def folder(tmp_path):
 
 @pytest.fixture
 def options(tmp_path):
-    """What every run of these tests has in common."""
+    """The options of all runs in these tests."""
     return {"cache_dir": tmp_path / "cache", "device": "cpu", "progress": False}

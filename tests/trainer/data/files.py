@@ -10,7 +10,7 @@ RATE = 4000
 
 
 class Folder:
-    """Files whose content tells the label, more or less, and a manifest of them."""
+    """Writes files whose content correlates with the label, and a manifest of them."""
 
     def __init__(self, path):
         self.path, self.random = path, np.random.default_rng(0)
@@ -62,7 +62,7 @@ class Folder:
         return path
 
     def pairs(self, count=48, classes=4):
-        """Rows of image and sound; the image tells half of the label, the sound the other half."""
+        """Rows of image and sound; each of them reveals half of the label."""
         return [
             {
                 "image": self.image(f"images/{i}.png", i % classes // 2),

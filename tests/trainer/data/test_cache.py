@@ -1,4 +1,4 @@
-"""Decoded once: what a second start reads, what an interrupted or a second run at the same time leaves."""
+"""The cache: each sample is decoded once, across restarts, interruptions and parallel runs."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from udi_trainer.options import Options
 
 
 def column(cache, values, decoded, names=None):
-    """Of vectors that hold their own value; ``decoded`` lists what was not there."""
+    """A column of vectors with the given values; ``decoded`` collects the samples that were not cached."""
 
     def decode(i):
         decoded.append(values[i])
@@ -38,7 +38,7 @@ def test_only_new_samples_are_decoded(tmp_path):
     assert x.tolist() == [[5] * 3, [6] * 3, [7] * 3] and len(decoded) == 3
     x, _ = column(cache, [7, 8, 5], decoded)  # another order, a row less, a row more
     assert x.tolist() == [[7] * 3, [8] * 3, [5] * 3] and decoded[3:] == [8]
-    x.zero_()  # of one's own copy
+    x.zero_()  # changes only the private copy
     assert column(cache, [7, 8, 5], decoded)[0].tolist() == [[7] * 3, [8] * 3, [5] * 3]
 
 
@@ -63,7 +63,7 @@ def test_an_interrupted_column_goes_on(tmp_path):
         cache.column("numbers", (), keys, decode, (3,), torch.float32)
     again = []
     x, _ = column(cache, list(range(100)), again)
-    assert len(set(again) & set(decoded)) <= 2 * os.cpu_count()  # those on their way when it ended
+    assert len(set(again) & set(decoded)) <= 2 * os.cpu_count()  # those in progress at the interruption
     assert x[:, 0].tolist() == list(range(100))
 
 
@@ -78,7 +78,7 @@ def test_data_deleted_by_hand_is_decoded_anew(tmp_path):
 
 
 def test_a_disk_that_fills_up(tmp_path, monkeypatch):
-    """The system then writes a part of a sample, which must not count as whole when there is room again."""
+    """On a full disk a sample is written partially. It must not count as complete once there is space again."""
     cache, write = Cache(tmp_path), os.pwrite
 
     def full(file, raw, place):

@@ -1,4 +1,4 @@
-"""Wrong data gets one clear error, whatever is wrong with it, before anything is trained."""
+"""Invalid data raises one clear error before training."""
 
 import re
 from dataclasses import replace
@@ -11,7 +11,7 @@ from udi_trainer.data.check import check
 
 
 def spoil(split, index, value):
-    """A label of the split."""
+    """Sets a label of the split."""
 
     def damage(data):
         getattr(data, split).labels[index] = value
@@ -79,7 +79,7 @@ DAMAGES = [
     (store("test", "sound", lambda t: t[:, 9:]), "audio differ in shape: train (50, 3), val (50, 3), test (41, 3)"),
     # modalities
     (drop("val", "image"), "picture reads 'image', which val lacks: it has sound, vector"),
-    (lambda data: list(map(data.modalities.pop, ("audio", "picture"))), "modalities ['sensor']: it takes two or more"),
+    (lambda data: list(map(data.modalities.pop, ("audio", "picture"))), "modalities ['sensor']: two or more"),
     (rename("left.eye"), "a modality cannot be named 'left.eye'"),
     (rename("left/eye"), "a modality cannot be named 'left/eye'"),
     (rename(""), "a modality cannot be named ''"),
@@ -88,7 +88,7 @@ DAMAGES = [
     (rename("joint"), "a modality cannot be named 'joint'"),
     (lambda data: setattr(data.modalities["sensor"], "reads", "vector"), "give a tuple of names, ('vector',)"),
     (lambda data: data.train.stored.update(index=data.train.labels), "a stored tensor cannot be named 'index'"),
-    (lambda data: setattr(data, "classes", 1), "mixed has 1 classes: it takes two or more"),
+    (lambda data: setattr(data, "classes", 1), "mixed has 1 classes: two or more are needed"),
     (lambda data: setattr(data, "classes", "2"), "mixed has '2' classes"),
 ]  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_what_is_refused(mixed, damage, wanted, tmp_path):
 
 
 def test_values_are_searched_to_the_end():
-    """In pieces: of more samples than one has."""
+    """The check works in chunks; this split has several."""
     x = torch.zeros(10_001, 2)
     labels = torch.arange(10_001) % 2
     fine = Split(labels[:10], {"x": x[:10]})
@@ -115,7 +115,7 @@ def test_values_are_searched_to_the_end():
 
 
 def test_tensors_of_any_kind_pass(mixed):
-    """Empty of dimensions, integers, booleans, half precision."""
+    """Zero dimensions, integers, booleans, half precision."""
     kinds = {"a": torch.float16, "b": torch.bool, "c": torch.int8}
     splits = {
         name: Split(split.labels, {n: torch.ones(len(split), dtype=kind) for n, kind in kinds.items()})

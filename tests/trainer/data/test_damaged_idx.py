@@ -1,4 +1,4 @@
-"""MNIST's files as a broken download, or somebody's joke, leaves them."""
+"""MNIST's files after a broken download, or crafted maliciously."""
 
 import gzip
 
@@ -11,7 +11,7 @@ from ..helpers import one_line, start, write_idx
 
 
 def refused(capsys, root):
-    """The one line with which the command ends."""
+    """The command's error message of one line."""
     assert main(["--dataset", "cgmnist", "--data-root", str(root)]) == 2
     return one_line(capsys.readouterr().err)
 
@@ -24,12 +24,12 @@ def idx(*sizes, data=b"", dims=None):
 @pytest.mark.parametrize(
     "raw, wanted",
     [
-        (idx(0, 28, 28), "holds no samples"),
+        (idx(0, 28, 28), "has no samples"),
         (idx(5, 28, 28), "is truncated (0 bytes of 3920)"),
         (idx(5, 28, 28, data=bytes(3919)), "is truncated (3919 bytes of 3920)"),
         (idx(5, 28, 28, data=bytes(3921)), "more than the 3920 bytes"),
-        (idx(2**32 - 1, 28, 28), "claims to hold 4294967295 x 28 x 28"),
-        (idx(2**32 - 1, 2**32 - 1, 2**32 - 1), "claims to hold"),
+        (idx(2**32 - 1, 28, 28), "claims to have 4294967295 x 28 x 28"),
+        (idx(2**32 - 1, 2**32 - 1, 2**32 - 1), "claims to have"),
         (idx(5, dims=1, data=bytes(5)), "is not an idx file"),
         (gzip.compress(b""), "is not an idx file"),
         (b"", "is not an idx file"),
@@ -54,7 +54,7 @@ def test_label_that_is_no_digit(little_mnist, capsys):
 
 
 def test_gzip_of_too_much(tmp_path):
-    """Refused in the memory that its header announces."""
+    """Refused without more memory than the header announces."""
     path = tmp_path / "bomb.gz"
     path.write_bytes(idx(60000, 28, 28, data=bytes(47_040_000)) + gzip.compress(bytes(2**24)) * 32)
     code = (

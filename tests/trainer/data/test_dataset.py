@@ -14,7 +14,7 @@ def test_batch_has_labels_index_and_the_tensors_asked_for():
 
 
 def test_input_is_made_of_what_is_read():
-    """By default the one tensor as float32; images with their channels last in memory."""
+    """By default the single tensor as float32; images in channels-last format."""
     split = Split(torch.zeros(4), {"a": torch.arange(4), "image": torch.rand(4, 3, 5, 5)})
     assert Modality("mlp", ("a",)).sample(split, 3).tolist() == [0.0, 1.0, 2.0]
     image = Modality("cnn", ("image", "a"), lambda image, a: image + a[:, None, None, None]).sample(split, 2)

@@ -1,4 +1,4 @@
-"""The digits: what colors and halves tell, and MNIST's files as they come, damaged too."""
+"""The digits: what colors and halves reveal, and MNIST's files, intact and damaged."""
 
 import gzip
 import os
@@ -59,7 +59,7 @@ def test_colors_tell_the_digit_in_training_only():
 
 
 def test_splitdigits(little_mnist):
-    """Two halves of the same digit, noise aside; of 28x28 digits too, which are trained on."""
+    """Two halves of the same digit, apart from noise; also for 28x28 digits, including training."""
     split, whole = splitdigits(Options()), cgdigits(Options())
     assert list(split.modalities) == ["left", "right"]
     for part in ("train", "val", "test"):
@@ -69,7 +69,7 @@ def test_splitdigits(little_mnist):
         for name, clean in zip(("left", "right"), theirs.stored["pixels"].chunk(2, dim=2), strict=True):
             half = ours.stored[name]
             assert half.dtype == torch.uint8 and half.shape == clean.shape == (len(ours), 8, 4)
-            inner = (clean > 100) & (clean < 155)  # where clipping cuts hardly anything off
+            inner = (clean > 100) & (clean < 155)  # where clipping has almost no effect
             spread[name] = ((half.float() - clean)[inner] / 255).std()
         assert spread["left"] == pytest.approx(HALVES["left"], rel=0.1)
         assert spread["right"] == pytest.approx(HALVES["right"], rel=0.15)
@@ -86,7 +86,7 @@ def test_splitdigits(little_mnist):
 
 
 def test_huedigits(little_mnist):
-    """The hue is the label's own as often as it should be; in the shifted split it tells nothing."""
+    """The hue is the label's own with probability rho; in the shifted split it is independent of the label."""
     digits = huedigits(Options.make(dataset="huedigits", rho=0.8))
 
     def own(split):
@@ -107,7 +107,7 @@ def test_huedigits(little_mnist):
 
 
 def test_resplit():
-    """Another split for each seed: all digits once, classes alike."""
+    """Each seed has another stratified split, in which every digit occurs once."""
     options = Options.make(dataset="splitdigits", resplit=100, seed=3)
     split = splitdigits(options)
     assert [len(part) for part in split.splits().values()] == [1077, 100, 620]
@@ -118,5 +118,5 @@ def test_resplit():
     assert torch.equal(split.train.stored["left"], again.train.stored["left"])
     assert not torch.equal(split.train.stored["left"], other.train.stored["left"])
     assert torch.equal(fewdigits(options).train.stored["left"], split.train.stored["left"])
-    with pytest.raises(UserError, match="--resplit 720: of 1797 digits training takes 1077"):
+    with pytest.raises(UserError, match="--resplit 720: training takes 1077 of 1797"):
         splitdigits(Options.make(dataset="splitdigits", resplit=720))

@@ -1,4 +1,4 @@
-"""The field's data sets in small: each layout is found, trained on, and says what it misses."""
+"""Small copies of the public datasets: each layout is found and trained on, and missing files are named."""
 
 import shutil
 
@@ -97,7 +97,7 @@ LAYOUTS = {
     ("ave", {"AudioWAV": "Audios"}),
 ])  # fmt: skip
 def test_other_places(name, folder, options, moves):
-    """OGM-GE's readme has CREMA-D so, DI-MML's scripts AVE."""
+    """The layouts of CREMA-D in OGM-GE's readme and of AVE in DI-MML's scripts."""
     LAYOUTS[name][0](folder)
     for old, new in moves.items():
         (folder.path / old).rename(folder.path / new)
@@ -172,7 +172,7 @@ def test_actors_of_a_fold_are_apart(folder, options):
 
 
 def test_flow_and_frames_are_cropped_and_mirrored_together(folder, options):
-    """A bright corner of a clip lies in the same place of its picture and its flow, whatever chance says."""
+    """A bright corner stays in the same place of a clip's images and flow under every augmentation."""
     rows = []
     for i in range(12):
         corner = np.full((20, 20), 60)
@@ -207,7 +207,7 @@ def test_manifest_from_a_folder(folder, options, tmp_path):
     given = {k: v for k, v in options.items() if k != "progress"}
     data = build(read(tmp_path / "m.csv"), Options.make(dataset="manifest", **given))
     assert sum(map(len, data.splits().values())) == 24
-    with pytest.raises(UserError, match="no path in it is like"):
+    with pytest.raises(UserError, match="no path matches"):
         scan(folder.path, {"sound": "{label}.flac"})
-    with pytest.raises(UserError, match="are both image of 0: name more fields"):
+    with pytest.raises(UserError, match="are both image of 0: add fields"):
         scan(folder.path, {"sound": "rec/{label}_anna0_{a}.wav", "image": "pics/{label}/{b}.png"})

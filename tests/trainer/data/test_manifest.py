@@ -1,4 +1,4 @@
-"""Manifests: every kind of file trains, splits keep their rules, and what is damaged is named before training."""
+"""Manifests: all kinds of files can be trained on, splits follow their rules, damage is reported before training."""
 
 import os
 import random
@@ -14,7 +14,7 @@ pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[d
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
 from udi_trainer import UserError, load, train
-from udi_trainer.data.manifest import build, draw, read
+from udi_trainer.data.manifest import build, draw_splits, read
 from udi_trainer.options import Options
 
 
@@ -24,7 +24,7 @@ def dataset(path, options, **more):
 
 
 def test_pairs_of_images_and_sounds_out_of_the_box(folder, options, tmp_path):
-    """Recordings of different lengths, no option but the manifest; together they tell what neither does alone."""
+    """Recordings of different lengths, with no option but the manifest. Only both modalities reveal the label."""
     path = folder.manifest(folder.pairs(120))
     result = train("manifest", "ensemble", manifest=path, epochs=12, batch_size=16, out=tmp_path / "run", **options)
     alone = [figures["test_acc"] for figures in result.metrics["unimodal"].values()]
@@ -84,8 +84,8 @@ def test_labels_of_numbers_in_their_order(folder, options):
 
 def test_drawn_splits_are_stratified_and_the_same_again():
     labels = ["x"] * 700 + ["y"] * 200 + ["z"] * 100
-    names = draw(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
-    assert names == draw(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
+    names = draw_splits(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
+    assert names == draw_splits(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
     for label, count in Counter(labels).items():
         got = Counter(name for name, x in zip(names, labels, strict=True) if x == label)
         assert abs(got["train"] - 0.7 * count) <= 2 and abs(got["val"] - got["test"]) <= 2
@@ -95,7 +95,7 @@ def test_groups_stay_together():
     pick = random.Random(0)
     groups = [f"g{pick.randrange(40)}" for _ in range(1000)]
     labels = [str(pick.randrange(5)) for _ in groups]
-    names = draw(labels, groups, {"train": 0.7, "val": 0.15, "test": 0.15})
+    names = draw_splits(labels, groups, {"train": 0.7, "val": 0.15, "test": 0.15})
     homes = {}
     for group, name in zip(groups, names, strict=True):
         assert homes.setdefault(group, name) == name
@@ -105,9 +105,9 @@ def test_groups_stay_together():
 
 def test_three_groups_are_enough_and_two_are_not():
     shares = {"train": 0.7, "val": 0.15, "test": 0.15}
-    assert sorted(set(draw(["a", "b"] * 9, list("xxyyzz") * 3, shares))) == ["test", "train", "val"]
+    assert sorted(set(draw_splits(["a", "b"] * 9, list("xxyyzz") * 3, shares))) == ["test", "train", "val"]
     with pytest.raises(UserError, match="2 groups"):
-        draw(["a", "b"] * 4, list("xxyy") * 2, shares)
+        draw_splits(["a", "b"] * 4, list("xxyy") * 2, shares)
 
 
 def test_given_splits_are_kept_and_an_absent_one_drawn(folder, options):
@@ -139,10 +139,13 @@ def test_one_line_that_names_row_and_file(folder, options):
     images, sounds = folder.path / "images", folder.path / "sounds"
     damages = {
         "no image": (lambda: cut(images / "5.png", 100), "line 7: column image: .*5.png: a damaged image"),
-        "not an image": (lambda: (images / "5.png").write_text("hello"), "line 7: column image: .*5.png: no image"),
+        "not an image": (
+            lambda: (images / "5.png").write_text("hello"),
+            "line 7: column image: .*5.png: not a readable image",
+        ),
         "missing": (lambda: (images / "5.png").unlink(), "line 7: column image: .*5.png: No such file"),
         "truncated": (lambda: cut(sounds / "5.wav", 300), "line 7: column sound: .*5.wav: truncated, 300 bytes of"),
-        "empty": (lambda: cut(sounds / "5.wav", 0), "line 7: column sound: .*5.wav: no sound"),
+        "empty": (lambda: cut(sounds / "5.wav", 0), "line 7: column sound: .*5.wav: not readable as sound"),
         "folder": (lambda: ((images / "5.png").unlink(), (images / "5.png").mkdir()), "line 7: column image: .*5.png"),
     }
     for damage, wanted in damages.values():
@@ -163,13 +166,13 @@ def test_one_line_that_names_row_and_file(folder, options):
 
 @pytest.mark.parametrize("change, wanted", [
     ({"label": "", "split": "val"}, "line 7: no label"),
-    ({"split": "tset"}, "line 7: split 'tset' is none of"),
+    ({"split": "tset"}, "line 7: split 'tset' is not train"),
     ({"sound": "", "split": "train"}, "line 7: column sound is empty .--allow-missing"),
-    ({"sound": "", "image": "", "number": ""}, "line 7: no modality at all"),
-    ({"id": "3"}, r"line 7: id '3' is that of .*line 5 too"),
-    ({"number": "nan"}, "line 7: column number holds 'nan': a finite number is wanted"),
-    ({"number": "1e39"}, "line 7: column number holds '1e39'"),
-    ({"number": "unknown"}, "line 7: column number holds 'unknown'"),
+    ({"sound": "", "image": "", "number": ""}, "line 7: all modalities are empty"),
+    ({"id": "3"}, r"line 7: id '3' is also used in .*line 5"),
+    ({"number": "nan"}, "line 7: column number contains 'nan', which is not a finite number"),
+    ({"number": "1e39"}, "line 7: column number contains '1e39'"),
+    ({"number": "unknown"}, "line 7: column number contains 'unknown'"),
     ({"label": "new", "split": "val"}, "line 7: label 'new' is in val, but no training sample has it"),
     ({"number": ""}, "line 7: column table is empty"),
 ])  # fmt: skip
@@ -195,7 +198,7 @@ def test_nan_feature_and_wrong_shape(folder, options):
     with pytest.raises(UserError, match="line 5: column f: .*3.npy: NaN or inf as float32"):
         dataset(path, options)
     folder.array("f/3.npy", np.ones(5))
-    with pytest.raises(UserError, match=r"line 5: column f: .*3.npy: of shape \(5,\), others are \(4,\)"):
+    with pytest.raises(UserError, match=r"line 5: column f: .*3.npy: has shape \(5,\), the others have \(4,\)"):
         dataset(path, options)
 
 
@@ -224,10 +227,10 @@ def test_tensors_of_a_file(folder, options):
     path = folder.manifest(rows)
     assert dataset(path, options).train.stored["f"].shape[1:] == (3,)
     torch.save({"x": 1}, folder.path / "4.pt")
-    with pytest.raises(UserError, match="line 6: column f: .*4.pt: .*no tensor, but dict"):
+    with pytest.raises(UserError, match="line 6: column f: .*4.pt: .*not a tensor, but dict"):
         dataset(path, options)
     (folder.path / "4.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="line 6: column f: .*4.pt: no tensor") as caught:
+    with pytest.raises(UserError, match="line 6: column f: .*4.pt: not a tensor") as caught:
         dataset(path, options)
     assert "weights_only" not in str(caught.value)
 
@@ -262,11 +265,11 @@ def test_text_that_is_no_path(folder, options, caplog, text):
 @pytest.mark.parametrize("text, wanted", [
     ("", "needs a header"),
     ("image,sound\na.png,b.wav\n", "needs a header with a column label"),
-    ("image,label,label\na.png,1,1\n", "columns of the same name"),
-    ("image,label\na.png,1,2\n", "line 2 has 3 cells, the header 2"),
+    ("image,label,label\na.png,1,1\n", "duplicate or empty column names"),
+    ("image,label\na.png,1,2\n", "line 2 has 3 cells, the header has 2"),
     ("image,label\n,1\n", "column image is empty"),
-    ("film,label\na.mp4,1\n", "column film holds 'a.mp4', and there is no such file: --kinds"),
-    ('image,label\n"a.png,1\n', "no CSV in UTF-8"),
+    ("film,label\na.mp4,1\n", "column film contains 'a.mp4', and there is no such file: give --kinds"),
+    ('image,label\n"a.png,1\n', "not a UTF-8 CSV"),
 ])  # fmt: skip
 def test_manifest_that_is_none(tmp_path, options, text, wanted):
     path = tmp_path / "m.csv"
@@ -283,11 +286,11 @@ def test_the_same_file_in_training_and_test_is_told(folder, options, caplog):
     assert "line 10: sound is the same as that of a training sample" in caplog.text
 
 
-# --- where files lie ---
+# --- paths ---
 
 
 def test_odd_paths(folder, options, tmp_path, monkeypatch):
-    """Spaces, semicolons, names beyond ASCII, links, a relative manifest, a folder nobody may write to."""
+    """Spaces, semicolons, non-ASCII names, links, a relative manifest, a read-only folder."""
     rows = folder.pairs(24)
     for i, name in enumerate(("bild mit platz.png", "ä;ö.png", "图像.png")):
         os.rename(folder.path / rows[i]["image"], folder.path / "images" / name)
@@ -307,7 +310,7 @@ def test_odd_paths(folder, options, tmp_path, monkeypatch):
     assert sum(map(len, data.splits().values())) == 24
 
 
-# --- missing senses ---
+# --- missing modalities ---
 
 
 def test_missing_modalities(folder, options, tmp_path):
@@ -316,7 +319,7 @@ def test_missing_modalities(folder, options, tmp_path):
         rows[i]["sound"] = ""
     rows[21]["image"] = ""
     for i in (12, 13, 30):
-        rows[i]["sound"] = ""  # of test
+        rows[i]["sound"] = ""  # in test
     rows[14]["image"] = ""
     path = folder.manifest(rows)
     given = {"manifest": path, "epochs": 6, "batch_size": 8, "baselines": ["joint"], **options}

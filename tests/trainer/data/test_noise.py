@@ -55,12 +55,12 @@ def test_unlabelled_samples_stay_so(mixed):
 
 def test_only_pixels_and_floats_take_noise(mixed):
     mixed.train.stored["vector"] = torch.ones(101, 5, dtype=torch.int64)
-    with pytest.raises(UserError, match="'vector' is neither pixels nor floating point, but torch.int64"):
+    with pytest.raises(UserError, match="'vector' is neither uint8 pixels nor floating point, but torch.int64"):
         corrupt(mixed, 0.1, 0)
 
 
 def test_noise_option():
-    """The same samples for all seeds; a resumed run has them too."""
+    """The same noise for all seeds, also in a resumed run."""
     joint = ["--dataset", "cgdigits", "--method", "joint", "--epochs", "2"]
     for seed in ("0", "1"):
         options = ["--noise", "0.2,0.4", "--seed", seed, "--out", seed]

@@ -1,4 +1,4 @@
-"""Inputs made on the device: what evaluation sees is fixed, what training sees varies within bounds."""
+"""Input pipelines: evaluation inputs are deterministic, training inputs vary within bounds."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_frames_are_one_of_each_part():
 
 
 def test_spectrogram_of_a_tone():
-    """The loudest row is that of its frequency, whatever part is cut out."""
+    """The loudest row is that of the sound's frequency, for every crop."""
     rate, window, hop = 8000, 200, 100
     t = torch.arange(rate) / rate
     x = (20000 * torch.sin(2 * torch.pi * 1000 * t)).to(torch.int16)[None].repeat(4, 1)

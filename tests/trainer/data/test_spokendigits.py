@@ -1,4 +1,4 @@
-"""Spoken beside written digits, in small: speakers stay apart, pairs agree, and are the same again."""
+"""A small spokendigits: speakers are separated, pairs agree in their label and are reproducible."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_speakers_without_labels(spoken, options):
     assert torch.equal(few.train.labels[~hidden], whole.train.labels[~hidden]) and hidden.sum() == 40
     assert torch.equal(few.train.stored["image"], whole.train.stored["image"])
     assert torch.equal(few.val.labels, whole.val.labels)
-    with pytest.raises(UserError, match="--labelled-speakers 4: 3 speakers are for training"):
+    with pytest.raises(UserError, match="--labelled-speakers 4: only 3 speakers are for training"):
         dataset(spoken, options, labelled_speakers=4)
 
 
@@ -66,7 +66,7 @@ def test_it_trains(spoken, options, tmp_path):
 
 
 def test_what_is_missing(tmp_path, little_mnist, options):
-    with pytest.raises(UserError, match="holds no recordings such as 7_jackson_32.wav"):
+    with pytest.raises(UserError, match="contain no recordings such as 7_jackson_32.wav"):
         dataset(little_mnist, options)
     with pytest.raises(UserError, match="needs --data-root"):
         dataset(None, options)

@@ -34,7 +34,7 @@ def test_fusion_rules():
 
 
 def test_loglinear():
-    """Weights of the greatest likelihood, against a grid; a temperature undoes a factor; all stay finite."""
+    """Maximum-likelihood weights match a grid search, a temperature undoes a factor, and all values are finite."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (400,), generator=generator)
     hot = torch.nn.functional.one_hot(labels, 3)
@@ -62,4 +62,4 @@ def test_loglinear():
 
 
 def test_auto_chooses_among_the_same_three():
-    assert AUTO == ("mean", "sum", "weighted")  # until all studies are run anew with the log-linear rule
+    assert AUTO == ("mean", "sum", "weighted")  # until all studies are rerun with the log-linear rule

@@ -1,10 +1,10 @@
-"""Lines that are named where they end."""
+"""Labels at the ends of lines."""
 
 import pytest
 
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
-from udi_trainer.evaluation.plotting import curves, new_figure, spaced
+from udi_trainer.evaluation.plotting import curves, new_figure, separated
 
 
 @pytest.mark.parametrize(
@@ -13,13 +13,13 @@ from udi_trainer.evaluation.plotting import curves, new_figure, spaced
         ([0.2, 0.8], [0.2, 0.8]),
         ([0.5, 0.5], [0.45, 0.55]),
         ([0.5, 0.52, 0.54], [0.42, 0.52, 0.62]),
-        ([0.98, 0.99], [0.9, 1.0]),  # no higher than the axes
+        ([0.98, 0.99], [0.9, 1.0]),  # not above the axes
         ([-0.3, 0.0], [0.0, 0.1]),
-        ([0.4, 0.4, 0.5, 0.52], [0.305, 0.405, 0.505, 0.605]),  # spread names push their neighbours
+        ([0.4, 0.4, 0.5, 0.52], [0.305, 0.405, 0.505, 0.605]),  # separated labels push their neighbours
     ],
 )
 def test_names_are_spread(places, wanted):
-    assert spaced(places, 0.1) == pytest.approx(wanted)
+    assert separated(places, 0.1) == pytest.approx(wanted)
 
 
 def test_equal_lines_are_drawn_once_under_both_names():

@@ -1,4 +1,4 @@
-"""What is written of predictions, and figures beyond accuracy, against scikit-learn's."""
+"""predictions.csv, and metrics beyond accuracy compared with scikit-learn's."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from udi_trainer.evaluation.scores import accuracy, average_precision
 def test_details_agree_with_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     p, labels = torch.randn(200, 4).softmax(1), torch.randint(3, (200,))
-    p[:50] = p[50:100]  # equals
+    p[:50] = p[50:100]  # ties
     figures = details(p, labels)
     wanted = [metrics.average_precision_score((labels == c).numpy(), p[:, c].numpy()) for c in range(3)]
     torch.testing.assert_close(average_precision(p, labels)[:3], torch.tensor(wanted, dtype=torch.float64))
@@ -35,7 +35,7 @@ def test_what_is_missing_does_not_count(rule):
     torch.testing.assert_close(fused[2], z[2, 2].softmax(0).double())
     torch.testing.assert_close(fused[3], torch.full((4,), 0.25, dtype=torch.float64))
     torch.testing.assert_close(fused.sum(1), torch.ones(5, dtype=torch.float64))
-    pair = rule.of(torch.tensor([False, True, True]))
+    pair = rule.subset(torch.tensor([False, True, True]))
     torch.testing.assert_close(fused[1], pair(z[1:, 1:2])[0].double())
 
 
@@ -63,7 +63,7 @@ def test_predictions_csv():
 
 
 def test_no_tensorboard(monkeypatch):
-    """Told before any data is read."""
+    """Reported before any data is read."""
     monkeypatch.setattr("udi_trainer.api.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--tensorboard needs tensorboard: pip install"):
         train("manifest", manifest="none.csv", tensorboard=True, progress=False)

@@ -1,4 +1,4 @@
-"""report.png: what is in it, of all kinds of runs."""
+"""The content of report.png, for all kinds of runs."""
 
 import pytest
 
@@ -12,7 +12,7 @@ SCORES = {"val_acc": 0.8, "test_acc": 0.7, "test_macro_f1": 0.6}
 
 
 def run(modalities, controller="static", baselines=(), epochs=3):
-    """Metrics and history of UDI, its anchor the first modality."""
+    """Metrics and history of UDI with the first modality as anchor."""
     anchor, *followers = modalities
     history = {}
     for phase, names in (("anchor", modalities), ("follower", followers), *((name, [None]) for name in baselines)):
@@ -31,7 +31,7 @@ def run(modalities, controller="static", baselines=(), epochs=3):
 
 
 def panels(metrics, history, path, monkeypatch):
-    """The report's axes, as they were drawn."""
+    """The report's axes after drawing."""
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
     report.draw(metrics, history, path)
@@ -57,7 +57,7 @@ def test_every_line_is_named_and_has_a_color_of_its_own(modalities, baselines, c
     assert [axes.get_title(loc="left") for axes in drives] == [
         "$L_{cls}$", "$L_{con}$", "$L_{com}$", *(list(report.ALPHAS.values()) if controller == "dynamic" else [])
     ]  # fmt: skip
-    # Here all accuracies are equal: one line for all, that has all names.
+    # All accuracies are equal here, so one line has all names.
     (name,) = (text.get_text() for text in curves.texts)
     wanted = [f"{modalities[0]}, anchor", *(f"{m} alone" for m in modalities[1:])]
     assert name.split(" = ") == [*wanted, *(f"{m}, follower" for m in modalities[1:]), *baselines]

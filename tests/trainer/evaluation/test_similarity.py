@@ -15,14 +15,14 @@ def test_linear_cka():
     assert linear_cka(x, y) < 0.05
     mixed = torch.cat((x[:, :4], y), dim=1)
     center = torch.eye(400, dtype=torch.double) - 1 / 400
-    a, b = (center @ z @ z.T @ center for z in (x.double(), mixed.double()))  # by the N x N kernels
+    a, b = (center @ z @ z.T @ center for z in (x.double(), mixed.double()))  # with N x N kernels
     assert linear_cka(x, mixed) == pytest.approx(((a * b).sum() / (a.norm() * b.norm())).item())
     assert linear_cka(x, mixed) == pytest.approx(linear_cka(mixed, x))
     assert linear_cka(x, torch.ones(400, 3)) == 0
 
 
 def test_cross_prediction():
-    """Of a linear image with noise: 1 - noise / variance, on samples that were not fitted to."""
+    """For a linear function plus noise it is 1 - noise / variance, on held-out samples."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 5, generator=generator)
     x = {split: torch.randn(4000, 8, generator=generator) + 2 for split in ("val", "test")}

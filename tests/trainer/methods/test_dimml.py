@@ -125,7 +125,7 @@ def test_ended_and_resumed_it_reaches_the_same_figures(stage, after, how, whole,
         if self.task.key == stage and number == after:
             if how == "killed":
                 raise KeyboardInterrupt
-            self.task.run.stop.ask(2)
+            self.task.run.stop.request(2)
         return step(self, batch, number)
 
     with monkeypatch.context() as patch:

@@ -25,13 +25,13 @@ def test_sum_fusion_is_a_head_for_each_modality():
     concat, summed = Joint(run), JointSum(run)
     classes, views = run.data.classes, len(run.data.modalities)
     extra = sum(p.numel() for p in summed.parameters) - sum(p.numel() for p in concat.parameters)
-    assert extra == (views - 1) * classes  # a bias for each head
+    assert extra == (views - 1) * classes  # one bias per head
     batch = training_batch(summed)
     features, logits = summed.forward(batch)
     heads = [summed.model.heads[m](features[m]) for m in run.data.modalities]
     torch.testing.assert_close(logits, heads[0] + heads[1])
 
-    # The same function class: with the heads side by side, and the biases added, concatenation gives the same logits.
+    # Both are the same function class: concatenated heads with the sum of the biases give the same logits.
     concat.model.encoders.load_state_dict(summed.model.encoders.state_dict())
     with torch.no_grad():
         concat.model.head.weight.copy_(torch.cat([head.weight for head in summed.model.heads.values()], dim=1))

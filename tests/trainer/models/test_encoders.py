@@ -1,4 +1,4 @@
-"""Encoders: those that come with the trainer, what is asked of others, and which may draw random numbers."""
+"""Encoders: the trainer's own, the requirements for others, and which may draw random numbers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from udi_trainer import Modality, Split, UserError, train
 from udi_trainer.data.pipelines import Tokens
-from udi_trainer.models.encoders import make_encoder, may_draw
+from udi_trainer.models.encoders import is_stochastic, make_encoder
 from udi_trainer.registry import encoders
 
 
@@ -16,16 +16,16 @@ def test_features(name, shape):
     split = Split(torch.zeros(3), {"x": torch.rand(3, *shape)})
     encoder, width = make_encoder("x", Modality(name, ("x",)), split)
     assert width == 64 and encoder(split.stored["x"]).shape == (3, 64)
-    assert encoder.training and not may_draw(encoder)
+    assert encoder.training and not is_stochastic(encoder)
 
 
 @pytest.mark.parametrize(
     "encoder, wanted",
     [
         (lambda shape: nn.Linear(9, 4), r"the encoder of x fails on inputs of shape \(3, 5\): .*15|.*mat1"),
-        (lambda shape: nn.Linear(5, 4), r"must make \(N, width\) of 2 samples, got \(2, 3, 4\)"),
-        (lambda shape: nn.LSTM(5, 4, batch_first=True), r"must make \(N, width\) of 2 samples, got tuple"),
-        (nn.Flatten(), "the encoder of x is a module: .* a class, or a function"),
+        (lambda shape: nn.Linear(5, 4), r"must return \(N, width\) for 2 samples, got \(2, 3, 4\)"),
+        (lambda shape: nn.LSTM(5, 4, batch_first=True), r"must return \(N, width\) for 2 samples, got tuple"),
+        (nn.Flatten(), "the encoder of x is a module: give a class or a function"),
         (lambda shape: 7, r"the encoder of x fails on inputs of shape \(3, 5\)"),
         ("transformer", "unknown encoder 'transformer': choose from .*cnn"),
     ],
@@ -37,7 +37,7 @@ def test_what_an_encoder_must_be(encoder, wanted):
 
 
 class Silent(nn.Module):
-    """Draws where no layer would tell: nobody can know."""
+    """Draws random numbers, which its layers do not reveal."""
 
     def forward(self, x):
         return nn.functional.dropout(x, training=self.training)
@@ -59,8 +59,8 @@ class Silent(nn.Module):
         (nn.Sequential(nn.Linear(4, 4), Silent()), True),
     ],
 )
-def test_may_draw(encoder, random):
-    assert may_draw(encoder) is random
+def test_is_stochastic(encoder, random):
+    assert is_stochastic(encoder) is random
 
 
 @pytest.mark.parametrize("name, shape", [
@@ -87,7 +87,7 @@ def test_words_count_whatever_their_number():
 
 
 def test_weights_from_a_file(tmp_path):
-    """By order, as torchvision names them; a stem of two channels gets the mean of three, scaled."""
+    """Weights are matched by order, as for torchvision; a two-channel stem gets the scaled mean of three channels."""
     view = Modality("resnet18", ("x",), weights=str(tmp_path / "w.pt"))
     three, two = (Split(torch.zeros(2), {"x": torch.randn(2, c, 32, 32)}) for c in (3, 2))
     source, _ = make_encoder("x", Modality("resnet18", ("x",)), three)
@@ -102,7 +102,7 @@ def test_weights_from_a_file(tmp_path):
         wanted = theirs[stem] if channels == 3 else theirs[stem].mean(1, keepdim=True).expand(-1, 2, -1, -1) * 1.5
         torch.testing.assert_close(own[stem], wanted)
     torch.save({"layer.0": torch.zeros(3, 3)}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"w.pt: 0.0.weight is \(64, 3, 7, 7\) here, \(3, 3\) there"):
+    with pytest.raises(UserError, match=r"w.pt: 0.0.weight has shape \(3, 3\), the encoder needs \(64, 3, 7, 7\)"):
         make_encoder("x", view, three)
 
 

@@ -146,7 +146,7 @@ def test_stages_wait_for_what_they_start_from_and_checkpoints_for_steps(three_vi
     monkeypatch.setattr(Stage, "save", save)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     run, step = make_run(three_views, epochs=2), Alone.step
-    monkeypatch.setattr(Alone, "step", lambda *args: setattr(run.stop, "number", signal.SIGINT) or step(*args))
+    monkeypatch.setattr(Alone, "step", lambda *args: setattr(run.stop, "signal_number", signal.SIGINT) or step(*args))
     for view in run.data.modalities.values():
         view.augment = torch.nn.functional.dropout  # so they share a stream
     with pytest.raises(Stopped):

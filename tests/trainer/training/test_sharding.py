@@ -106,7 +106,7 @@ plain = unsharded(tied)
 assert plain[2].weight is plain[0].weight
 assert all(map(torch.equal, plain.parameters(), before))
 dist.destroy_process_group()
-distributed.leave(0)
+distributed.exit_process(0)
 """
 
 
@@ -139,7 +139,7 @@ torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager")  # a q
 from udi_trainer import distributed
 from udi_trainer.command import main
 
-distributed.leave(main(sys.argv[1:]))
+distributed.exit_process(main(sys.argv[1:]))
 """
 
 
