@@ -182,8 +182,7 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
     config = read_config(folder)
     by_name = all(spec["make"] is None or isinstance(spec["make"], dict) for spec in specs.values())
     if dataset is None and config.get("dataset") in datasets and not by_name:
-        make = datasets.find(config["dataset"])
-        dataset = make(Options.of_flat(config, groups_of([make])))
+        dataset = saved_dataset(config)
     views = {}
     for m, spec in specs.items():
         if dataset:
@@ -195,6 +194,12 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
             encoder = imported(encoder, f"give it again: load(folder, encoders={{{m!r}: ...}})")
         views[m] = replace(view, encoder=encoder, width=spec["width"])
     return views
+
+
+def saved_dataset(config: dict[str, Any]) -> Dataset:
+    """The registered data set that a config.json names, with its options."""
+    make = datasets.find(config["dataset"])
+    return make(Options.of_flat(config, groups_of([make])))
 
 
 def described(make: object) -> Any:

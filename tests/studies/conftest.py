@@ -58,6 +58,9 @@ def stub(tmp_path, monkeypatch):
         def resolve(self, argv):
             return dict(zip(argv[::2], argv[1::2], strict=True))
 
+        def extra(self, argv, extra):
+            return extra
+
     yield Stub
     del studies["stub"]
 

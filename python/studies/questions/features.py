@@ -6,8 +6,7 @@ from sklearn.manifold import TSNE
 
 from udi_trainer import load
 from udi_trainer.evaluation.plotting import new_figure
-from udi_trainer.predictor import FILE
-from udi_trainer.registry import datasets
+from udi_trainer.predictor import FILE, saved_dataset
 from udi_trainer.run_folder import read_json
 
 from ..registry import studies
@@ -58,7 +57,7 @@ def follower_features(run: Path) -> tuple[str, numpy.ndarray, numpy.ndarray]:
     """The first follower of a finished run: its modality, its features of the test samples, and their labels."""
     config, predictor = read_json(run / "config.json"), load(run, device="cpu")
     anchor = read_json(run / "metrics.json")["anchor"]
-    test = datasets.find(config["dataset"])(config["data_root"]).test
+    test = saved_dataset(config).test
     modality = next(m for m in predictor.modalities if m != anchor)
     features, _ = predictor.models[modality].eval()(predictor.modalities[modality].sample(test, len(test)))
     return modality, features.numpy(), test.labels.numpy()
