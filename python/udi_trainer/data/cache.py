@@ -81,8 +81,7 @@ class Cache:
         if not path.exists():
             with self.writable(folder), file_lock(path.with_suffix(".lock")):
                 sample = np.empty(shape, numpy_type(dtype))
-                errors = {} if path.exists() else decode_column(path, label, keys, decode, sample)
-                if errors:
+                if not path.exists() and (errors := decode_column(path, label, keys, decode, sample)):
                     return None, errors
         count = len(keys) * int(np.prod(shape, dtype=np.int64))
         # A private mapping: writing to the tensor changes the process's own copy only.
@@ -187,7 +186,6 @@ def other_columns(path: Path) -> dict[bytes, tuple[Path, int]]:
         finished = index_path.with_suffix(".bin")
         source = finished if finished.exists() else index_path.with_suffix(".part")
         if index_path.stem != path.stem and source.exists():
-            keys = np.fromfile(index_path, f"V{KEY}").tolist()
-            samples |= {key: (source, row) for row, key in enumerate(keys)}
+            samples |= {key: (source, row) for row, key in enumerate(np.fromfile(index_path, f"V{KEY}").tolist())}
     samples.pop(bytes(KEY), None)
     return samples

@@ -369,8 +369,8 @@ class Flow(Frames):
         return np.concatenate([super(Flow, self).pixels(component) for component in path])
 
     def decode(self, cell: Cell) -> np.ndarray:
-        pairs = evenly_spaced([*zip(*self.components(cell), strict=True)], self.shape[0])
-        return np.stack([self.pixels(pair) for pair in pairs])
+        pairs = [*zip(*self.components(cell), strict=True)]
+        return np.stack([self.pixels(pair) for pair in evenly_spaced(pairs, self.shape[0])])
 
 
 @kinds.register("audio", needs=("soundfile", "scipy"), extra="data")
