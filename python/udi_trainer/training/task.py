@@ -101,18 +101,17 @@ class Task:
         weights: Sequence[torch.Tensor] | None = None,
         retain_graph: bool = False,
     ) -> Gradients:
-        """Gradients of a loss, or of a weighted sum of losses, averaged over the processes.
+        """Gradients of a loss, or of a weighted sum of losses, averaged over the processes, laid out as the parameters.
 
         None for parameters that the losses do not depend on. ``retain_graph``: keep the graph for further calls.
         """
         if not self.run.options.shard:
             grads = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
-            return distributed.average(grads)
+            return distributed.average(laid_out(grads, parameters))
         for parameter in parameters:
             parameter.grad = None
-        torch.autograd.backward(
-            losses, weights, retain_graph
-        )  # autograd.grad would bypass FSDP2's hooks, which average
+        # autograd.grad would bypass FSDP2's hooks, which average.
+        torch.autograd.backward(losses, weights, retain_graph)
         return [parameter.grad for parameter in parameters]
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -134,8 +133,24 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def laid_out(grads: Gradients, parameters: Sequence[nn.Parameter]) -> Gradients:
+    """The gradients in the memory layout of their parameters; copies only those that have another.
+
+    torch's fused optimizers read a gradient's memory in the order of the parameter's, whatever its strides (2.13,
+    2.14), and ``autograd.grad`` returns other layouts than ``backward`` accumulates: transposed after an einsum,
+    channels last after a convolution, expanded after a sum.
+    """
+
+    def copied(grad, parameter):
+        if grad is None or grad.stride() == parameter.stride() or type(grad) is not torch.Tensor:
+            return grad
+        return torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
+
+    return [copied(grad, parameter) for grad, parameter in zip(grads, parameters, strict=True)]
+
+
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
     """An optimizer step with these gradients."""
-    for parameter, grad in zip(parameters, grads, strict=True):
+    for parameter, grad in zip(parameters, laid_out(grads, parameters), strict=True):
         parameter.grad = grad
     optimizer.step()

@@ -1,0 +1,109 @@
+"""Gradients reach the optimizer in the layout of their parameters, however a layer was written."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+
+from udi_trainer import train
+from udi_trainer.methods.unimodal import Alone
+from udi_trainer.training.task import laid_out, update
+
+from ..helpers import METHODS, make_run, training_batch
+
+
+class Einsum(nn.Module):
+    """x W^T as an einsum, whose gradient autograd.grad returns transposed."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x):
+        return torch.einsum("oi,bi->bo", self.weight, x)
+
+
+class Linear(Einsum):
+    """The same function."""
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+class Expanded(Einsum):
+    """With a parameter whose gradient has strides of 0."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.shift = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        return linear(x, self.weight) + self.shift.sum()
+
+
+class Tied(Einsum):
+    """One parameter, read in two layouts."""
+
+    def forward(self, x):
+        return linear(x, self.weight) + torch.einsum("oi,bi->bo", self.weight, x.sin())
+
+
+class ChannelsLast(Einsum):
+    """A contiguous convolution of a channels-last input."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.conv = nn.Conv2d(inputs, 4, 3)
+
+    def forward(self, x):
+        image = x[:, :, None, None].expand(-1, -1, 6, 7) * torch.arange(42.0).view(6, 7).sin()
+        return linear(x, self.weight) + self.conv(image.to(memory_format=torch.channels_last)).mean()
+
+
+def encoder(layer):
+    return lambda shape: nn.Sequential(nn.Flatten(), layer(shape.numel(), 7), nn.Tanh())
+
+
+@pytest.mark.parametrize("layer", [Einsum, Expanded, Tied, ChannelsLast])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_steps_are_those_of_plain_backward(mixed, layer, optimizer):
+    mixed.modalities["sensor"].encoder = encoder(layer)
+    tasks = [make_run(mixed, optimizer=optimizer).make(Alone, modality="sensor") for _ in range(2)]
+    losses, plain = [], tasks[1]
+    for seed in range(4):
+        batch = training_batch(plain, seed=seed)
+        losses.append(tasks[0].step(batch)["loss"])
+        plain.optimizer.zero_grad()
+        loss = cross_entropy(plain.forward(batch, training=True)[1], batch["labels"])
+        loss.backward()
+        plain.optimizer.step()
+        assert torch.equal(losses[-1], loss.detach())
+    pairs = list(zip(tasks[0].parameters, plain.parameters, strict=True))
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(a.grad.stride() == a.stride() for a, _ in pairs)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dimml", "self-training"])
+def test_every_method_trains_the_same_function_the_same(mixed, method):
+    options = {"controller": "dynamic", "align_every": 2, "q_warmup": 1} if method == "udi" else {}
+    options |= {"labels": 60} if method == "self-training" else {}
+    results = []
+    for layer in (Linear, Einsum):
+        encoders = dict.fromkeys(mixed.modalities, encoder(layer))
+        results.append(train(mixed, method, encoders, epochs=3, baselines=[], progress=False, **options))
+    ours, theirs = ([[row["val_loss"] for row in rows] for rows in r.history.values()] for r in results)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_only_other_layouts_are_copied():
+    weight, grad = nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
+    same, none = laid_out([grad, None], [weight, weight])
+    assert same is grad and none is None
+    (copied,) = laid_out([torch.randn(4, 3).T], [weight])
+    assert copied.is_contiguous()
+    update(torch.optim.SGD([weight], lr=0.0, fused=True), [weight], [grad.T.contiguous().T])
+    assert weight.grad.is_contiguous() and torch.equal(weight.grad, grad)
