@@ -4,7 +4,7 @@ import contextlib
 import io
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +74,7 @@ def train(
     encoders: dict[str, Encoder] | None = None,
     *,
     resume: str | Path | None = None,
+    trust: Sequence[str] = (),
     progress: bool = True,
     **options: Any,
 ) -> Result:
@@ -87,6 +88,7 @@ def train(
         encoders: replace the modalities' own, by modality: a name, or a callable from a sample's shape to a fresh
             module from inputs ``(N, *shape)`` to features (N, width). It is called once for each model.
         resume: the folder of an interrupted run, which continues with its options; give data set and encoders again.
+        trust: modules that may be imported because the folder to resume names them.
         progress: print messages and a progress bar.
         options: those of the command, with underscores: ``epochs=30``, ``baselines=["joint", "ensemble"]``, ``out=DIR``
             for a run folder (without it nothing is written); and those that the method declares.
@@ -103,22 +105,23 @@ def train(
             said = {"dataset": dataset if isinstance(dataset, str) else dataset.name}
             said |= {"method": method if isinstance(method, str) else name_of(method)}
             said = {key: value for key, value in said.items() if value != getattr(Options, key)}  # not the defaults
-            folder, chosen = restored(resume, options | said, None if isinstance(method, str) else method)
+            own = None if isinstance(method, str) else method
+            folder, chosen = restored(resume, options | said, method=own, encoders=encoders or {}, trust=trust)
         training = Training(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
             folder = training.new_folder()
         return training.run(folder)
 
 
-def restored(folder: str | Path, given: dict, method: Callable | None = None) -> tuple[Path, Options]:
-    """The folder and the options of an interrupted run."""
+def restored(folder: str | Path, given: dict, **own: Any) -> tuple[Path, Options]:
+    """The folder and the options of an interrupted run; ``own``: see :func:`resumed`."""
     try:
         config = distributed.on_first(lambda: read_config(Path(folder)))
     except UserError as error:
         raise UserError(f"--resume {folder}: no run to resume, {error}") from None
     if distributed.world() == 1:
         config.pop("shard", None)  # which needs several processes, and made no difference to the figures
-    return Path(folder), resumed(str(folder), config, given, method)
+    return Path(folder), resumed(str(folder), config, given, **own)
 
 
 class Training:

@@ -27,6 +27,8 @@ from .options import (
     fields_of,
     filled,
     groups_of,
+    names,
+    own_modules,
     readers,
     spelled,
 )
@@ -36,7 +38,7 @@ from .stop import Stop
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    folder, stop, argv = None, Stop(), sys.argv[1:] if argv is None else argv
+    folder, options, stop, argv = None, None, Stop(), sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["manifest"]:
             return scan.main(argv[1:], prog)
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     command = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
     command += f" {sys.argv[0]}" if prog == "train.py" else " -m udi_trainer"
     resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
+    if folder and options and (own := own_modules(options.flat())):
+        resume += f" --trust {','.join(own)}"
     with contextlib.suppress(OSError):
         print(f"\n{prog}: {reason}{resume}", file=sys.stderr)
     return 128 + number
@@ -77,21 +81,21 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     first.add_argument("--baselines")
     first.add_argument("-h", "--help", nargs="?", const="chosen")
     chosen, _ = first.parse_known_args(argv)
-    if ":" in chosen.method and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a module of one's own is; as with python -m
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where modules of one's own are; as with python -m
     own = groups_of(readers(chosen.method, chosen.baselines, chosen.dataset))
     if chosen.help:
         choose("help", chosen.help, ("chosen", "all"))
         full_parser(prog, own, hidden=chosen.help != "all").print_help()
         sys.exit(0)
     given = vars(full_parser(prog, own).parse_args(argv))
-    folder = given.pop("resume")
+    folder, trust = given.pop("resume"), given.pop("trust")
     if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         folder = restarted(given)
     if folder is None:
         choose("dataset", given.get("dataset", Options.dataset), datasets)
         return Options.make(**given), None
-    folder, options = restored(folder, given)
+    folder, options = restored(folder, given, trust=trust)
     return options, folder
 
 
@@ -130,6 +134,13 @@ def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> 
             section.add_argument(spelled(field.name), **kind)
     more = parser.add_argument_group("further")
     more.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
+    more.add_argument(
+        "--trust",
+        type=argument(names),
+        metavar="MODULE,...",
+        default=(),
+        help="modules of your own that may be imported because the folder to resume names them",
+    )
     text = "show this; with all, the options of all methods and data sets"
     more.add_argument("-h", "--help", nargs="?", metavar="all", default=argparse.SUPPRESS, help=text)
     return parser

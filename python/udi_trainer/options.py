@@ -6,13 +6,13 @@ that nothing in a run reads is refused.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError, choose
-from .registry import datasets, encoders, fusion_rules, imported, methods
+from .registry import check_trusted, datasets, encoders, fusion_rules, imported, methods
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
@@ -286,7 +286,7 @@ class Machine(Group, title="machine"):
     out: str | None = option(None, pathname, "the run folder to make", "DIR", "a new one under runs/; from Python none")
 
 
-RESERVED = ("encoders", "help", "progress", "resume")  # arguments of `train` and flags of the command
+RESERVED = ("encoders", "help", "progress", "resume", "trust")  # arguments of `train` and flags of the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,14 +485,10 @@ def as_text(value: object) -> str:
 
 
 def saved_options(config: dict[str, Any], method: str | Callable | None = None) -> Options:
-    """The options of a config.json; those that nothing in the run reads are ignored.
-
-    Nothing is imported because a config.json names it: a method of one's own has to be given again.
-    """
+    """The options of a config.json; those that nothing in the run reads are ignored."""
     own = config["method"] if method is None else method
-    if isinstance(own, str) and own not in methods:
-        again = f"--method {own}" if ":" in own else "train(..., method=...)"
-        raise UserError(f"its method {own!r} is not the trainer's own: give it again, {again}")
+    if isinstance(own, str) and own not in methods and ":" not in own:
+        raise UserError(f"its method {own!r} is not registered: give it again, train(..., method=...)")
     functions = readers(own, config.get("baselines"), config["dataset"])
     return Options.of_flat(upgraded(config), groups_of(functions))
 
@@ -503,16 +499,39 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     return {"self_training_weight": alpha[0]} | config
 
 
-def resumed(folder: str, config: dict[str, Any], given: dict[str, Any], method: Callable | None = None) -> Options:
-    """The options of the run in ``folder``; those given with --resume must agree with them."""
+def own_modules(values: dict[str, Any]) -> list[str]:
+    """The modules of one's own that options name: of a method, of encoders."""
+    encoder = values.get("encoder")
+    specs = [values.get("method"), *(encoder.values() if isinstance(encoder, dict) else ())]
+    return sorted({spec.partition(":")[0] for spec in specs if isinstance(spec, str) and ":" in spec})
+
+
+def resumed(
+    folder: str,
+    config: dict[str, Any],
+    given: dict[str, Any],
+    *,
+    method: Callable | None = None,
+    encoders: Collection[str] = (),
+    trust: Collection[str] = (),
+) -> Options:
+    """The options of the run in ``folder``; those given with --resume must agree with them.
+
+    Modules that config.json names are imported only if they are given again or in ``trust``. ``method`` is given as a
+    function, and ``encoders`` (their modalities) as objects.
+    """
     for name in ("method", "dataset", "epochs", "seed"):  # others have their defaults in an older folder
         if name not in config:
             raise UserError(f"--resume {folder}: config.json is damaged: it lacks {name}")
     if given.get("method", config["method"]) != config["method"]:
         saved = config["method"]
         raise UserError(f"--method {given['method']} conflicts with --resume ({saved} there): leave it out")
-    if method is None and "method" in given:
-        method = find_method(config["method"])
+    own = {"method": None if method else config["method"], "encoder": config.get("encoder")}
+    if isinstance(own["encoder"], dict):
+        own["encoder"] = {m: spec for m, spec in own["encoder"].items() if m not in encoders}
+    again = {name: checked(field, given[name]) for name, field in fields_of(What).items() if name in given}
+    for module in own_modules(own):
+        check_trusted(f"{folder}/config.json", module, [*trust, *own_modules(again)], "give it again")
     try:
         options = saved_options(config, method)
     except UserError as error:

@@ -1,6 +1,7 @@
 """A trained method as one predictor, saved in a run folder and loaded in another process."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import pipelines
 from .data.dataset import Dataset, Encoder, Modality, Split, presence
 from .errors import UserError, choose
 from .evaluation.fusion import Rule, combine
 from .models.classifiers import FeatureHead, JointClassifier
 from .models.encoders import make_encoder
 from .options import Options, groups_of
-from .registry import classifiers, datasets, fusion_rules, imported
+from .registry import check_trusted, classifiers, datasets, fusion_rules, imported
 from .run import choose_device
 from .run_folder import RunFolder, load_tensors, read_config
 
@@ -131,17 +133,19 @@ def load(
     dataset: Dataset | None = None,
     encoders: dict[str, Encoder] | None = None,
     device: str = "auto",
+    trust: Sequence[str] = (),
 ) -> Predictor:
     """The predictor of a finished run, in any process: ``load(folder).predict(split)``.
 
-    Encoders and functions of your own are imported from the modules that defined them. What has no name there (a
-    lambda, a class of a notebook) has to be given again.
+    The folder holds tensors and names. The trainer's own encoders, pipelines and data sets are found by name; those of
+    your own are given again, or imported from the modules that you trust.
 
     Args:
         folder: the run folder.
-        dataset: the modalities as in training, if they cannot be imported.
+        dataset: the modalities as in training, if their inputs are made by functions of your own.
         encoders: as for :func:`train`.
         device: where to compute.
+        trust: modules that may be imported because the folder names them.
     """
     folder, given = Path(folder), encoders or {}
     if not (folder / FILE).exists():
@@ -152,7 +156,7 @@ def load(
     saved = load_tensors(folder / FILE, remedy)
     if missing := {"classes", "modalities", "models", "rule", "parameters", "amp"} - saved.keys():
         raise UserError(f"{folder / FILE} lacks {', '.join(sorted(missing))}: {remedy}")
-    views = modalities_of(saved["modalities"], folder, dataset, given)
+    views = modalities_of(saved["modalities"], folder, dataset, given, trust)
     samples = {m: Split(torch.zeros(len(spec["sample"])), spec["sample"]) for m, spec in saved["modalities"].items()}
     models, place = {}, choose_device(device)
     for name, part in saved["models"].items():
@@ -175,7 +179,9 @@ def load(
     return Predictor(views, models, fusion_rules.find(saved["rule"])(**saved["parameters"]), saved["amp"])
 
 
-def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dict) -> dict[str, Modality]:
+def modalities_of(
+    specs: dict, folder: Path, dataset: Dataset | None, given: dict, trust: Sequence[str]
+) -> dict[str, Modality]:
     """The modalities of a run: those of the data set given, of a registered one, or rebuilt from their names."""
     for m in given:
         choose("modality", m, specs)
@@ -188,10 +194,14 @@ def modalities_of(specs: dict, folder: Path, dataset: Dataset | None, given: dic
         if dataset:
             view = dataset.modalities[choose("modality", m, dataset.modalities)]
         else:
-            view = Modality(spec["encoder"], tuple(spec["reads"]), restored_make(spec["make"]), width=spec["width"])
+            view = Modality(
+                spec["encoder"], tuple(spec["reads"]), restored_make(spec["make"], folder, trust), width=spec["width"]
+            )
         encoder = given.get(m, view.encoder)
         if isinstance(encoder, str) and ":" in encoder:
-            encoder = imported(encoder, f"give it again: load(folder, encoders={{{m!r}: ...}})")
+            again = f"give it again: load(folder, encoders={{{m!r}: ...}})"
+            check_trusted(folder, encoder, trust, again)
+            encoder = imported(encoder, again)
         views[m] = replace(view, encoder=encoder, width=spec["width"])
     return views
 
@@ -210,15 +220,25 @@ def described(make: object) -> Any:
     return address(make)
 
 
-def restored_make(spec: Any) -> Any:
+def restored_make(spec: Any, folder: Path, trust: Sequence[str]) -> Any:
     if spec is None:
         return torch.Tensor.float
-    remedy = "give the data again: load(folder, dataset=...)"
-    if isinstance(spec, dict):
-        return imported(spec["class"], remedy)(**spec["fields"])
-    return imported(spec, remedy)
+    again = "give the data again: load(folder, dataset=...)"
+    name = str(spec["class"] if isinstance(spec, dict) else spec)
+    make = PIPELINES.get(name)
+    if make is None:
+        check_trusted(folder, name, trust, again)
+        make = imported(name, again)
+    return make(**spec["fields"]) if isinstance(spec, dict) else make
 
 
 def address(thing: object) -> str:
     """module:name of a class or function; for anything else, such as a partial, a name that cannot be imported."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', f'<{type(thing).__qualname__}>')}"
+
+
+# What a run folder may name without being trusted.
+PIPELINES = {
+    address(pipeline): pipeline
+    for pipeline in (pipelines.Features, pipelines.Pictures, pipelines.Spectrogram, pipelines.Tokens)
+}

@@ -4,7 +4,7 @@ Packages register here; this module imports none of them.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -51,12 +51,22 @@ class Registry(dict[str, Any]):
 
 
 def imported(where: str, remedy: str) -> Any:
-    """The object that ``module:name`` refers to."""
+    """The object that ``module:name`` refers to. The user gave the name, or trusts the module."""
     module, _, path = where.partition(":")
     try:
         return attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where} cannot be imported ({error}): {remedy}") from None
+
+
+def check_trusted(folder: object, where: str, trust: Collection[str], again: str) -> None:
+    """Raises UserError if a run folder names an object of a module that the user does not trust.
+
+    Importing a module runs it, and a run folder may come from anybody.
+    """
+    module = where.partition(":")[0]
+    if module not in trust:
+        raise UserError(f"{folder} names {where}, which is not trusted: {again}, or trust the module {module}")
 
 
 methods = Registry("method")

@@ -264,8 +264,9 @@ def test_options_of_one_s_own(capsys):
     assert json.loads(Path("run/config.json").read_text())["my_alpha"] == 0.3
     assert "--my-alpha" in help_of(argv, capsys)[1]
     assert main(["--resume", "run"]) == 2
-    assert "give it again, --method of_my_own:mine" in one_line(capsys.readouterr().err)
+    assert "names of_my_own, which is not trusted" in one_line(capsys.readouterr().err)
     assert main(["--resume", "run", "--method", "of_my_own:mine"]) == 0
+    assert main(["--resume", "run", "--trust", "of_my_own"]) == 0
     capsys.readouterr()
     assert main(["--my-alpha", "0.3"]) == 2 and "unrecognized" in one_line(capsys.readouterr().err)
 

@@ -217,9 +217,13 @@ def test_nothing_is_imported_because_a_folder_names_it(tmp_path, monkeypatch):
     (tmp_path / "hostile.py").write_text("open('ran', 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="method 'hostile:run' is not the trainer's own: give it again, --method host"):
-        resumed("run", saved() | {"method": "hostile:run"}, {})
-    assert not Path("ran").exists()
+    for named in {"method": "hostile:run"}, {"encoder": {"left": "hostile:run"}}:
+        with pytest.raises(UserError, match="config.json names hostile, which is not trusted: give it again, or trust"):
+            resumed("run", saved() | named, {})
+        assert not Path("ran").exists()
+    named = {"encoder": {"left": "hostile:run"}}
+    for given, trust in (named, ()), ({}, ["hostile"]):
+        assert resumed("run", saved() | named, given, trust=trust).encoder == named["encoder"]
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,14 @@ class Flat(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Dropout(), nn.Linear(shape.numel(), 5))
 """
 
+FIXTURES = ["tests.trainer.conftest"]  # where the function that makes the pictures' input is
 LOAD = """
 import sys, torch
 from udi_trainer import load
 
 for folder in sys.argv[1:]:
     stored = torch.load(f"{folder}/stored.pt")
-    torch.save(load(folder).predict(stored), f"{folder}/again.pt")
+    torch.save(load(folder, trust=["mine", "tests.trainer.conftest"]).predict(stored), f"{folder}/again.pt")
 """
 
 
@@ -64,10 +65,24 @@ def test_the_same_probabilities_in_another_process(mixed, mine):
         split = (digits if dataset == "cgdigits" else data).test
         torch.save(split.stored, f"{folder}/stored.pt")
         torch.save(result.predict(split), f"{folder}/ours.pt")
-        assert torch.equal(load(folder).predict(split), result.predict(split))
+        assert torch.equal(load(folder, trust=["mine", "tests.trainer.conftest"]).predict(split), result.predict(split))
     run_python(LOAD, "udi", "sum", "digits")
     for folder in ("udi", "sum", "digits"):
         assert torch.equal(torch.load(f"{folder}/again.pt"), torch.load(f"{folder}/ours.pt"))
+
+
+@pytest.mark.parametrize("where", ["make", "encoder"])
+def test_a_folder_runs_no_code(mixed, where):
+    """It may come from anybody: what it names is imported if the caller trusts the module."""
+    train(mixed, "ensemble", epochs=1, baselines=[], out="run", progress=False)
+    saved = torch.load("run/checkpoints/model.pt", weights_only=True)
+    for spec in saved["modalities"].values():
+        spec[where] = {"class": "os:mkdir", "fields": {"path": "ran"}} if where == "make" else "os:mkdir"
+    torch.save(saved, "run/checkpoints/model.pt")
+    with pytest.raises(UserError, match="run names os:mkdir, which is not trusted: give .* or trust the module os"):
+        load("run")
+    assert not Path("ran").exists()
+    assert load("run", dataset=mixed, encoders=dict(zip(mixed.modalities, ["mlp", "cnn", "mlp"], strict=True)))
 
 
 def test_encoders_without_a_name_are_given_again(mixed):
@@ -76,9 +91,9 @@ def test_encoders_without_a_name_are_given_again(mixed):
 
     for number, encoder in enumerate((make, functools.partial(make))):
         result = train(mixed, "ensemble", {"sensor": encoder}, epochs=1, out=str(number), progress=False)
-        with pytest.raises(UserError, match=r"cannot be imported .* load\(folder, encoders={'sensor': \.\.\.}\)"):
-            load(str(number))
-        again = load(str(number), encoders={"sensor": encoder})
+        with pytest.raises(UserError, match=r"not trusted: give it again: load\(folder, encoders={'sensor': \.\.\.}\)"):
+            load(str(number), trust=FIXTURES)
+        again = load(str(number), encoders={"sensor": encoder}, trust=FIXTURES)
         assert torch.equal(again.predict(mixed.test), result.predict(mixed.test))
 
 
@@ -86,7 +101,7 @@ def test_encoders_without_a_name_are_given_again(mixed):
 def test_functions_without_a_name_are_given_again(mixed, make):
     data = replace(mixed, modalities=mixed.modalities | {"sensor": Modality("mlp", ("vector",), make)})
     result = train(data, "joint", epochs=1, out="run", progress=False)
-    with pytest.raises(UserError, match=r"cannot be imported .* load\(folder, dataset=\.\.\.\)"):
+    with pytest.raises(UserError, match=r"not trusted: give the data again: load\(folder, dataset=\.\.\.\)"):
         load("run")
     assert torch.equal(load("run", dataset=data).predict(data.test), result.predict(data.test))
 
@@ -103,12 +118,12 @@ def test_what_cannot_be_loaded(mixed):
 
     train(mixed, own, epochs=1, out="own", progress=False)
     with pytest.raises(UserError, match="model audio is of a class of your own: build it"):
-        load("own")
+        load("own", trust=FIXTURES)
     train(mixed, "joint", epochs=1, out="run", progress=False)
     with pytest.raises(UserError, match="the encoders are not those of"):
-        load("run", encoders={"sensor": lambda shape: nn.Linear(5, 9)})
+        load("run", encoders={"sensor": lambda shape: nn.Linear(5, 9)}, trust=FIXTURES)
     with pytest.raises(UserError, match="unknown modality 'sound': choose from audio, picture, sensor"):
-        load("run", encoders={"sound": "mlp"})
+        load("run", encoders={"sound": "mlp"}, trust=FIXTURES)
     with pytest.raises(UserError, match="unknown modality 'audio': choose from gray, color"):
         load("run", dataset=datasets["cgdigits"](Options()))
     file = Path("run/checkpoints/model.pt")
