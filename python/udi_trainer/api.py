@@ -1,6 +1,7 @@
 """Training from Python: :func:`train`. The command line uses the same classes."""
 
 import contextlib
+import functools
 import io
 import platform
 import warnings
@@ -20,6 +21,7 @@ from . import distributed
 from .console import console, log
 from .data.check import check, check_presence
 from .data.dataset import Dataset, Encoder, Modality, Split, presence
+from .data.fingerprint import difference, digest, fingerprint
 from .data.labels import hide
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
@@ -28,11 +30,11 @@ from .evaluation.report import draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .models.classifiers import FeatureHead, JointClassifier
-from .options import Options, find_method, name_of, resumed
+from .options import Options, find_method, name_of, resumed, spelled
 from .predictor import Predictor
 from .registry import datasets, imported, methods
-from .run import Run, choose_device
-from .run_folder import RunFolder, as_json, locked, new_folder, read_config
+from .run import Run, choose_device, identity
+from .run_folder import RunFolder, as_json, locked, new_folder, read_config, write_json
 from .stop import Stop
 
 Method = str | Callable[[Run], Outcome]
@@ -145,6 +147,7 @@ class Training:
         data = data or datasets.find(options.dataset)(options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
+        data.classes = int(data.classes)  # it may be NumPy's
         if options.noise:
             data = corrupt(data, *options.noise)
         if options.labels is not None:
@@ -154,11 +157,42 @@ class Training:
             group.check(data)
         self.data = data
 
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the data as it is trained on, and of the encoders."""
+        return fingerprint(self.data)
+
+    def check_same(self, folder: Path | None) -> None:
+        """Raises UserError if the data are not those of the run in the folder, or differ between the processes."""
+        if distributed.world() > 1:
+            given = {spelled(name): repr(value) for name, value in identity(self.options).items()}
+            ours = given | self.fingerprint
+            theirs = distributed.on_first(lambda: ours)
+            wrong = difference(ours, theirs)
+            if distributed.any_process(bool(wrong)):
+                what = f"{', '.join(wrong)} here, unlike in the first one" if wrong else "another one has other data"
+                raise UserError(f"process {distributed.rank()}: all processes must be given the same, but {what}")
+        if folder:
+            distributed.on_first(lambda: self.check_folder(folder))
+
+    def check_folder(self, folder: Path) -> None:
+        config = read_config(folder)
+        saved = config.get("fingerprint")
+        if not isinstance(saved, dict):
+            log.warning("%s has no fingerprint of its data: it is added, and this data taken to be the run's", folder)
+            with contextlib.suppress(UserError):  # a finished run may be read-only
+                write_json(folder / "config.json", config | {"fingerprint": self.fingerprint})
+        elif wrong := difference(self.fingerprint, saved):
+            raise UserError(
+                f"--resume {folder}: the data is not that of this run, it differs in {', '.join(sorted(wrong))}:"
+                " give the same data, or start another run"
+            )
+
     def new_folder(self) -> Path:
         """A run folder with config.json in it."""
         options = self.options
         with self.settings():
-            config = options.flat() | environment(self.device)
+            config = options.flat() | environment(self.device) | {"fingerprint": self.fingerprint}
         label = f"{options.dataset}-{options.method}-seed{options.seed}"
         return distributed.on_first(lambda: new_folder(options.out, label, config))
 
@@ -171,7 +205,9 @@ class Training:
             log.info(f"{options.method} on {options.dataset}, seed {options.seed}, {self.device}{where}")
             if unlabelled := int((self.data.train.labels < 0).sum()):
                 log.info("train: %d of %d samples have no label", unlabelled, len(self.data.train))
-            run = Run(options, self.data, self.device, RunFolder(written), stop)
+            self.check_same(folder)
+            given = digest(self.fingerprint) if folder else None
+            run = Run(options, self.data, self.device, RunFolder(written), stop, given)
             outcome = self.method(run)
             metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
             metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}

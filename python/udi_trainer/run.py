@@ -25,8 +25,16 @@ class Run:
     """A run: its options, data, device and folder, and the log of each stage."""
 
     def __init__(
-        self, options: Options, data: Dataset, device: torch.device, folder: RunFolder, stop: Stop | None = None
+        self,
+        options: Options,
+        data: Dataset,
+        device: torch.device,
+        folder: RunFolder,
+        stop: Stop | None = None,
+        fingerprint: str | None = None,
     ) -> None:
+        """``fingerprint``: a digest of the data and the encoders, which checkpoints keep."""
+        self.fingerprint = fingerprint
         self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device, options.shard)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
@@ -88,8 +96,10 @@ class Run:
             return None
         path, mine = self.folder.checkpoint_path(stage), identity(self.options)
         keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
-        if saved.keys() != keys or saved["stage"] != stage:
+        if saved.keys() - {"fingerprint"} != keys or saved["stage"] != stage:
             raise UserError(f"{path} is not a checkpoint of {stage}: {REPEAT}")
+        if saved.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise UserError(f"{path} belongs to a run with other data or encoders: {REPEAT}")
         theirs = identity(Options.of_flat(upgraded(saved["options"]), map(type, self.options.groups)))
         for name, value in mine.items():
             if value != theirs[name]:
@@ -102,6 +112,7 @@ class Run:
     def save(self, stage: str, **state: Any) -> None:
         """Checkpoints the stage."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
+        common["fingerprint"] = self.fingerprint
         if distributed.first():
             self.folder.save(stage, **common, **state, rows=self.history[stage])
 

@@ -22,7 +22,7 @@ class RunFolder:
     """Reads and writes the files of a run. Without a path it writes none and keeps checkpoints in memory.
 
     A checkpoint includes the log of its stage, so a resumed run continues the log, and a method can reuse stages that
-    another method has trained. The folder of a finished run is complete, so write errors there are ignored.
+    another method has trained. The files of a finished run are never overwritten; write errors there are ignored.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -50,7 +50,7 @@ class RunFolder:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def append_log(self, row: dict) -> None:
-        if not self.path:
+        if not self.path or self.ended:
             return
         log = self.path / "metrics.jsonl"
         try:
@@ -60,7 +60,8 @@ class RunFolder:
             raise unwritable(log, error) from None
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        if not self.path:
+        """Writes a file; of a finished run only one that is missing."""
+        if not self.path or (self.ended and (self.path / name).exists()):
             return
         try:
             write_atomically(self.path / name, data)

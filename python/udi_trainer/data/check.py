@@ -1,5 +1,8 @@
 """Checks of a dataset before training."""
 
+from collections.abc import Sequence
+from numbers import Integral
+
 import torch
 from torch import nn
 
@@ -10,7 +13,7 @@ from .dataset import Dataset, Split
 
 def check(data: Dataset) -> None:
     """Raises a UserError for the first problem, which names the split and the tensor."""
-    if not isinstance(data.classes, int) or data.classes < 2:
+    if not isinstance(data.classes, Integral) or data.classes < 2:
         raise UserError(f"{data.name} has {data.classes!r} classes: two or more are needed")
     if len(data.modalities) < 2:
         raise UserError(f"{data.name} has modalities {list(data.modalities)}: two or more are needed")
@@ -18,6 +21,7 @@ def check(data: Dataset) -> None:
         reserved = name in methods or hasattr(nn.ModuleDict(), name)
         if reserved or not name or not set(name).isdisjoint("./\\"):
             raise UserError(f"a modality cannot be named {name!r}: choose another name, without dots and slashes")
+    check_names("class_names", data.class_names, data.classes, "classes")
     for name, split in data.splits().items():
         check_split(name, split, data)
     counts = torch.bincount(data.train.labels[data.train.labels >= 0].cpu(), minlength=data.classes)
@@ -28,6 +32,16 @@ def check(data: Dataset) -> None:
         shapes = {name: tuple(modality.sample(split).shape[1:]) for name, split in data.splits().items()}
         if len(set(shapes.values())) > 1:
             raise UserError(f"inputs of {m} differ in shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
+
+
+def check_names(what: str, names: object, count: int, of: str) -> None:
+    """Checks that there are as many names as things, if any."""
+    if names is None:
+        return
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"{what} must be a list of str, got {type(names).__name__}")
+    if len(names) != count:
+        raise UserError(f"{what} has {len(names)} names for {count} {of}")
 
 
 def check_presence(data: Dataset) -> None:
@@ -45,6 +59,7 @@ def check_split(name: str, split: Split, data: Dataset) -> None:
         raise UserError(f"{name} labels must be int64 (N,), got {got}")
     if not len(labels):
         raise UserError(f"the {name} split is empty")
+    check_names(f"{name} ids", split.ids, len(labels), "samples")
     minimum = -1 if name == "train" else 0
     wrong = ((labels < minimum) | (labels >= data.classes)).nonzero().flatten()
     if len(wrong):
@@ -64,8 +79,10 @@ def check_split(name: str, split: Split, data: Dataset) -> None:
     for stored, t in split.stored.items():
         if stored in ("labels", "index"):
             raise UserError(f"a stored tensor cannot be named {stored!r}: batches use this name")
-        if not isinstance(t, torch.Tensor) or not t.dim():
+        if not isinstance(t, torch.Tensor) or not (t.is_nested or t.dim()):
             raise UserError(f"{name} {stored} must be a tensor (N, ...), got {type(t).__name__}")
+        if unusable := unusable_kind(t):
+            raise UserError(f"{name} {stored} is {unusable}: give a dense tensor of numbers that torch computes with")
         if len(t) != len(labels):
             raise UserError(f"{name} {stored} has {len(t)} samples, but there are {len(labels)} labels")
         if t.is_floating_point() and stored not in data.checked:
@@ -74,3 +91,18 @@ def check_split(name: str, split: Split, data: Dataset) -> None:
                 bad = ~chunk.isfinite().reshape(len(chunk), -1).all(1)
                 if bad.any():
                     raise UserError(f"{name} {stored} has NaN or inf in sample {start + int(bad.nonzero()[0])}")
+
+
+def unusable_kind(t: torch.Tensor) -> str | None:
+    """Why a stored tensor cannot be trained on, or None."""
+    if t.is_nested:
+        return "nested"
+    if t.layout is not torch.strided:
+        return f"sparse ({t.layout})"
+    if t.is_quantized:
+        return f"quantized ({t.dtype})"
+    if t.is_meta:
+        return "on the device meta, without values"
+    if t.is_complex() or (t.is_floating_point() and t.dtype.itemsize < 2):
+        return f"of {t.dtype}"
+    return None
