@@ -1,3 +1,4 @@
+import pickle
 from functools import partial
 
 import pytest
@@ -204,6 +205,16 @@ def test_module_is_a_drop_in():
     loglikeli = (-((mu - y) ** 2) / logvar.exp() - logvar).sum(1).mean(0)
     torch.testing.assert_close(q.loglikeli(x, y), loglikeli)
     torch.testing.assert_close(q.learning_loss(x, y), -loglikeli)
+
+
+@pytest.mark.parametrize("module", ["udi_kernels", "udi_kernels.club"])
+def test_pickles_by_both_names(module):
+    """Those of today, and those of version 0.1."""
+    q = CLUB(7, 5, 16)
+    data = pickle.dumps(q, protocol=0)
+    assert b"cudi_kernels\nCLUB\n" in data
+    loaded = pickle.loads(data.replace(b"cudi_kernels\nCLUB\n", f"c{module}\nCLUB\n".encode()))
+    assert type(loaded) is CLUB and torch.equal(loaded.p_mu[0].weight, q.p_mu[0].weight)
 
 
 BAD = {
