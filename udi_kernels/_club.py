@@ -4,20 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.library import register_fake
 
-from . import _checks, _distributed, reference
-from ._ops import (
-    LIBRARY,
-    REDUCTIONS,
-    differentiable,
-    grads_like,
-    launched_by_triton,
-    loss_like,
-    native,
-    ops,
-    served_by_reference,
-)
+from . import _distributed, reference
+from ._ops import INTEGERS, LIBRARY, Argument, Op, define, reduction_code
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FEW_ROWS = 48  # kFewRows in csrc/enums.h
 
 
 def club_mi(
@@ -60,20 +50,13 @@ def club_mi(
         TypeError: an argument is not a floating-point tensor, or given not one of integers.
         ValueError: shapes or devices disagree, or the reduction is unknown, or ``"none"`` of a process group.
     """
-    if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor) and isinstance(y, Tensor)):
-        _checks.not_tensors("club_mi", mu=mu, logvar=logvar, y=y)
-    if given is not None and not isinstance(given, Tensor):
-        _checks.not_tensors("club_mi", given=given)
-    code = _checks.reduction("club_mi", reduction)
-    if process_group is not None:
-        if reduction == "none":
-            raise ValueError("club_mi: a process group needs reduction 'mean' or 'sum', got 'none'")
-        mu, logvar, y = _checked("club_mi", mu, logvar, y, given)
-        return _distributed.club_mi(mu, logvar, y, given, process_group, reduction=reduction)
-    if native():
-        return ops.club_mi.default(mu, logvar, y, given, code)
-    mu, logvar, y = _checked("club_mi", mu, logvar, y, given)
-    return reference.club_mi(mu, logvar, y, given, reduction=reduction)
+    code = reduction_code("club_mi", reduction)
+    if process_group is None:
+        return CLUB_MI(mu, logvar, y, given, code)
+    if reduction == "none":
+        raise ValueError("club_mi: a process group needs reduction 'mean' or 'sum', got 'none'")
+    mu, logvar, y, given, _ = CLUB_MI.checked(mu, logvar, y, given, code)
+    return _distributed.club_mi(mu, logvar, y, given, process_group, reduction=reduction)
 
 
 def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
@@ -81,11 +64,7 @@ def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
 
     Takes what :func:`club_mi` takes and returns a scalar; it is ``CLUB.learning_loss`` of the authors' code.
     """
-    if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor) and isinstance(y, Tensor)):
-        _checks.not_tensors("club_nll", mu=mu, logvar=logvar, y=y)
-    if native():
-        return ops.club_nll.default(mu, logvar, y)
-    return reference.club_nll(*_checked("club_nll", mu, logvar, y))
+    return CLUB_NLL(mu, logvar, y)
 
 
 class CLUB(nn.Module):
@@ -123,85 +102,34 @@ class CLUB(nn.Module):
         return club_nll(*self.get_mu_logvar(x_samples), y_samples)
 
 
-def _checked(op: str, mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The first three in their common dtype, all checked as csrc/ops/club.h does."""
-    _checks.tensors(op, mu=mu, logvar=logvar, y=y)
-    if mu.dim() != 2:
-        raise ValueError(f"{op}: mu must have shape (N, D), got {tuple(mu.shape)}")
-    _checks.same_shape(op, mu=mu, logvar=logvar, y=y)
-    if given is not None:
-        if given.dtype not in INTEGERS:
-            raise TypeError(f"{op}: given must be of integers, got {given.dtype}; pass given.long()")
-        rows = tuple(mu.shape[:1])
-        if given.shape != rows:
-            raise ValueError(f"{op}: given must have shape {rows}, one class per row of mu, got {tuple(given.shape)}")
-        if given.device != mu.device:
-            raise ValueError(
-                f"{op}: given must be on {mu.device} as mu is, got {given.device}; pass given.to(mu.device)"
-            )
-    return _checks.promote(mu, logvar, y)
+def _stats(mu: Tensor, given: Tensor | None, **_: object) -> tuple[int, ...]:
+    """Statistics of the columns; with classes, on a CPU, those of the class that begins at row b in b // FEW_ROWS.
+
+    A class of up to FEW_ROWS rows has none, nor has a class on a GPU.
+    """
+    rows, columns = mu.shape
+    classes = rows // FEW_ROWS if mu.device.type == "cpu" else 0
+    return (5, columns) if given is None else (classes, 5, columns)
 
 
-LIBRARY.define("club_mi(Tensor mu, Tensor logvar, Tensor y, Tensor? given, int reduction) -> Tensor")
-LIBRARY.define("club_mi_reference(Tensor mu, Tensor logvar, Tensor y, Tensor? given, int reduction) -> Tensor")
-# given: int64; returns (3, N + 1) of int64, as `reference.club_classes`.
-LIBRARY.define("club_classes(Tensor given) -> Tensor")
-# Of kernels: the inputs have one dtype. stats: (5, D) column statistics of the shifted data, the shift first. With
-# classes (N // 48, 5, D) on a CPU, those of a class of more than 48 rows that begins at b in b // 48, and else none.
-LIBRARY.define(
-    "club_mi_fwd(Tensor mu, Tensor logvar, Tensor y, Tensor? classes, int reduction) -> (Tensor loss, Tensor stats)"
+GAUSSIAN = [Argument(f"Tensor {name}", "N D", grad=True) for name in ("mu", "logvar", "y")]
+
+CLUB_MI = Op(
+    "club_mi",
+    *GAUSSIAN,
+    Argument("Tensor? given", "N", INTEGERS),  # for kernels, the table `club_classes` of it
+    Argument("int reduction"),
+    reference=reference.club_mi,
+    saved={"stats": _stats},
+    original={"given": lambda classes: classes[1, :-1]},
+    triton="club",
 )
-LIBRARY.define(
-    "club_mi_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, Tensor? classes, Tensor stats, int reduction,"
-    " bool need_mu, bool need_logvar, bool need_y) -> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define("club_nll(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
-LIBRARY.define("club_nll_reference(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
-LIBRARY.define("club_nll_fwd(Tensor mu, Tensor logvar, Tensor y) -> Tensor")
-LIBRARY.define(
-    "club_nll_bwd(Tensor grad, Tensor mu, Tensor logvar, Tensor y, bool need_mu, bool need_logvar, bool need_y)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+CLUB_NLL = Op("club_nll", *GAUSSIAN, reference=reference.club_nll, triton="club")
+
+define("club_classes", ["Tensor given"])  # of int64; see `reference.club_classes`
+LIBRARY.impl("club_classes", reference.club_classes, "CUDA")
 
 
 @register_fake("udi_kernels::club_classes", lib=LIBRARY)
 def _(given):
     return given.new_empty((3, given.shape[0] + 1))
-
-
-@register_fake("udi_kernels::club_mi_fwd", lib=LIBRARY)
-def _(mu, logvar, y, classes, reduction):
-    rows, columns = mu.shape
-    stats = (5, columns) if classes is None else (rows // 48 if mu.device.type == "cpu" else 0, 5, columns)
-    return loss_like(mu, reduction, rows), loss_like(mu, 0, 0).new_empty(stats)
-
-
-@register_fake("udi_kernels::club_mi_bwd", lib=LIBRARY)
-def _(grad, mu, logvar, y, classes, stats, reduction, need_mu, need_logvar, need_y):
-    return grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
-
-
-@register_fake("udi_kernels::club_nll_fwd", lib=LIBRARY)
-def _(mu, logvar, y):
-    return loss_like(mu, 1, 0)
-
-
-@register_fake("udi_kernels::club_nll_bwd", lib=LIBRARY)
-def _(grad, mu, logvar, y, need_mu, need_logvar, need_y):
-    return grads_like((mu, logvar, y), (need_mu, need_logvar, need_y))
-
-
-def _mi_reference(mu, logvar, y, given, reduction):
-    return reference.club_mi(mu, logvar, y, given, reduction=REDUCTIONS[reduction])
-
-
-def _mi_reference_of_classes(mu, logvar, y, classes, stats, reduction):
-    return _mi_reference(mu, logvar, y, None if classes is None else classes[1, :-1], reduction)
-
-
-served_by_reference("club_mi_reference", _mi_reference)
-served_by_reference("club_nll_reference", reference.club_nll)
-differentiable("club_mi_bwd", 3, _mi_reference_of_classes)
-differentiable("club_nll_bwd", 3, reference.club_nll)
-LIBRARY.impl("club_classes", reference.club_classes, "CUDA")
-launched_by_triton("club", ("club_mi_fwd", "club_mi_bwd", "club_nll_fwd", "club_nll_bwd"))

@@ -1,21 +1,12 @@
 """The dimension-decoupled unidirectional contrastive (DUC) loss of DI-MML (Fan et al., arXiv 2407.19514)."""
 
+import math
+
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from . import _checks, reference
-from ._ops import (
-    LIBRARY,
-    REDUCTIONS,
-    differentiable,
-    grads_like,
-    launched_by_triton,
-    loss_like,
-    native,
-    ops,
-    served_by_reference,
-)
+from . import reference
+from ._ops import Argument, Op, reduction_code
 
 
 def duc_loss(
@@ -56,70 +47,22 @@ def duc_loss(
         TypeError: an argument is not a floating-point tensor, dims is not of bool, or the temperature is a tensor.
         ValueError: shapes or devices disagree, or the temperature or the reduction is out of range.
     """
-    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor) and isinstance(dims, Tensor)):
-        _checks.not_tensors("duc_loss", student=student, teacher=teacher, dims=dims)
-    if type(temperature) is not float:
-        _checks.number("duc_loss", "temperature", temperature)
-    code = _checks.reduction("duc_loss", reduction)
-    if native():
-        return ops.duc_loss.default(student, teacher, dims, temperature, code)
-    _check(student, teacher, dims, temperature)
-    student, teacher = _checks.promote(student, teacher)
-    return reference.duc_loss(student, teacher, dims, temperature=temperature, reduction=reduction)
+    return DUC_LOSS(student, teacher, dims, temperature, reduction_code("duc_loss", reduction))
 
 
-def _check(student: Tensor, teacher: Tensor, dims: Tensor, temperature: float) -> None:
-    """As csrc/ops/duc.h does."""
-    _checks.tensors("duc_loss", student=student, teacher=teacher)
-    if student.dim() != 2:
-        raise ValueError(f"duc_loss: student must have shape (N, D), got {tuple(student.shape)}")
-    _checks.same_shape("duc_loss", student=student, teacher=teacher)
-    if dims.dtype != torch.bool:
-        raise TypeError(f"duc_loss: dims must be torch.bool, got {dims.dtype}")
-    shape = tuple(student.shape[1:])
-    if dims.shape != shape:
-        raise ValueError(f"duc_loss: dims must have shape {shape}, one per dimension, got {tuple(dims.shape)}")
-    if dims.device != student.device:
-        raise ValueError(f"duc_loss: dims must be on {student.device} as student is, got {dims.device}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"duc_loss: temperature must be positive and finite, got {temperature}")
-
-
-LIBRARY.define("duc_loss(Tensor student, Tensor teacher, Tensor dims, float temperature, int reduction) -> Tensor")
-LIBRARY.define(
-    "duc_loss_reference(Tensor student, Tensor teacher, Tensor dims, float temperature, int reduction) -> Tensor"
+DUC_LOSS = Op(
+    "duc_loss",
+    Argument("Tensor student", "N D", grad=True),
+    Argument("Tensor teacher", "N D", grad=True),
+    Argument("Tensor dims", "D", (torch.bool,)),
+    Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
+    Argument("int reduction"),
+    reference=reference.duc_loss,
+    saved={
+        "stats": lambda student, **_: (3, student.shape[0]),
+        # Times a factor for each row, the student's gradient.
+        "direction": lambda student, need_student, **_: student.shape if need_student else (0,),
+    },
+    prepared=("student",),
+    triton="duc",
 )
-# Of kernels: student and teacher are matrices of one dtype. stats: (3, N); direction: (N, D), what the student's
-# gradient is a factor a row of, empty unless that is needed.
-LIBRARY.define(
-    "duc_loss_fwd(Tensor student, Tensor teacher, Tensor dims, float temperature, int reduction, bool need_student)"
-    " -> (Tensor loss, Tensor stats, Tensor direction)"
-)
-LIBRARY.define(
-    "duc_loss_bwd(Tensor grad, Tensor student, Tensor teacher, Tensor dims, Tensor stats, Tensor direction,"
-    " float temperature, int reduction, bool need_student, bool need_teacher) -> (Tensor, Tensor)"
-)
-
-
-@register_fake("udi_kernels::duc_loss_fwd", lib=LIBRARY)
-def _(student, teacher, dims, temperature, reduction, need_student):
-    rows = student.shape[0]
-    wide = loss_like(student, 0, rows)
-    direction = wide.new_empty(student.shape if need_student else (0,))
-    return loss_like(student, reduction, rows), wide.new_empty((3, rows)), direction
-
-
-@register_fake("udi_kernels::duc_loss_bwd", lib=LIBRARY)
-def _(grad, student, teacher, dims, stats, direction, temperature, reduction, need_student, need_teacher):
-    return grads_like((student, teacher), (need_student, need_teacher))
-
-
-def _reference(student, teacher, dims, temperature, reduction):
-    return reference.duc_loss(student, teacher, dims, temperature=temperature, reduction=REDUCTIONS[reduction])
-
-
-served_by_reference("duc_loss_reference", _reference)
-differentiable(
-    "duc_loss_bwd", 2, lambda student, teacher, dims, stats, direction, *rest: _reference(student, teacher, dims, *rest)
-)
-launched_by_triton("duc", ("duc_loss_fwd", "duc_loss_bwd"))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from . import _checks, reference
-from ._ops import LIBRARY, launched_by_triton, native, ops, served_by_reference
+from . import reference
+from ._ops import LIBRARY, Argument, Op
 
 
 def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -35,44 +35,26 @@ def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor
         TypeError: features is not a floating-point tensor, or labels not one of integers.
         ValueError: shapes or devices disagree, ``num_classes`` is not positive, or (on a CPU) a label is too large.
     """
-    if not (isinstance(features, Tensor) and isinstance(labels, Tensor)):
-        _checks.not_tensors("effective_dims", features=features, labels=labels)
-    if native():
-        return ops.effective_dims.default(features, labels, num_classes)
-    _check(features, labels, num_classes)
+    return EFFECTIVE_DIMS(features, labels, num_classes)
+
+
+def _reference(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     if labels.is_cpu and (labels >= num_classes).any():
-        raise ValueError(f"effective_dims: labels must be below num_classes ({num_classes}), got {labels.max().item()}")
+        raise ValueError(f"effective_dims: labels must be below {num_classes}, got {labels.max().item()}")
     return reference.effective_dims(features, labels, num_classes)
 
 
-def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
-    """As csrc/ops/effective_dims.h does."""
-    _checks.tensors("effective_dims", features=features)
-    if features.dim() != 2:
-        raise ValueError(f"effective_dims: features must have shape (N, D), got {tuple(features.shape)}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"effective_dims: labels must be int64 or int32, got {labels.dtype}")
-    shape = tuple(features.shape[:1])
-    if labels.shape != shape:
-        raise ValueError(f"effective_dims: labels must have shape {shape}, one per row, got {tuple(labels.shape)}")
-    if labels.device != features.device:
-        raise ValueError(f"effective_dims: labels must be on {features.device} as features is, got {labels.device}")
-    if num_classes <= 0:
-        raise ValueError(f"effective_dims: num_classes must be positive, got {num_classes}")
-
-
-LIBRARY.define("effective_dims(Tensor features, Tensor labels, int num_classes) -> Tensor")
-LIBRARY.define("effective_dims_reference(Tensor features, Tensor labels, int num_classes) -> Tensor")
-# Of kernels: features is a matrix whose rows have their elements side by side, labels are int64.
-LIBRARY.define("effective_dims_fwd(Tensor features, Tensor labels, int num_classes) -> Tensor")
+EFFECTIVE_DIMS = Op(
+    "effective_dims",
+    Argument("Tensor features", "N D"),
+    Argument("Tensor labels", "N", (torch.int64, torch.int32)),
+    Argument("int num_classes", valid=lambda num_classes: num_classes > 0),
+    reference=_reference,
+    result=lambda features, **_: features.new_empty(features.shape[1:], dtype=torch.bool),
+    triton="effective_dims",
+)
 
 
 @register_fake("udi_kernels::effective_dims", lib=LIBRARY)
-@register_fake("udi_kernels::effective_dims_fwd", lib=LIBRARY)
-def _(features, labels, num_classes):
-    _check(features, labels, num_classes)
-    return features.new_empty(features.shape[1:], dtype=torch.bool)
-
-
-served_by_reference("effective_dims_reference", reference.effective_dims)
-launched_by_triton("effective_dims", ("effective_dims_fwd",))
+def _(*values):
+    return EFFECTIVE_DIMS.fake_forward(*EFFECTIVE_DIMS.checked(*values))

@@ -1,23 +1,12 @@
 """Generalized Jensen-Shannon divergence between the softmaxes of two sets of logits."""
 
+import math
+
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from . import _checks, reference
-from ._ops import (
-    LIBRARY,
-    REDUCTIONS,
-    differentiable,
-    grads_like,
-    launched_by_triton,
-    loss_like,
-    native,
-    ops,
-    served_by_reference,
-)
-
-INTEGRAL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from . import reference
+from ._ops import FLOATING, INTEGERS, Argument, Op, reduction_code
 
 
 def js_div(
@@ -61,82 +50,18 @@ def js_div(
         TypeError: an argument is not a floating-point tensor, or a number is one.
         ValueError: shapes or devices disagree, C is 0, or a number is out of range.
     """
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
-        _checks.not_tensors("js_div", input=input, target=target)
-    if not (weight is None or isinstance(weight, Tensor)):
-        _checks.not_tensors("js_div", weight=weight)
-    if not type(beta) is type(temperature) is float:
-        _checks.number("js_div", "beta", beta)
-        _checks.number("js_div", "temperature", temperature)
-    code = _checks.reduction("js_div", reduction)
-    if native():
-        return ops.js_div.default(input, target, weight, beta, temperature, code)
-    _check(input, target, weight, beta, temperature)
-    input, target = _checks.promote(input, target)
-    return reference.js_div(input, target, beta=beta, temperature=temperature, weight=weight, reduction=reduction)
+    return JS_DIV(input, target, weight, beta, temperature, reduction_code("js_div", reduction))
 
 
-def _check(input: Tensor, target: Tensor, weight: Tensor | None, beta: float, temperature: float) -> None:
-    """As csrc/ops/js_div.h does."""
-    _checks.tensors("js_div", input=input, target=target)
-    _checks.same_shape("js_div", input=input, target=target)
-    if not input.dim() or input.shape[-1] == 0:
-        shape = tuple(input.shape)
-        raise ValueError(f"js_div: input needs a last dimension of at least one class, got {shape}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"js_div: beta must lie in [0, 1], got {beta}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"js_div: temperature must be positive and finite, got {temperature}")
-    if weight is None:
-        return
-    _checks.dense("js_div", "weight", weight)
-    if weight.dtype not in (*_checks.FLOATING, *INTEGRAL):
-        types = "float16, bfloat16, float32, float64, bool or an integer"
-        raise TypeError(f"js_div: weight must be {types}, got {weight.dtype}")
-    if weight.device != input.device:
-        raise ValueError(f"js_div: weight must be on {input.device} as input is, got {weight.device}")
-    rows = tuple(input.shape[:-1])
-    if weight.shape != rows:
-        raise ValueError(f"js_div: weight must have shape {rows}, one per row, got {tuple(weight.shape)}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction")
-
-
-LIBRARY.define(
-    "js_div(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction) -> Tensor"
+JS_DIV = Op(
+    "js_div",
+    Argument("Tensor input", "* C+", grad=True),
+    Argument("Tensor target", "* C+", grad=True),
+    Argument("Tensor? weight", "*", (*FLOATING, *INTEGERS, torch.bool)),
+    Argument("float beta", valid=lambda beta: 0 <= beta <= 1),
+    Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
+    Argument("int reduction"),
+    reference=reference.js_div,
+    saved={"stats": lambda input, **_: (6, input.shape[0])},  # kernels take (R, C)
+    triton="js_div",
 )
-LIBRARY.define(
-    "js_div_reference(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
-    " -> Tensor"
-)
-# Of kernels: input and target are matrices of one dtype. stats: (6, R), what the backward of the same backend needs.
-LIBRARY.define(
-    "js_div_fwd(Tensor input, Tensor target, Tensor? weight, float beta, float temperature, int reduction)"
-    " -> (Tensor loss, Tensor stats)"
-)
-LIBRARY.define(
-    "js_div_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, float beta,"
-    " float temperature, int reduction, bool need_input, bool need_target) -> (Tensor, Tensor)"
-)
-
-
-@register_fake("udi_kernels::js_div_fwd", lib=LIBRARY)
-def _(input, target, weight, beta, temperature, reduction):
-    rows = input.shape[0]
-    return loss_like(input, reduction, rows), loss_like(input, 0, rows).new_empty((6, rows))
-
-
-@register_fake("udi_kernels::js_div_bwd", lib=LIBRARY)
-def _(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target):
-    return grads_like((input, target), (need_input, need_target))
-
-
-def _reference(input, target, weight, beta, temperature, reduction):
-    return reference.js_div(
-        input, target, beta=beta, temperature=temperature, weight=weight, reduction=REDUCTIONS[reduction]
-    )
-
-
-served_by_reference("js_div_reference", _reference)
-differentiable("js_div_bwd", 2, lambda input, target, weight, stats, *rest: _reference(input, target, weight, *rest))
-launched_by_triton("js_div", ("js_div_fwd", "js_div_bwd"))

@@ -230,11 +230,10 @@ BAD = {
 
 @pytest.mark.parametrize("f", [club_mi, club_nll])
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message, f, backend):
-    with pytest.raises((ValueError, TypeError), match=f"{f.__name__}: {message}"):
-        BAD[message](f, torch.zeros(3, 4))
+def test_bad_input(message, f, refused):
+    refused(lambda: BAD[message](f, torch.zeros(3, 4)), f"^{f.__name__}: {message}")
 
 
-def test_bad_reduction(backend):
-    with pytest.raises(ValueError, match="club_mi: reduction .* got 'avg'"):
-        club_mi(*[torch.zeros(3, 4)] * 3, reduction="avg")
+def test_bad_reduction(refused):
+    x = torch.zeros(3, 4)
+    refused(lambda: club_mi(x, x, x, reduction="avg"), "^club_mi: reduction .* got 'avg'", ValueError)
