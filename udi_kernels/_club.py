@@ -7,7 +7,7 @@ from torch.library import register_fake
 from . import _distributed, reference
 from ._ops import INTEGERS, LIBRARY, Argument, Op, define, reduction_code
 
-FEW_ROWS = 48  # kFewRows in csrc/enums.h
+SMALL_CLASS = 48  # kSmallClass in csrc/enums.h
 
 
 def club_mi(
@@ -28,27 +28,28 @@ def club_mi(
         value_i = 1/2 sum_d exp(-logvar_id) [Var(y_d) + (mean(y_d) - mu_id)² - (y_id - mu_id)²]
 
     With ``given`` it bounds I(X; Y | given): the class-conditional form of the same bound. The negatives of a row are
-    the other samples of its class, so that with mean and variance over the n rows of its class::
+    the other samples of its class. With mean and variance over the n rows of the class::
 
         value_i = n/(n-1) 1/2 sum_d exp(-logvar_id) [Var(y_d) + (mean(y_d) - mu_id)² - (y_id - mu_id)²]
 
-    which is 0 for the only row of a class. ``q`` should know the class too: fit it on features and one-hot labels.
+    which is 0 for the only row of a class. Fit ``q`` on features and one-hot labels, so that it knows the class too.
 
     Args:
         mu, logvar, y: shape (N, D), float16, bfloat16, float32 or float64, any strides, one device.
-        given: shape (N,), integers, same device: each row's class, any numbers from 0 on. A row of a negative class
-            (-1: unlabelled) is worth 0, is no row's negative, and does not count in the mean.
-        reduction: ``"mean"`` over rows (with ``given``: those of a class, and 0 where there are none), ``"sum"`` or
+        given: shape (N,), integers, same device: the class of each row, any number from 0 on. A row of a negative class
+            (-1: unlabelled) has value 0, is not among the negatives, and does not count in the mean.
+        reduction: ``"mean"`` over rows (with ``given``, over the rows that have a class; 0 if none has), ``"sum"`` or
             ``"none"``.
-        process_group: the rows of all its processes are one batch: the value is the bound of the whole, the gradient in
-            the local rows that of the whole times the number of processes, so that averaging equals one process.
+        process_group: treats the rows of all its processes as one batch. The value is the bound of the whole batch. The
+            gradient is the whole batch's in the local rows, times the number of processes, so that DDP's average over
+            the processes is the gradient of one process with all rows.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or shape (N,) for ``"none"``.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or given not one of integers.
-        ValueError: shapes or devices disagree, or the reduction is unknown, or ``"none"`` of a process group.
+        TypeError: an argument is not a floating-point tensor, or ``given`` is not an integer tensor.
+        ValueError: shapes or devices disagree, the reduction is unknown, or it is ``"none"`` with a process group.
     """
     code = reduction_code("club_mi", reduction)
     if process_group is None:
@@ -62,7 +63,7 @@ def club_mi(
 def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     r"""Negative log-likelihood that fits q, up to factor and constant: ``mean_i sum_d (y-mu)² exp(-logvar) + logvar``.
 
-    Takes what :func:`club_mi` takes and returns a scalar; it is ``CLUB.learning_loss`` of the authors' code.
+    Takes the tensors of :func:`club_mi` and returns a scalar. It is ``CLUB.learning_loss`` in the authors' code.
     """
     return CLUB_NLL(mu, logvar, y)
 
@@ -72,9 +73,9 @@ class CLUB(nn.Module):
 
     Args:
         x_dim, y_dim: sizes of the samples.
-        hidden_size: the two networks (mean, log-variance) have one hidden layer of ``hidden_size // 2`` units each.
+        hidden_size: each of the two networks (mean, log-variance) has one hidden layer of ``hidden_size // 2`` units.
 
-    All methods take x_samples (N, x_dim), and y_samples (N, y_dim) where named.
+    Methods take x_samples (N, x_dim) and y_samples (N, y_dim).
     """
 
     __module__ = "udi_kernels"  # pickles name the public place
@@ -103,12 +104,12 @@ class CLUB(nn.Module):
 
 
 def _stats(mu: Tensor, given: Tensor | None, **_: object) -> tuple[int, ...]:
-    """Statistics of the columns; with classes, on a CPU, those of the class that begins at row b in b // FEW_ROWS.
+    """Statistics of the columns; with classes, on a CPU, those of the class that begins at row b in b // SMALL_CLASS.
 
-    A class of up to FEW_ROWS rows has none, nor has a class on a GPU.
+    A class of up to SMALL_CLASS rows has none, nor has a class on a GPU.
     """
     rows, columns = mu.shape
-    classes = rows // FEW_ROWS if mu.device.type == "cpu" else 0
+    classes = rows // SMALL_CLASS if mu.device.type == "cpu" else 0
     return (5, columns) if given is None else (classes, 5, columns)
 
 
