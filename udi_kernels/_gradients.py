@@ -1,4 +1,4 @@
-"""Inner products and weighted sums of whole gradients: lists of tensors, one per parameter, never concatenated."""
+"""Inner products and weighted sums of gradients, each a list of one tensor per parameter, without concatenation."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,19 +22,19 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
     r"""All inner products of K gradients: ``G[i, j] = sum_p <grads[i][p], grads[j][p]>``.
 
     Args:
-        grads: K sequences of P tensors or None (a zero gradient), the same P parameters in each. float16, bfloat16,
-            float32 or float64, on one device. A parameter's gradients share shape, dtype and memory layout; those that
-            are not dense are copied first. Parameters may differ.
-        stacked: grads is one sequence of P tensors or None instead, each of shape (K, *shape): the K gradients of a
-            parameter.
+        grads: K sequences, each of P tensors or None (a zero gradient) for the same P parameters; float16, bfloat16,
+            float32 or float64, on one device. The K gradients of a parameter have one shape, dtype and memory layout;
+            those that are not dense are copied first. Parameters may differ.
+        stacked: grads is one sequence of P tensors or None instead, each of shape (K, *shape), which holds the K
+            gradients of a parameter.
 
     Returns:
-        (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. The same bits for the same
-        gradients at the same place: on a CPU the order of summation depends on the shapes alone, on a GPU also on the
-        alignment of the addresses and on the model of the GPU. Not differentiable.
+        (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. Repeated calls give the same
+        bits: on a CPU the order of summation depends on the shapes only, on a GPU also on the alignment of the
+        addresses and on the GPU model. Not differentiable.
 
-    DTensors give the Gram matrix of the whole gradients, on every rank: each multiplies its own shards, and one
-    all-reduce, in float64, adds up. Other tensor subclasses take part through dispatch.
+    DTensors give the Gram matrix of the whole gradients, on every rank: each rank multiplies its own shards, and one
+    all-reduce, in float64, adds up. Other tensor subclasses are supported through dispatch.
 
     Raises:
         TypeError, ValueError: naming the first gradient that does not fit.
@@ -53,11 +53,11 @@ def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) ->
 
     Args:
         gram: (K, K) from :func:`gramian`.
-        anchor: index of the loss that the others shall help.
-        cosine: compare directions only: ``G[anchor, k]`` is divided by both norms first.
+        anchor: index of the loss that the others are to help.
+        cosine: compares directions only: ``G[anchor, k]`` is divided by both norms first.
 
     Returns:
-        (K,), dtype and device of ``gram``; nothing waits for the device.
+        (K,), dtype and device of ``gram``; does not synchronise.
     """
     if not isinstance(gram, Tensor):
         not_a_tensor("alignment_weights", "gram", gram)
@@ -84,7 +84,7 @@ def weighted_sum(
     Args:
         grads, stacked: as for :func:`gramian`.
         weights: (K,) tensor on the gradients' device.
-        out: P tensors to write to, laid out as the gradients are; may be one of the lists itself.
+        out: P tensors to write to, in the layout of the gradients; may be one of the lists itself.
 
     Returns:
         list of P tensors in the gradients' dtype (``out`` if given); None where all K gradients are None and no
@@ -103,22 +103,22 @@ def weighted_sum(
 
 
 class GradientPlan:
-    """:func:`gramian` and :func:`weighted_sum` of gradients that stay where they are, prepared once.
+    """:func:`gramian` and :func:`weighted_sum` of gradients in fixed buffers, prepared once.
 
-    A call then costs a few microseconds of host time however many tensors there are, where the functions need about
-    one per tensor. It reads what the buffers hold when it runs, on the current stream. Each ``gramian`` has scratch
-    memory of its own, so calls may overlap on several streams; two of ``weighted_sum`` may not, as they write the same
-    ``out``. A CUDA graph with a call in it keeps addresses alone: keep the plan, which keeps the buffers, as long.
+    A call then costs a few microseconds of host time for any number of tensors, where the functions need about one per
+    tensor. It reads the buffers when it runs, on the current stream. Each ``gramian`` has its own scratch memory, so
+    calls may overlap on several streams; two of ``weighted_sum`` may not, as they write the same ``out``. A CUDA graph
+    with a call in it only holds addresses: keep the plan, which keeps the buffers, as long as the graph.
 
     Args:
-        grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: a gradient that
-            is replaced by another tensor (``zero_grad(set_to_none=True)``) is not seen.
+        grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: the plan does
+            not see a gradient that is replaced by another tensor (``zero_grad(set_to_none=True)``).
         out: as for :func:`weighted_sum`; by default allocated at the first ``weighted_sum``.
 
     Raises:
-        TypeError, ValueError: as the functions do, and for gradients that are not dense or whose memory is not their
-            own, as that of tensor subclasses such as DTensor.
-        RuntimeError: at a call, where a buffer is no longer what it was when the plan was made.
+        TypeError, ValueError: as the functions do, and for gradients that are not dense, and for tensor subclasses
+            without memory of their own, such as DTensor.
+        RuntimeError: at a call, if memory, dtype or layout of a buffer has changed since the plan was made.
     """
 
     def __init__(self, grads: Gradients, *, out: Sequence[Tensor] | None = None, stacked: bool = False) -> None:
@@ -164,9 +164,9 @@ def _weighted_sum(
 
 
 def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | None], int | None, bool]:
-    """What the ops take: K*P tensors or None, list after list, and K; or P stacked ones, and None.
+    """The tensors as the ops take them, K, and whether all are plain tensors, of no subclass.
 
-    Beside them, whether none is of a subclass of Tensor.
+    The tensors are K*P or None, list after list; or, if stacked, P, and K is None.
     """
     if isinstance(grads, Tensor):
         raise TypeError(f"{op}: grads must be a sequence, got a tensor; pass [grads] and stacked=True for K stacked")
@@ -221,7 +221,7 @@ def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
 
 
 def _dtensor(tensors: list[Tensor | None]) -> Any:
-    """The module that serves DTensors if there are any; importing it is slow, but whoever has one has done it."""
+    """The module for DTensors, if there is one among the tensors; then its slow import has been made already."""
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed and any(isinstance(t, distributed.DTensor) for t in tensors):
         from . import _dtensor
@@ -231,7 +231,7 @@ def _dtensor(tensors: list[Tensor | None]) -> Any:
 
 
 def _refuse_subclass(name: str, t: Tensor | None) -> None:
-    """A plan reads the memory of its tensors, which those whose class takes over dispatch do not have."""
+    """A plan reads the memory of its tensors; subclasses that override dispatch may have none."""
     if t is not None and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"GradientPlan: {name} must be a plain tensor, whose memory the plan reads, got a {type(t).__name__}; "
@@ -240,14 +240,14 @@ def _refuse_subclass(name: str, t: Tensor | None) -> None:
 
 
 def _served(tensors: list[Tensor | None]) -> bool:
-    """Whether csrc serves; the kernels for the tensors' device are then loaded."""
+    """Whether csrc serves; loads the kernels for the tensors' device."""
     if next(t for t in tensors if t is not None).is_cuda:
         load_cuda()
     return native()
 
 
 def _with_none(out: list[Tensor], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Puts None where a parameter has no gradient, for which the ops write a tensor without elements."""
+    """Replaces by None what the ops return for a parameter without gradient, a tensor without elements."""
     if all(t is not None for t in tensors):
         return out  # type: ignore[return-value]
     return [None if all(t is None for t in tensors[p :: len(out)]) else value for p, value in enumerate(out)]
@@ -258,7 +258,7 @@ def _with_none(out: list[Tensor], tensors: list[Tensor | None]) -> list[Tensor |
 
 @dataclass(frozen=True)
 class _Lists:
-    """K lists of P tensors or None, and one gradient of each parameter as results are laid out; None where all are."""
+    """K lists of P tensors or None, and for each parameter a gradient in the layout of results, or None if all are."""
 
     lists: list[list[Tensor | None]]
     like: list[Tensor | None]
@@ -310,12 +310,12 @@ def _check_alike(op: str, name: str, t: Tensor, like: Tensor, strides: bool = Tr
 
 
 def _strides(t: Tensor) -> list[int]:
-    """Those that matter."""
+    """The strides of dimensions of more than one element."""
     return [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] if t.numel() else []
 
 
 def _dense(t: Tensor) -> bool:
-    """Whether memory holds the elements themselves, in any order, and without gaps."""
+    """Whether memory holds the elements themselves, in any order and without gaps."""
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(t.stride(), t.shape, strict=True) if size != 1):
         if step != expected and t.numel():

@@ -25,21 +25,21 @@ def js_div(
         JS = beta KL(p || m) + (1 - beta) KL(q || m)
 
     (Lin 1991, "Divergence measures based on the Shannon entropy"; ``beta`` as in GKD, arXiv 2306.13649.)
-    The gradients are ``(1 - beta)/T q (log(q/m) - KL(q || m))`` and its mirror image; the backward pass recomputes
-    them from the logits, so nothing of the size of the input is kept.
+    The gradient in the input is ``(1 - beta)/T q (log(q/m) - KL(q || m))``, that in the target its mirror image. The
+    backward pass recomputes them from the logits, so nothing of the size of the input is kept.
 
-    The ends are the two KL divergences, as GKD's users know them: ``beta=0`` is ``KL(p || q)``, forward KL with the
-    target as teacher, and ``beta=1`` is ``KL(q || p)``, reverse KL. That is a jump: the formula itself tends to 0
-    there. KL is inf where only one side has a logit of -inf.
+    The ends are the two KL divergences, as in GKD: ``beta=0`` is ``KL(p || q)``, forward KL with the target as teacher,
+    and ``beta=1`` is ``KL(q || p)``, reverse KL. The value jumps there, because the formula tends to 0. KL is inf where
+    only one side has a logit of -inf.
 
     Args:
         input: logits of q, shape (..., C), float16, bfloat16, float32 or float64, any strides.
         target: logits of p, same shape and device; differentiable too. Logits made under ``torch.inference_mode()``
             are copied if the backward pass needs them; those made under ``torch.no_grad()`` are not.
-        beta: weight of p in the mixture, in [0, 1]. A number: a tensor would get no gradient.
-        temperature: T > 0, a number. The result is not multiplied by T². A learnt T: divide both logits by it.
-        weight: factor of each row, shape (...), of any floating-point or integer dtype or bool, so ``labels != -100``
-            will do; 0 masks a row out of value and gradients unless it holds NaN or inf. It gets no gradient.
+        beta: weight of p in the mixture, a number in [0, 1], not a tensor: it gets no gradient.
+        temperature: T > 0, a number. The result is not multiplied by T². To learn T, divide both logits by it.
+        weight: factor of each row, shape (...), floating-point, integer or bool, such as ``labels != -100``. A weight
+            of 0 masks a row out of value and gradients unless the row holds NaN or inf. It gets no gradient.
         reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
 
     Returns:
@@ -47,7 +47,7 @@ def js_div(
         that are all masked, is NaN, as in ``cross_entropy``.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or a number is one.
+        TypeError: an argument is not a floating-point tensor, or ``beta`` or ``temperature`` is not a number.
         ValueError: shapes or devices disagree, C is 0, or a number is out of range.
     """
     return JS_DIV(input, target, weight, beta, temperature, reduction_code("js_div", reduction))

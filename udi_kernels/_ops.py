@@ -32,7 +32,7 @@ ops: Any = torch.ops.udi_kernels
 
 
 def native() -> bool:
-    """Whether csrc serves. The first call loads it, and builds it if need be; without it the reference serves."""
+    """Whether csrc serves; if not, the reference does. The first call loads csrc, and builds it if necessary."""
     return _build.load("cpu") is not None
 
 
