@@ -90,11 +90,11 @@ ACCEPTED: dict[str, Any] = {
 class Argument:
     """An argument of an op.
 
-    schema: type and name, as in "Tensor? weight". grad: whether it gets a gradient; those that do may differ in dtype,
-    and the op brings them to their common one. The rest is for `Op.checked`:
+    schema: type and name, such as "Tensor? weight". grad: whether it gets a gradient; such arguments are promoted to
+    their common dtype. The rest is for `Op.checked`:
 
-    shape: the dimensions' names, "N D"; one name is one size in all arguments, "C+" is not 0, and a "*" in front is any
-    number of dimensions. dtypes: of a tensor. valid: of a number.
+    shape: names of the dimensions, such as "N D". A name stands for the same size in all arguments, "C+" for one that
+    is not 0, a leading "*" for any number of dimensions. dtypes: those of a tensor. valid: the check of a number.
     """
 
     schema: str
@@ -130,21 +130,22 @@ def _loss(reduction: int = SUM, **arguments: Any) -> Tensor:
 
 
 class Op:
-    """Declares an op; a call checks the arguments' types, and goes to csrc, or to the reference.
+    """The declaration of an op. A call checks the arguments' types, then calls csrc or, without it, the reference.
 
-    Registers ``name`` itself, ``name_reference``, and for kernels ``name_fwd`` and, if an argument gets a gradient,
-    ``name_bwd``. Kernels take the tensors that get gradients in one dtype. Their backward takes the gradient of the
-    result, the op's tensors, what the forward saved, the numbers, and for each gradient whether it is needed; it has an
-    autograd by the reference, which serves create_graph, and so all higher derivatives.
+    Registers ``name`` and ``name_reference``, the kernels' ``name_fwd`` and, if an argument gets a gradient, their
+    ``name_bwd``. Kernels get those arguments in one dtype. ``name_bwd`` takes the gradient of the result, the tensors,
+    what the forward kernel saved, the numbers, and for each gradient whether it is needed. The reference makes
+    ``name_bwd`` differentiable, for create_graph and all higher derivatives.
 
     Args:
-        arguments: in the order of the schema.
-        reference: by the arguments' names, the reduction by its own.
-        triton: the module in udi_kernels/triton that launches ``name_fwd`` and ``name_bwd`` on a GPU.
-        result: a fake result of the forward kernel, by the arguments' names; by default a loss, of each row for "none".
-        saved: shapes of what the forward keeps for the backward of the same backend, in float32 (float64 for float64).
-        prepared: arguments whose gradient the forward prepares; it takes ``need_...`` flags for them.
-        original: for arguments that kernels take in another form, the way back.
+        arguments: in the order of the schema; kernels get them in this order too.
+        reference: called with the arguments by name, the reduction as a string.
+        triton: the module of udi_kernels/triton with the launchers ``name_fwd`` and ``name_bwd``.
+        result: what the forward kernel returns, as a fake tensor; called with the arguments by name. By default a loss.
+        saved: shapes of what the forward kernel saves for the backward kernel, in float32 (float64 for float64);
+            called with the arguments by name.
+        prepared: arguments whose gradients the forward kernel prepares; it takes a flag ``need_...`` for each.
+        original: for an argument that kernels take in another form, the function that undoes it.
     """
 
     def __init__(

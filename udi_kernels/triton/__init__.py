@@ -4,8 +4,8 @@ No kernel is autotuned: sizes and warps follow from the shape alone, so a call n
 a CUDA graph, and adds up in the same order every time.  There are no floating-point atomics.
 
 A launcher, such as `js_div_fwd`, looks up a function made for its arguments' shapes, strides, dtypes, device and
-options (`cached_launch`).  That function allocates the results and calls one `Launch` per kernel, so that a repeated
-call computes no grid or option again.
+options (`cached_launch`; a parameter that starts with an underscore is there as a key of the cache only).  That
+function allocates the results and calls one `Launch` per kernel, so that a repeated call computes no grid or option.
 
 In a kernel's list of arguments a comment gives the shape of a tensor; strides count elements, or V elements where the
 kernel has a V.
@@ -141,10 +141,7 @@ def _total(
 
 
 @cached_launch
-def _total_of(
-    device,  # cache key only
-    n,
-):
+def _total_of(_device, n):
     block = 256 if n <= 1024 else 4096
     return Launch(_total, (1,), dict(n=n, BLOCK=block), num_warps=warps(block, 8))
 

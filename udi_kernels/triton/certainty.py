@@ -136,13 +136,7 @@ def certainty_fusion_fwd(logits, temperature):
 
 
 @cached_launch
-def _forward(
-    device,  # cache key only
-    dtype,  # cache key only
-    size,
-    strides,
-    temperature,
-):
+def _forward(_device, _dtype, size, strides, temperature):
     if size[1] == 0:
         return lambda logits: logits.new_empty(size[1:])
     stride_zm, stride_zn = strides
@@ -165,15 +159,7 @@ def certainty_fusion_bwd(grad, logits, temperature, need_logits):
 
 
 @cached_launch
-def _backward(
-    device,  # cache key only
-    dtype,  # cache key only; the gradient has it too
-    size,
-    strides,
-    stride_gn,
-    temperature,
-    need_logits,
-):
+def _backward(_device, _dtype, size, strides, stride_gn, temperature, need_logits):
     if size[1] == 0 or not need_logits:
         return lambda grad, logits: logits.new_empty(size if need_logits else (0,))
     stride_zm, stride_zn = strides

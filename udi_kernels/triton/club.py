@@ -333,13 +333,7 @@ def club_mi_fwd(mu, logvar, y, classes, reduction):
 
 
 @cached_launch
-def _mi_forward(
-    device,  # cache key only
-    dtype,
-    size,
-    strides,
-    reduction,
-):
+def _mi_forward(_device, dtype, size, strides, reduction):
     N, D = size
     if N == 0 or D == 0:
         empty = _empty_loss(N, reduction)
@@ -440,16 +434,7 @@ def club_mi_bwd(grad, mu, logvar, y, classes, stats, reduction, need_mu, need_lo
 
 
 @cached_launch
-def _mi_backward(
-    device,  # cache key only
-    dtype,
-    size,
-    strides,
-    grad_dtype,  # cache key only
-    g_stride,
-    reduction,
-    needs,
-):
+def _mi_backward(_device, dtype, size, strides, _grad_dtype, g_stride, reduction, needs):
     N, D = size
     allocate = gradients(size, needs)
     if N * D == 0 or not any(needs):
@@ -613,13 +598,7 @@ def _given_fwd(mu, logvar, y, classes, reduction):
 
 
 @cached_launch
-def _given_forward(
-    device,  # cache key only
-    dtype,
-    size,
-    strides,
-    reduction,
-):
+def _given_forward(_device, dtype, size, strides, reduction):
     N, D = size
     if N * D == 0:
         shape = (N,) if reduction == NONE else ()
@@ -704,16 +683,7 @@ def _given_bwd(
 
 
 @cached_launch
-def _given_backward(
-    device,  # cache key only
-    dtype,
-    size,
-    strides,
-    grad_dtype,  # cache key only
-    g_stride,
-    reduction,
-    needs,
-):
+def _given_backward(_device, dtype, size, strides, _grad_dtype, g_stride, reduction, needs):
     allocate = gradients(size, needs)
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y, classes: allocate(mu)
@@ -768,12 +738,7 @@ def club_nll_fwd(mu, logvar, y):
 
 
 @cached_launch
-def _nll_forward(
-    device,  # cache key only
-    dtype,
-    size,
-    strides,
-):
+def _nll_forward(_device, dtype, size, strides):
     N, D = size
     if N == 0 or D == 0:
         empty = _empty_loss(N, reduction=MEAN)
@@ -830,14 +795,7 @@ def club_nll_bwd(grad, mu, logvar, y, need_mu, need_logvar, need_y):
 
 
 @cached_launch
-def _nll_backward(
-    device,  # cache key only
-    dtype,
-    size,
-    strides,
-    grad_dtype,  # cache key only
-    needs,
-):
+def _nll_backward(_device, dtype, size, strides, _grad_dtype, needs):
     allocate = gradients(size, needs)
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y: allocate(mu)

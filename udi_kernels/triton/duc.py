@@ -96,17 +96,13 @@ def _blocks(N):
 
 def _block_launches(kernel, N, **values):
     """For each block of rows its slice and its launch, one program per row."""
-    size = min(4096, next_power_of_2(N))
-    values |= dict(N=N, BLOCK=size)
-    return [
-        (
-            block,
-            Launch(
-                kernel, (block.stop - block.start,), values | dict(begin=block.start), num_warps=min(8, warps(size, 8))
-            ),
-        )
-        for block in _blocks(N)
-    ]
+    columns = min(4096, next_power_of_2(N))
+
+    def launch(block):
+        options = values | dict(begin=block.start, N=N, BLOCK=columns)
+        return Launch(kernel, (block.stop - block.start,), options, num_warps=min(8, warps(columns, 8)))
+
+    return [(block, launch(block)) for block in _blocks(N)]
 
 
 def duc_loss_fwd(student, teacher, dims, temperature, reduction, need_student):
@@ -116,14 +112,7 @@ def duc_loss_fwd(student, teacher, dims, temperature, reduction, need_student):
 
 
 @cached_launch
-def _forward(
-    device,  # cache key only
-    dtype,
-    size,
-    temperature,
-    reduction,
-    need_student,
-):
+def _forward(_device, dtype, size, temperature, reduction, need_student):
     N, D = size
     factor = 1.0 / N if reduction == MEAN and N else 1.0
     launches = _block_launches(_rows, N, inverse_temperature=1.0 / temperature, factor=factor) if N else ()
@@ -208,16 +197,7 @@ def duc_loss_bwd(grad, student, teacher, dims, stats, direction, temperature, re
 
 
 @cached_launch
-def _backward(
-    device,  # cache key only
-    dtype,  # cache key only
-    size,
-    grad_dtype,  # cache key only
-    stride_g,
-    temperature,
-    reduction,
-    needs,
-):
+def _backward(_device, _dtype, size, _grad_dtype, stride_g, temperature, reduction, needs):
     N, D = size
     allocate = gradients(size, needs)
     if N * D == 0:

@@ -121,14 +121,7 @@ def effective_dims_fwd(features, labels, num_classes):
 
 
 @cached_launch
-def _forward(
-    device,  # cache key only
-    dtype,  # cache key only
-    size,
-    stride_x,
-    stride_labels,
-    C,
-):
+def _forward(_device, _dtype, size, stride_x, stride_labels, C):
     N, D = size
     if N * D == 0:
         return lambda features, labels: features.new_zeros((D,), dtype=torch.bool)

@@ -526,18 +526,7 @@ def js_div_fwd(input, target, weight, beta, temperature, reduction):
 
 
 @cached_launch
-def _forward(
-    device,  # cache key only
-    dtype,
-    R,
-    C,
-    x_stride,  # in elements, as y_stride
-    y_stride,
-    weight,  # its dtype and stride, or False
-    beta,
-    temperature,
-    reduction,
-):
+def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
     if R == 0:
         return _fwd_empty(reduction)
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
@@ -760,19 +749,7 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
 
 @cached_launch
 def _backward(
-    device,  # cache key only
-    dtype,
-    R,
-    C,
-    x_stride,  # in elements, as y_stride
-    y_stride,
-    weight,  # its dtype and stride, or False
-    grad_dtype,  # cache key only
-    g_stride,
-    beta,
-    temperature,
-    reduction,
-    needs,
+    _device, dtype, R, C, x_stride, y_stride, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
 ):
     allocate = gradients((R, C), needs)
     if R == 0 or not any(needs):
