@@ -98,7 +98,7 @@ def _column_sum(tile):
 
 @triton.jit
 def _shift(Y, col, mask, stride, V: tl.constexpr, N):
-    """The mean of rows spread over y, near the middle of the data whatever its order; exactly y where N is 1."""
+    """The mean of evenly spaced rows of y, inside the data in whatever order; exactly y if N is 1."""
     row = tl.arange(0, SAMPLES).to(tl.int64) * N // SAMPLES
     first = tl.load(Y + col, mask, other=0.0).to(tl.float32)
     return first + tl.sum(_load(Y, row, stride, V, col, mask[None, :], 0.0) - first[None, :], 0) / SAMPLES
@@ -292,7 +292,7 @@ def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
     """The two stages as a function: it returns the statistics, and writes factor times the sum of all rows to `out`."""
     D, tile = shape.D, shape.rows // 2
     parts, rows = shape.parts(tile)
-    # A warp on its own adds up columns by shuffles; several need shared memory, and that takes longer than the rows.
+    # A single warp adds up columns by shuffles; several need shared memory, which takes longer than reading the rows.
     values = shape.values | dict(ROWS=tile, g_stride=g_stride, rows=rows, MOMENTS=moments, WEIGHTS=weights)
     first = Launch(_columns, (shape.tiles, parts), values, num_warps=1)
     # Tiles of 1024: few columns each, so that there are many programs.
@@ -439,7 +439,7 @@ def _mi_backward(_device, dtype, size, strides, _grad_dtype, g_stride, reduction
     allocate = gradients(size, needs)
     if N * D == 0 or not any(needs):
         return lambda grad, mu, logvar, y, stats: allocate(mu)
-    if N == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
+    if N == 1:  # its only negative is itself: 0 by definition, where the formula leaves rounding errors
         return lambda grad, mu, logvar, y, stats: tuple(g.zero_() for g in allocate(mu))
     shape = _Shape(dtype, N, D, *strides)
     per_row, factor = reduction == NONE, 1.0 / N if reduction == MEAN else 1.0

@@ -5,17 +5,17 @@ With q = softmax(input/T), p = softmax(target/T) and m = beta p + (1 - beta) q:
     JS = beta KL(p || m) + (1 - beta) KL(q || m)
     d input = (1 - beta)/T q (log(q/m) - KL(q || m)),    d target = beta/T p (log(p/m) - KL(p || m))
 
-log(q/m) and log(p/m) are functions of d = log2(p/q) alone (`_log2_over_mixture`).  That is made of the logits'
-differences and of the ratio of both sums of exponentials: logits of 1e4 lose nothing, nor do the logarithms of large
-sums, and equal rows give exactly 0.
+log(q/m) and log(p/m) are functions of d = log2(p/q) only (`_log2_over_mixture`).  d comes from the logits' differences
+and the ratio of both sums of exponentials, so that logits of 1e4 and logarithms of large sums lose no digits, and equal
+rows give exactly 0.
 
-The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
+The ends are defined as divergences, not as limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
 
     KL(p || q): d input = (q - p)/T,    d target = p/T (log(p/q) - KL(p || q))
 
-Rows up to TILE_CLASSES are read once and stay in registers, several rows to a program where they are short.  Longer
-rows are read twice by one program, the second time backwards: what was read last is still in cache.  A few very long
-rows are split over programs.
+Rows up to TILE_CLASSES are read once and stay in registers; a program takes several rows if they are short.  Longer
+rows are read twice by one program, the second time backwards, because what was read last is still in the cache.  A few
+very long rows are split over programs.
 """
 
 import math
@@ -137,9 +137,9 @@ def _log2_1p(t):
 def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
     """log2(q/m) and log2(p/m), where d = log2(p/q); finite also where p or q or both are 0, and d is infinite or NaN.
 
-    With a the larger of beta p and gamma q, and t = 2^n what the other one is of it: m = a (1 + t), a sum in which
-    nothing cancels.  Near d = 0 both logarithms are differences of nearly equal numbers: there a series, in n where
-    beta is a half, else the Taylor polynomial, truncation error below 4e-7 of the divergence.
+    Let a be the larger of beta p and gamma q, and t = 2^n the ratio of the other one to it.  In m = a (1 + t) nothing
+    cancels.  Near d = 0 both logarithms are differences of nearly equal numbers, and a series is used: one in n where
+    beta is a half, else the Taylor polynomial, with a truncation error below 4e-7 of the divergence.
     """
     if MIX == HALF:
         n = tl.maximum(-tl.abs(d), -FURTHEST)  # NaN becomes -FURTHEST
@@ -161,7 +161,7 @@ def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
 def _kl_term(d, q, p):
     """p log2(p/q) + (q - p)/ln 2, a term of KL(p || q): never negative, of second order in d = log2(p/q).
 
-    The second part adds up to 0, but for the rounding of both rows' sums of exponentials, which so cancels.
+    The second part has the sum 0 but for the rounding errors of both rows' sums of exponentials, which cancel this way.
     """
     P = -1.4683874211271451e-07
     P = P * d + 1.9065917255074797e-06
@@ -177,7 +177,7 @@ def _kl_term(d, q, p):
 
 @triton.jit
 def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
-    """What a class adds to KL(q || m) and KL(p || m), in bits; for KL, to the sums of q - p and of p log2(p/q)."""
+    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log2(p/q)."""
     if MIX == KL:
         return q - p, tl.where(p == 0, 0.0, p * d)
     else:
@@ -187,7 +187,7 @@ def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
 
 @triton.jit
 def _quotient(a, b):
-    """a / b, rounded right but for rare cases, and NaN if b is 0.
+    """a / b, correctly rounded but for rare cases, and NaN if b is 0.
 
     A true division has a slow path that takes registers.
     """
@@ -198,7 +198,7 @@ def _quotient(a, b):
 
 @triton.jit
 def _gap(share_q, share_p):
-    """log2 of their ratio; NaN for a row with no class above -inf, as in torch."""
+    """log2(share_q / share_p); NaN for a row with no class above -inf, as in torch."""
     ratio = _quotient(share_q, share_p)
     log = tl.where(ratio > 0, _log2(ratio, ratio - 1), float("nan"))
     return tl.where(share_q == share_p, 0.0, log)
@@ -206,7 +206,7 @@ def _gap(share_q, share_p):
 
 @triton.jit
 def _compared(x, y, peak_q, peak_p, gap, scale):
-    """log2(p/q), and q and p times the sums of their rows."""
+    """log2(p/q), and q and p, each times the sum of its row's exponentials."""
     x, y = x - peak_q, y - peak_p
     return (y - x) * scale - gap, exp2(x * scale), exp2(y * scale)
 
@@ -322,7 +322,7 @@ def _online(x, peak, sum, scale):
 
 @triton.jit
 def _joined(peak, sum, scale):
-    """One maximum and sum of exponentials from many."""
+    """The maximum and sum of exponentials of all lanes."""
     top = tl.max(peak, 0)
     return top, tl.sum(sum * exp2((peak - top) * scale), 0)
 
@@ -350,7 +350,7 @@ def _divergences(
     X, Y, begin, end, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) that columns [begin, end) add, last column first."""
+    """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) from columns [begin, end), last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
     sum_p = tl.zeros([LANES], tl.float32)
     sum = tl.zeros([LANES], tl.float32)
@@ -533,10 +533,10 @@ def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
     values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE)
     if C <= TILE_CLASSES:
         return _fwd_by_tiles(R, C, reduction, values)
-    # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
+    # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
-    # More values at a time leave too few registers, and narrow loads have an address and a mask each.
+    # More values at a time leave too few registers; each narrow load needs an address and a mask.
     width = min(4, max(2, values["V"]))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
@@ -546,7 +546,7 @@ def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
 
 
 def _mixture(beta):
-    """-log2 of beta and of 1 - beta, and coefficients 2 to 7 of log2(m/q) in d, which are a coin's cumulants."""
+    """-log2 of beta and of 1 - beta, and coefficients 2 to 7 of log2(m/q) in d: Bernoulli cumulants."""
     v, u, ln2 = beta * (1 - beta), 1 - 2 * beta, math.log(2)
     if v == 0:
         return ()
@@ -616,8 +616,8 @@ def _fwd_by_tiles(R, C, reduction, values):
 def _tile_of_rows(R, block):
     """Rows of `block` classes that a program takes at a time, how often, and with how many warps.
 
-    All of a small batch, so that one launch does; else 16 classes a thread, and long rows alone go over several warps,
-    whose sums take shared memory.
+    A small batch is one tile, so that one launch is enough.  Otherwise a thread has 16 classes, and only long rows are
+    distributed over several warps, whose sums need shared memory.
     """
     rows = next_power_of_2(R)
     if rows * block <= 1024:
@@ -664,7 +664,7 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
 
 
 def _stats(input, R):
-    """Other results are allocated from it: new_empty takes half as long where dtype and device are not named."""
+    """The statistics.  Other results are made from them: new_empty without dtype and device takes half as long."""
     return torch.empty((6, R), dtype=torch.float32, device=input.device)
 
 
@@ -712,7 +712,7 @@ def _bwd(
     DIVS = _stat(S, R, DIV_Q)  # and of the next row of the statistics, DIV_P
     gap = _gap(share_q, share_p)
     d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
-    if MIX == KL:  # less what the sums of these very terms are off
+    if MIX == KL:  # less the rounding errors of the sums of these terms
         q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         dx = g[:, None] * (add_q - q * tl.load(DIVS, real)[:, None])
@@ -755,10 +755,10 @@ def _backward(
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    if C <= 512:  # one load of each input a thread, of 16 bytes where rows allow that
+    if C <= 512:  # one load of each input per thread, of 16 bytes where rows allow it
         block, each = next_power_of_2(C), max(4, values["V"])
         rows = min(max(1, 64 * each // block), next_power_of_2(R))
-    else:  # two, of a single row; narrower tiles where over an eighth of the columns would idle
+    else:  # two loads, of a single row; narrower tiles where over an eighth of the columns would be idle
         block, each = 1024 if -C % 1024 <= C // 8 else 512, 32 // dtype.itemsize
         rows = 1
     values |= dict(g_stride=g_stride, ROWS=rows, BLOCK=block)
