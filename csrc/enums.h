@@ -1,13 +1,32 @@
-// Numbers that mean something on both sides of a border: between Python and C++, and between launchers and kernels.
+// Constants that two languages share. python.cpp exports those that Python and Triton repeat, and a test compares them.
 #pragma once
 
 #include <cstdint>
 
 namespace udi {
 
-// How the losses of the rows become one; REDUCTIONS in udi_kernels/_ops.py.
+// How the losses of the rows become one.
 enum Reduction : int64_t { kNone, kSum, kMean };
 
 enum class DType : int { kFloat, kDouble, kBFloat16, kHalf };
+
+// Rows of the statistics that a forward kernel keeps for the backward kernel of the same backend:
+
+namespace js_div_stats {
+// Maxima and inverse sums of exponentials, KL(q||m) and KL(p||m); at beta = 0 the last are the sums of q - p, which
+// rounding leaves, and of p log(p/q).
+enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
+}  // namespace js_div_stats
+
+namespace club_stats {
+// Means over the rows; all but the first are of the data less the shift.
+enum Stat { kShift, kMeanY, kVarY, kMeanW, kMeanWMu, kStats };
+constexpr int64_t kSmallClass = 48;  // on a CPU, a class of up to this many rows has no statistics
+}  // namespace club_stats
+
+namespace duc_stats {
+// The largest z of the negatives, 1/sum_j e^((z_ij - that)/T), and 1 - p_ii.
+enum Stat { kMax, kInvSum, kOthers, kStats };
+}  // namespace duc_stats
 
 }  // namespace udi

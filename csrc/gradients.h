@@ -1,4 +1,4 @@
-// Gradients as addresses, and the work on them prepared once: what ops/gradients.h asks of a device.
+// Gradients as addresses, and the kernels prepared for them: what ops/gradients.h needs from a device.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ class Plan {
  public:
   virtual ~Plan() = default;
 
-  // Doubles of memory that gramian needs on the device, uninitialised; one call at a time may use them.
+  // How many doubles of device memory gramian needs, uninitialised; one call at a time may use them.
   virtual int64_t scratch() const = 0;
 
   // gram: (K, K) float, or double if wide.

@@ -1,8 +1,8 @@
-// The public ops for all devices: they check, in words, and launch kernels; the losses' graph nodes are here too.
+// The public ops of all devices: they check their arguments, record the losses in autograd's graph, and call kernels.
 //
-// In C++ because calls of few rows are mostly overhead: forward and backward of js_div at 64 x 101 took 111 us with
-// Python's autograd.Function and checks, and take 88. The price is ATen: its headers take ten seconds, so all ops are
-// one translation unit, and everything else in this folder is on the stable ABI.
+// They are in C++ because small calls are mostly overhead: forward and backward of js_div at 64 x 101 took 111 us with
+// Python's autograd.Function and checks, and take 88. The price is ATen, whose headers take ten seconds to compile. So
+// all ops are one translation unit, and everything else in this folder uses the stable ABI.
 #include "ops/certainty.h"
 #include "ops/club.h"
 #include "ops/duc.h"

@@ -1,5 +1,9 @@
-// The Python module of each library: how it was built, and what the libraries tell each other.
+// The Python module of each library: its compiler, what the other library needs, and the shared constants.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
 
 #include "gradients.h"
 #if defined(USE_CUDA)
@@ -12,7 +16,7 @@ namespace {
 
 // f(kernel, device) -> (code, entry); see compile in cuda/driver.h.
 void use_compiler(const pybind11::function& f) {
-  static pybind11::handle compiler;  // kept for ever: calls may come until the interpreter is gone
+  static pybind11::handle compiler;  // never released: calls may come until the interpreter ends
   compiler = f.inc_ref();
   udi::compile = [](const std::string& kernel, int device) {
     const pybind11::gil_scoped_acquire locked;
@@ -31,10 +35,20 @@ void use_compiler(const pybind11::function& f) {
 PYBIND11_MODULE(UDI_MODULE, m) {
   m.attr("compiler") = "g++ " __VERSION__;
   m.attr("make_plan") = reinterpret_cast<uintptr_t>(&udi::make_plan);
-  // Names by number: what udi_kernels/_ops.py must agree with.
-  pybind11::dict reductions;
-  reductions["none"] = int(udi::kNone), reductions["sum"] = int(udi::kSum), reductions["mean"] = int(udi::kMean);
-  m.attr("REDUCTIONS") = reductions;
+  // Constants that Python and Triton repeat, by their names there; tests/kernels/test_ops.py compares them.
+  using Constants = std::map<std::string, int64_t>;
+  m.attr("REDUCTION") = Constants{{"NONE", udi::kNone}, {"SUM", udi::kSum}, {"MEAN", udi::kMean}};
+  m.attr("JS_DIV") = Constants{{"MAX_Q", udi::js_div_stats::kMaxQ}, {"INV_Q", udi::js_div_stats::kInvQ},
+                               {"MAX_P", udi::js_div_stats::kMaxP}, {"INV_P", udi::js_div_stats::kInvP},
+                               {"DIV_Q", udi::js_div_stats::kDivQ}, {"DIV_P", udi::js_div_stats::kDivP}};
+  m.attr("CLUB") = Constants{{"SHIFT", udi::club_stats::kShift},
+                             {"MEAN_Y", udi::club_stats::kMeanY},
+                             {"VAR_Y", udi::club_stats::kVarY},
+                             {"MEAN_W", udi::club_stats::kMeanW},
+                             {"MEAN_WMU", udi::club_stats::kMeanWMu}};
+  m.attr("DUC") = Constants{
+      {"MAX", udi::duc_stats::kMax}, {"INV_SUM", udi::duc_stats::kInvSum}, {"OTHERS", udi::duc_stats::kOthers}};
+  m.attr("SMALL_CLASS") = udi::club_stats::kSmallClass;
 #if defined(USE_CUDA)
   m.def("use_compiler", use_compiler);
 #endif

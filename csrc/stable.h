@@ -1,4 +1,4 @@
-// The LibTorch Stable ABI, as torch 2.11 has it: compiled in a second, where all of ATen takes ten.
+// The LibTorch Stable ABI of torch 2.11: it compiles in a second, where ATen takes ten.
 #pragma once
 
 #define TORCH_TARGET_VERSION 0x020b000000000000

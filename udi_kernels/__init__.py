@@ -1,12 +1,12 @@
 """Fused kernels for multimodal learning without a joint loss."""
 
+from ._certainty import certainty_fusion
+from ._club import CLUB, club_mi, club_nll
+from ._duc import duc_loss
+from ._effective_dims import effective_dims
+from ._gradients import GradientPlan, alignment_weights, gramian, weighted_sum
 from ._info import build_info
-from .certainty import certainty_fusion
-from .club import CLUB, club_mi, club_nll
-from .duc import duc_loss
-from .effective_dims import effective_dims
-from .gradients import GradientPlan, alignment_weights, gramian, weighted_sum
-from .js_div import js_div
+from ._js_div import js_div
 
 __all__ = [
     "CLUB",

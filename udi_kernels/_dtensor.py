@@ -1,6 +1,6 @@
-"""Gradients that are DTensors, as FSDP2 and tensor parallelism leave them: every rank works on its own shards.
+"""Gradients that are DTensors, as FSDP2 and tensor parallelism make them: every rank works on its own shards.
 
-All ranks of the mesh must call. Parameters may be placed in different ways, the K gradients of one may not.
+All ranks of the mesh must call. Placements may differ between parameters, not between the K gradients of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ from . import reference
 
 
 def gramian(compute: Callable, tensors: Sequence[Tensor | None], k: int | None) -> Tensor:
-    """Products of each rank's shards in float64, and their sum over the ranks: one all-reduce of (K, K)."""
+    """Each rank multiplies its shards in float64; one all-reduce of (K, K) adds up."""
     mesh, likes = _checked("gramian", tensors, k)
     for p, like in enumerate(likes):
         if isinstance(like, DTensor) and any(isinstance(placement, Partial) for placement in like.placements):
             raise ValueError(
                 f"gramian: parameter {p}'s gradients must be sharded or replicated, got placements {like.placements}, "
-                "a sum that is still to be made; call .redistribute()"
+                "a sum that is not made yet; call .redistribute()"
             )
     sharded = [_sharded_dims(like) for like in likes]
     reduced: list[int] = sorted(set().union(*sharded))
-    # What all ranks along a dimension of the mesh have in common, only the first of them counts.
+    # A gradient that is replicated along a reduced dimension of the mesh counts on the first rank there only.
     coordinate: Sequence[int] = mesh.get_coordinate() or ()
     counts = [all(coordinate[d] == 0 for d in reduced if d not in own) for own in sharded]
     shards = [_local(t) if counts[n % len(likes)] else None for n, t in enumerate(tensors)]
@@ -43,7 +43,7 @@ def gramian(compute: Callable, tensors: Sequence[Tensor | None], k: int | None) 
 def weighted_sum(
     compute: Callable, tensors: Sequence[Tensor | None], k: int | None, weights: Tensor, out: list[Any] | None
 ) -> list[Any]:
-    """Shard by shard, without communication; the sums are placed as the gradients are."""
+    """Shard by shard, without communication; the sums have the gradients' placements."""
     _, likes = _checked("weighted_sum", tensors, k)
     if isinstance(weights, DTensor):
         weights = weights.full_tensor()
@@ -62,7 +62,7 @@ def weighted_sum(
 
 
 def _checked(op: str, tensors: Sequence[Tensor | None], k: int | None) -> tuple[DeviceMesh, list[Tensor | None]]:
-    """The mesh, and one gradient of each parameter, whose others are placed alike."""
+    """The mesh, and one gradient of each parameter; the others have the same placements."""
     if k is None:
         raise ValueError(f"{op}: grads must be lists where they are DTensors, got stacked ones; unbind their first dim")
     params, mesh = len(tensors) // k, next(t.device_mesh for t in tensors if isinstance(t, DTensor))

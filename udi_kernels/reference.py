@@ -1,7 +1,7 @@
 """Plain-torch versions of every op: short, readable, differentiable by autograd.
 
-They document the formulas, are the oracle of the tests (in float64), and serve wherever no kernel does:
-other devices, and machines where nothing could be compiled.
+They document the formulas, are the oracle of the tests (in float64), and serve where no kernel does: on other devices,
+and on machines where nothing could be compiled.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Lists = Sequence[Sequence[Tensor | None]]  # K lists of P gradients; None is a z
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything narrower is computed in float32."""
+    """float64 for float64; narrower dtypes are computed in float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -42,7 +42,7 @@ def js_div(
 
 
 def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    # With d = log p - log q, log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L: finite, and exactly 0 at d = 0.
+    # With d = log p - log q: log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L, finite, and exactly 0 at d = 0.
     d = log_p - log_q
     below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
     L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
@@ -52,12 +52,12 @@ def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     impossible = (p > 0) & (log_q < torch.finfo(q.dtype).min / 8)  # a logit of -inf
-    rows = (p * (log_p - log_q) + q - p).sum(-1)  # q - p, which adds up to 0, makes the terms of second order
+    rows = (p * (log_p - log_q) + q - p).sum(-1)  # q - p, whose sum is 0, makes the terms of second order
     return rows + torch.where(impossible.any(-1), torch.inf, 0)
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
-    # Shifted by the maximum before the division by T, large logits lose nothing; a logit of -inf stays below any other.
+    # The maximum is subtracted before the division by T, so that large logits lose no digits; -inf stays the smallest.
     z = (z - z.amax(-1, keepdim=True).detach()) / temperature
     return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
 
@@ -68,7 +68,7 @@ def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, 
     if given is not None:
         return _club_mi_given(mu, logvar, y, given, reduction)
     if len(y):
-        shift = y[0].detach()  # the bound does not change when y and mu move together; its rounding error does
+        shift = y[0].detach()  # shifting y and mu together does not change the bound, but its rounding error
         mu, y = mu - shift, y - shift
     mean = y.mean(0)
     negative = (y - mean).square().mean(0) + (mean - mu).square()  # the mean of (y_j - mu_i)^2 over all j
@@ -91,7 +91,7 @@ def _club_mi_given(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor, reducti
     mu, y = mu - shift, y - shift
     centre = mean(y)
     negative = mean((y - centre).square()) + (centre - mu).square()
-    others = size / (size - 1).clamp_min(1)  # the row itself is not among its negatives
+    others = size / (size - 1).clamp_min(1)  # a row is not among its own negatives
     rows = 0.5 * (others * (negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
     if reduction == "none":
         return rows
@@ -99,15 +99,15 @@ def _club_mi_given(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor, reducti
 
 
 def _sorted_classes(given: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows sorted by class, those in none (negative) first, and each row's class, numbered from 0; -1: none."""
+    """The rows sorted by class, those without one (negative) first, and each row's class, numbered from 0; -1: none."""
     ids, order = given.long().clamp_min(-1).sort(stable=True)
     classes = torch.cat((ids[:1] >= 0, ids[1:] != ids[:-1])).cumsum(0) - 1
     return order, torch.empty_like(classes).scatter(0, order, classes)
 
 
 def club_classes(given: Tensor) -> Tensor:
-    """(3, N + 1): rows sorted by class and the count of those in one; each row's class and the count of them; where in
-    the sorted rows each class begins, N for those that there are not.
+    """(3, N + 1): rows sorted by class, and how many have one; each row's class, and the number of classes; where each
+    class begins in the sorted rows, N beyond the last.
     """
     order, index = _sorted_classes(given)
     numbers = torch.arange(len(given) + 1, device=given.device)
@@ -116,7 +116,7 @@ def club_classes(given: Tensor) -> Tensor:
     return torch.stack((order, torch.cat((index, (begin < len(given)).sum(0, keepdim=True))), begin))
 
 
-# One of the two ways of torch to add up rows adds in an order by chance, and it is not the same one on all devices.
+# Torch has two ways to add up rows, and on each device one of them adds in a random order.
 
 
 def add_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
@@ -126,7 +126,7 @@ def add_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index]; its gradient is added up by `add_rows`."""
+    """x[index], whose gradient is added up as in `add_rows`."""
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
@@ -142,7 +142,7 @@ def duc_loss(
     dtype = accumulation_dtype(student.dtype, teacher.dtype)
     student, teacher = (torch.where(dims, x.to(dtype), 0) for x in (student, teacher))
     z = student @ teacher.T
-    # Less each row's own: small losses and their gradients keep their digits. Padded, since a row may have none.
+    # Less each row's own, so that small losses and gradients keep their digits. Padded, since a row may have no other.
     z = (z - z.diagonal()[:, None]) / temperature
     top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -154,12 +154,12 @@ def duc_loss(
 def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     features = features.double()
     sums = features.new_zeros(num_classes + 1, features.shape[1])
-    rows = torch.where((labels < 0) | (labels >= num_classes), num_classes, labels)  # all the others together
+    rows = torch.where((labels < 0) | (labels >= num_classes), num_classes, labels)  # in a class of their own
     counts = features.new_zeros(num_classes + 1).index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
     centroids = sums.index_add_(0, rows, features) / counts[:, None]
     nearest = torch.full_like(features, -1, dtype=torch.int64)
     distance = torch.full_like(features, torch.inf)
-    for label, centroid in enumerate(centroids[:num_classes]):  # that of an absent class is NaN, and near to nothing
+    for label, centroid in enumerate(centroids[:num_classes]):  # that of an absent class is NaN, and nearest to nothing
         to_this = (features - centroid).abs()
         nearest = torch.where(to_this < distance, label, nearest)
         distance = torch.where(to_this < distance, to_this, distance)

@@ -2,7 +2,7 @@
 //   w = softmax(s/T) over the heads, out = sum_m w_m z_m.
 //
 // Backward, with g the row's gradient and a_m = <g, z_m>:
-//   d z_m = w_m g + w_m (a_m - sum_k w_k a_k)/T s_m ([z_m is the largest] - p_m),  shared out among equally large ones.
+//   d z_m = w_m g + w_m (a_m - sum_k w_k a_k)/T s_m ([z_m is the largest] - p_m),  divided among equal largest logits.
 #include <functional>
 #include <limits>
 
@@ -11,7 +11,7 @@
 namespace udi {
 namespace {
 
-constexpr int64_t kGrain = 4096;  // below this many elements a second thread does not pay
+constexpr int64_t kGrain = 4096;  // fewer elements do not pay for a second thread
 
 // (M, N, C), elements of a row adjacent.
 template <class T>

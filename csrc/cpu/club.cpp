@@ -2,9 +2,9 @@
 //
 // With w = e^-logvar, value_i = 1/2 sum_d w [Var(y) + (mean(y) - mu)^2 - (y - mu)^2]. The sums over rows of y, y^2, w,
 // w mu and w y (2 mu - y) give mean and gradients in one pass. The value does not change when y and mu move together,
-// so both are taken relative to a point inside the data: without that, cancellation eats the result.
+// so both are taken relative to a point inside the data: otherwise cancellation destroys the result.
 //
-// With classes, all this holds for the rows of each, times n/(n - 1).
+// With classes, this holds for the rows of each class, times n/(n - 1).
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -20,14 +20,12 @@ constexpr int64_t kMinRows = 64;    // of a chunk
 constexpr int64_t kColumns = 256;   // columns of a task: five accumulators each stay in the first-level cache
 constexpr int64_t kGroup = 8;       // rows summed in one float before they join the double
 constexpr double kScale = 256;      // w is summed over this: e^87 times some rows times mu overflows
-constexpr int64_t kFew = 48;        // rows of a class up to which nothing is kept for its gradient
-constexpr int64_t kGrain = 16384;   // below this many elements a second thread does not pay
+constexpr int64_t kGrain = 16384;   // fewer elements do not pay for a second thread
 
-// Rows of `stats`, all but the first relative to it: sums over rows, divided by N in the end.
-enum Stat { kShift, kMeanY, kVarY, kMeanW, kMeanWMu, kStats };
+using namespace club_stats;  // names of the statistics
 enum Sum { kY, kYY, kSumW, kSumWMu, kCross, kSums };
 
-// One row of the inputs, by value: a compiler that fears for `Inputs` at every store would read it anew after each.
+// One row of the inputs, by value: the compiler reloads `Inputs` after every store, which might alias it.
 template <class T>
 struct Row {
   const T *mu, *logvar, *y;
@@ -44,14 +42,14 @@ struct Inputs {
   int64_t row(int64_t i) const { return order ? order[i] : i; }
   Row<T> at(int64_t r) const { return {mu[r], logvar[r], y[r]}; }
 
-  // The rows from `begin` on in the order, and behind these as many that follow, to be fetched ahead.
+  // `count` rows from place `begin` of the order on, then the next `count`, for prefetching.
   void rows(int64_t begin, int64_t count, Row<T>* to) const {
     for (int64_t i = 0; i < 2 * count; ++i) to[i] = at(row(std::min(begin + i, n - 1)));
   }
 };
 
-// The rows by class, those in none first: `club_classes` as the kernels use it. Without classes all rows are in one,
-// and each is its own negative too.
+// The rows by class, those without a class first: `club_classes` as the kernels use it. Without classes all rows are in
+// one, and a row is among its own negatives.
 struct Classes {
   const int64_t *order = nullptr, *index = nullptr, *begin = nullptr;
   int64_t n, count = 1;  // rows, classes
@@ -70,10 +68,12 @@ struct Classes {
   }
   int64_t of(int64_t r) const { return order ? index[r] : 0; }
   int64_t size(int64_t k) const { return order ? begin[k + 1] - begin[k] : n; }
-  bool few(int64_t k) const { return order && size(k) <= kFew; }
+  bool few(int64_t k) const { return order && size(k) <= kSmallClass; }
   bool alone(int64_t k) const { return k < 0 || (order && size(k) == 1); }
   double factor(int64_t k) const { return order ? double(size(k)) / double(size(k) - 1) : 1; }
-  int64_t slot(int64_t k) const { return order ? begin[k] / kFew : 0; }  // statistics of a class of more than few
+  int64_t slot(int64_t k) const {
+    return order ? begin[k] / kSmallClass : 0;
+  }  // of the statistics of a class of many rows
 };
 
 template <class F>
@@ -153,7 +153,7 @@ double reduce_columns(const Inputs<T>& in, const Classes& classes, Factor<comput
   };
   const int64_t blocks = (in.d + kColumns - 1) / kColumns;
   if (!classes.any_more) return 0;
-  // One thread for a class's block of columns; block by block, so that threads share large classes.
+  // A task is one block of columns of a class, so that threads share large classes.
   if (classes.order) {
     const int64_t count = classes.count, size = 1 + in.n * std::min(in.d, kColumns) / std::max<int64_t>(count, 1);
     std::vector<double> values(blocks * count);
@@ -232,13 +232,13 @@ struct Element {
   }
 };
 
-// Sixteen columns of a class of few rows, relative to the mean of y: all that value and gradients need, without a
-// detour through memory. Statistics of small classes would be as large as the inputs.
+// Sixteen columns of a class of few rows, relative to the mean of y: all that value and gradients need, kept out of
+// memory. The statistics of small classes would be as large as the inputs.
 template <class T>
 struct Few {
-  Vec<T> y[kFew], mu[kFew], w[kFew], var{};
+  Vec<T> y[kSmallClass], mu[kSmallClass], w[kSmallClass], var{};
 
-  // Inlined, for else the exponential's constants are loaded anew for each.
+  // Inlined, so that the exponential's constants are loaded once.
   [[gnu::always_inline]] Few(const Row<T>* own, const Row<T>* next, int64_t rows, int64_t c, int lanes) {
     const compute_t<T> share = compute_t<T>(1) / rows;
     Vec<T> first = load_some(own->y + c, lanes), sum{};
@@ -256,7 +256,7 @@ struct Few {
   Vec<T> value(int64_t i) const { return w[i] * (var + y[i] * (2 * mu[i] - y[i])); }
 };
 
-// f(class, its first place in the order, its rows) for every class of few rows that has negatives.
+// f(class, its first place in the order, its number of rows) for every class of few rows that has negatives.
 template <class F>
 void for_each_few(const Classes& classes, int64_t d, F f) {
   if (!classes.any_few) return;
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
   const int64_t n = mu.size(0), d = mu.size(1);
   const Classes classes(class_tensor, n);
   ScalarType dtype = compute_dtype(mu);
-  const auto each = std::vector<int64_t>{n / kFew, kStats, d}, all = std::vector<int64_t>{kStats, d};
+  const auto each = std::vector<int64_t>{n / kSmallClass, kStats, d}, all = std::vector<int64_t>{kStats, d};
   Tensor stats = empty(classes.order ? each : all, dtype);
   Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{n} : std::vector<int64_t>{}, dtype);
   dispatch(mu, [&](auto* type) {
@@ -284,9 +284,9 @@ std::tuple<Tensor, Tensor> club_mi_fwd(const Tensor& mu, const Tensor& logvar, c
     double total = n ? statistics(in, classes, stat) : 0.;
     std::vector<double> values(classes.count);
     for_each_few(classes, d, [&](int64_t k, int64_t begin, int64_t rows) {
-      Row<T> own[2 * kFew];
+      Row<T> own[2 * kSmallClass];
       in.rows(begin, rows, own);
-      Vec<T> sums[kFew] = {};
+      Vec<T> sums[kSmallClass] = {};
       for_each_lanes(d, [&](int64_t c, int lanes) {  // lanes beyond the end hold 0
         Few<T> few(own, own + rows, rows, c, lanes);
         for (int64_t i = 0; i < rows; ++i) sums[i] += few.value(i);
@@ -334,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     using S = compute_t<T>;
     Inputs<T> in(mu, logvar, y, classes.order);
     if (n == 0) return;
-    if (n == 1) {  // no negative but the positive: 0 by definition, where the formula would leave rounding errors
+    if (n == 1) {  // its only negative is itself: 0 by definition, where the formula leaves rounding errors
       for (Tensor* g : {&grad_mu, &grad_logvar, &grad_y}) torch::stable::zero_(*g);
       return;
     }
@@ -344,10 +344,10 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
     for_each_few(classes, d, [&](int64_t k, int64_t begin, int64_t rows) {
       const S share = S(1) / rows;
-      Row<T> own[2 * kFew];
+      Row<T> own[2 * kSmallClass];
       in.rows(begin, rows, own);
-      S weight[kFew];
-      T *to_mu[kFew], *to_logvar[kFew], *to_y[kFew];
+      S weight[kSmallClass];
+      T *to_mu[kSmallClass], *to_logvar[kSmallClass], *to_y[kSmallClass];
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t r = in.row(begin + i);
         weight[i] = S(g[r] * scale * classes.factor(k));
@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
     int64_t between = kStats * d;
     std::unique_ptr<S[]> weighted;
     if (need_y && reduction == kNone) {
-      weighted = std::make_unique_for_overwrite<S[]>(2 * d * (classes.order ? n / kFew : 1));
+      weighted = std::make_unique_for_overwrite<S[]>(2 * d * (classes.order ? n / kSmallClass : 1));
       means = weighted.get(), between = 2 * d;
       reduce_columns(in, classes, g, [&](int64_t k, int64_t c, int lanes, Doubles shift, Doubles* sums) {
         const double size = classes.size(k), share = classes.factor(k) / size;
@@ -387,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
         return Doubles{};
       });
     }
-    // As the rows lie in memory: class by class it takes twice as long.
+    // In the order of memory: class by class it takes twice as long.
     for_each_row(classes.any_more || classes.any_alone ? n : 0, d, [&](int64_t r) {
       const int64_t k = classes.of(r);
       T *to_mu = out_mu[r], *to_logvar = out_logvar[r], *to_y = out_y[r];
@@ -412,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor> club_mi_bwd(const Tensor& grad, const Tensor&
   return {grad_mu, grad_logvar, grad_y};
 }
 
-// Numbered as they are met; rows without a class first, then class by class, in their order.
+// Classes are numbered in the order of their first rows. Rows without a class come first, then class by class.
 Tensor club_classes(const Tensor& given) {
   const int64_t n = given.size(0), *ids = static_cast<const int64_t*>(given.data_ptr()), stride = given.stride(0);
   Tensor classes = empty({3, n + 1}, ScalarType::Long);

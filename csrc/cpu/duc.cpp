@@ -1,12 +1,12 @@
 // Dimension-decoupled unidirectional contrastive loss: InfoNCE of the student's rows against the teacher's.
 //
 // Over the chosen dimensions z_ij = <s_i, t_j>, and loss_i = log sum_j e^(z_ij/T) - z_ii/T. Tiles of z come from BLAS
-// and are gone once their exponentials, relative to the largest so far, are summed: no N x N matrix. The student's
-// gradient
+// and are dropped once their exponentials, relative to the largest so far, are summed: no N x N matrix is kept. The
+// student's gradient
 //   d s_i = g_i/T (1 - p_ii) (n_i - t_i),  n_i = sum_{j != i} p_ij t_j / (1 - p_ii),
-// depends on the rest of the loss by the factor g_i alone, so the forward pass leaves n_i - t_i, summed in the same
-// tiles, and the backward pass is elementwise; making the tiles again would cost a third more. The positive is kept
-// apart from the negatives: where p_ii is almost 1, loss and gradient are as exact as elsewhere.
+// depends on the incoming gradient by the factor g_i alone. So the forward pass keeps n_i - t_i, summed in the same
+// tiles, and the backward pass is elementwise; computing the tiles again takes a third longer. The positive is separate
+// from the negatives, so that loss and gradient are exact where p_ii is almost 1, too.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <limits>
@@ -17,17 +17,16 @@
 namespace udi {
 namespace {
 
-// Columns and rows of a tile. The rows are also what threads share out, whatever their number; there are two blocks at
-// least, since a single one is no parallel region, and BLAS would share it out by the number of threads.
+// Columns and rows of a tile. Threads take blocks of so many rows, whatever the number of threads. There are at least
+// two blocks: a single one is no parallel region, and BLAS would split it by the number of threads.
 constexpr int64_t kTileColumns = 512, kMostRows = 128;
 inline int64_t tile_rows(int64_t n) {
   return n <= 2 ? 1 : n <= 16 ? (n + 1) / 2 : n <= 128 ? 16 : n <= 512 ? 32 : kMostRows;
 }
 
-// Rows of `stats`: the largest z of the negatives, 1/sum_j e^((z_ij - that)/T), and 1 - p_ii.
-enum Stat { kMax, kInvSum, kOthers, kStats };
+using namespace duc_stats;  // names of the statistics
 
-// A matrix in memory that is someone else's.
+// A matrix in memory that it does not own.
 template <class S>
 struct Matrix {
   S* data;
@@ -55,7 +54,8 @@ struct Buffer : Matrix<S> {
       : Matrix<S>{nullptr, rows, columns, (columns + kLanes - 1) / kLanes * kLanes},
         memory(std::make_unique_for_overwrite<S[]>(rows * this->stride + kLanes)) {
     auto address = reinterpret_cast<uintptr_t>(memory.get());
-    this->data = reinterpret_cast<S*>((address + 63) / 64 * 64);  // BLAS may add up in another order elsewhere
+    this->data =
+        reinterpret_cast<S*>((address + 63) / 64 * 64);  // BLAS may add up in another order at other alignments
   }
 };
 
@@ -66,7 +66,7 @@ void product_with_rows(Matrix<S> out, Matrix<S> a, Matrix<S> b) {
       aoti_torch_cpu_mm_out(out.tensor().get(), a.tensor().get(), b.tensor(/*transposed=*/true).get()));
 }
 
-// out += a b, or = where it is the first to be added
+// out += a b, or out = a b for the first product
 template <class S>
 void add_product(Matrix<S> out, Matrix<S> a, Matrix<S> b, bool first) {
   Tensor o = out.tensor();
@@ -99,7 +99,7 @@ void scatter(Matrix<S> from, const std::vector<int64_t>& dims, int64_t row, Rows
   }
 }
 
-// What a row's tiles so far add up to: the largest negative, and its negatives' exponentials relative to that.
+// A row's tiles so far: the largest negative, and the sum of the negatives' exponentials relative to it.
 template <class S>
 struct Running {
   S top = -std::numeric_limits<S>::infinity(), own = 0;
@@ -107,7 +107,7 @@ struct Running {
 };
 
 // Replaces a row of a tile by its negatives' exponentials (0 for the positive, at `own` if that is in the tile), adds
-// them up, and returns by what all that was added up before must be multiplied.
+// them up, and returns the factor that the earlier sums must be multiplied by.
 template <class S>
 S exponentials(S* z, int64_t columns, int64_t own, S inverse_temperature, Running<S>& row) {
   constexpr S none = -std::numeric_limits<S>::infinity();
@@ -116,7 +116,7 @@ S exponentials(S* z, int64_t columns, int64_t own, S inverse_temperature, Runnin
   for_each_lanes(columns, [&](int64_t c, int n) { tops = max(load_some(z + c, n, none), tops); });
   S top = across(tops, max<Vec<S>>)[0];
   S factor = top == row.top ? S(1) : std::exp((row.top - top) * inverse_temperature);
-  // A row without negatives has none to subtract from.
+  // A row without negatives has no largest one to subtract.
   Vec<S> sum{}, shift = splat(top == none ? S(0) : top);
   for_each_lanes(columns, [&](int64_t c, int n) {
     Vec<S> x = exp_negative(Vec<S>((load_some(z + c, n, none) - shift) * inverse_temperature));
@@ -137,7 +137,7 @@ void for_each_block(int64_t n, F f) {
   });
 }
 
-// Losses of all rows, their stats, and, if there is room for them, the directions n_i - t_i.
+// Losses of all rows, their statistics and, if wanted, the directions n_i - t_i.
 template <class T>
 void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const std::vector<int64_t>& dims,
              compute_t<T> inverse_temperature, compute_t<T>* losses, compute_t<T>* stats,
@@ -166,7 +166,7 @@ void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const s
       for (int64_t r = 0; r < rows; ++r) {
         const auto [top, own, others] = running[r];
         const double gap = (double(own) - top) * inverse_temperature;
-        // The sum of all exponentials relative to the largest negative; infinite where the negatives are nothing.
+        // The sum of all exponentials relative to the largest negative; infinite where the negatives are negligible.
         const double all = others + std::exp(gap);
         losses[begin + r] = S(gap >= 0 ? std::log1p(others * std::exp(-gap)) : std::log(all) - gap);
         stats[kMax * n + begin + r] = top;

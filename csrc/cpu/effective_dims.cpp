@@ -12,17 +12,17 @@
 namespace udi {
 namespace {
 
-constexpr int64_t kColumns = 64;  // of a task; fixed, and each column is summed by one thread: threads change nothing
-constexpr double kNever = std::numeric_limits<double>::infinity();  // NaN and infinite values are near to nothing
+constexpr int64_t kColumns = 64;  // of a task; one thread sums a column, so that threads change no result
+constexpr double kNever = std::numeric_limits<double>::infinity();  // NaN and infinite values are nearest to no mean
 
-// The intervals [low, high] of one column's classes; `order` is scratch. Of equal means, or in the middle between two,
-// the lower class has it, as in argmin.
+// The intervals [low, high] of one column's classes; `order` is scratch. Of equal means, and in the middle between two,
+// the lower class wins, as in argmin.
 void intervals(const std::vector<double>& means, std::vector<int64_t>& order, double* low, double* high,
                int64_t stride) {
   order.clear();
   for (size_t k = 0; k < means.size(); ++k)
     if (std::isfinite(means[k]))
-      order.push_back(k);  // not those of absent classes
+      order.push_back(k);  // absent classes have no mean
     else
       low[k * stride] = kNever, high[k * stride] = -kNever;
   std::sort(order.begin(), order.end(),
@@ -44,12 +44,13 @@ void intervals(const std::vector<double>& means, std::vector<int64_t>& order, do
   }
 }
 
-// How many rows are nearest to their own class, for `columns` columns from `first`. Labels below 0 take no part.
+// How many rows are nearest to their own class, for `columns` columns from `first`. Rows of a negative label are left
+// out.
 template <class T>
 void count_hits(Rows<T> x, const int64_t* labels, int64_t n, int64_t classes, int64_t first, int64_t columns,
                 int64_t* hits) {
   constexpr int64_t w = kColumns;
-  auto sums = std::make_unique<double[]>(classes * w);  // then the lower ends of the intervals
+  auto sums = std::make_unique<double[]>(classes * w);  // of classes; then the lower ends of the intervals
   std::vector<double> high(classes * w), means(classes);
   std::vector<int64_t> counts(classes), order;
   for (int64_t r = 0; r < n; ++r) {

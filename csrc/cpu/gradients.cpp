@@ -14,10 +14,10 @@ namespace {
 
 constexpr int64_t kChunk = 8192;   // elements of one parameter that a thread takes at a time
 constexpr int64_t kBlock = 1024;   // elements whose products are summed in the compute type before double takes over
-constexpr int64_t kGrain = 32768;  // elements of one gradient that are worth a thread
+constexpr int64_t kGrain = 32768;  // fewer elements of one gradient do not pay for another thread
 constexpr int64_t kSlots = 256;    // partial Gram matrices: a constant, so that no result depends on the threads
 
-// One register as this machine has them, and the rows of a tile whose accumulators fit in the register file.
+// A register of this machine, and the rows of a tile whose accumulators fit in the register file.
 #if defined(__AVX512F__)
 constexpr int kBytes = 64, kTile = 4;
 #elif defined(__AVX__)
@@ -60,7 +60,7 @@ void tile(const S* const* a, const S* const* b, int64_t n, double* gram, int64_t
   constexpr int lanes = kBytes / sizeof(S);
   Pack<S> sums[R][C] = {}, x[R], y[C];
   for (int64_t e = 0; e < n; e += lanes) {
-    // Unrolled for certain: sums that are indexed at run time would live in memory (2 times slower).
+    // Unrolled, because sums that are indexed at run time stay in memory, which takes twice as long.
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) std::memcpy(&y[j], b[j] + e, kBytes);
 #pragma GCC unroll 4
@@ -89,15 +89,15 @@ void add_products(const S* const* rows, int64_t k, int64_t n, double* gram) {
   }
 }
 
-// n elements in the compute type: where they are if they can stay there, else in `copy`, zeros up to a full vector.
-// The order is that of memory or another one, the same for all rows.
+// n elements in the compute type: in place where possible, else in `copy`, with zeros up to a full vector. They may be
+// in another order than in memory, the same for all rows.
 template <class T>
 const compute_t<T>* widened(const T* from, int64_t n, compute_t<T>* copy) {
   if constexpr (sizeof(T) > 2)
     if (n % kLanes == 0) return from;
   int64_t e = 0;
   if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; e + 2 * kLanes <= n; e += 2 * kLanes) {  // even elements, then odd ones: an instruction each
+    for (; e + 2 * kLanes <= n; e += 2 * kLanes) {  // even elements, then odd ones: one instruction each
       Int pairs;
       std::memcpy(&pairs, from + e, sizeof pairs);
       store(copy + e, bits<Floats>(pairs << 16));
@@ -113,7 +113,7 @@ const compute_t<T>* widened(const T* from, int64_t n, compute_t<T>* copy) {
 template <class T>
 void add_chunk(const void* const* data, int64_t k, int64_t begin, int64_t end, double* gram) {
   using S = compute_t<T>;
-  constexpr int64_t kStride = kBlock + kLanes;  // rows a power of two apart would compete for the same cache lines
+  constexpr int64_t kStride = kBlock + kLanes;  // rows a power of two apart compete for the same cache lines
   static constexpr S zeros[kBlock] = {};
   thread_local std::vector<const S*> rows;
   thread_local std::vector<S> copies;
@@ -141,7 +141,7 @@ void accumulate(const compute_t<T>* from, const T* const* rows, const compute_t<
 }
 
 // Elements [begin, end) of a parameter's weighted sum. Many rows are added kGroup at a time to a block that stays in
-// cache: processors prefetch few streams.
+// cache, because processors prefetch few streams.
 template <class T>
 void combine_chunk(const void* const* data, int64_t k, int64_t begin, int64_t end, const double* weights, T* out) {
   using S = compute_t<T>;
@@ -235,7 +235,7 @@ class CPUPlan final : public Plan, Gradients {
 
   int64_t chunks() const { return first_.back(); }
 
-  // How many of `units` equal parts of the work are worth a thread.
+  // How many of `units` equal parts of the work pay for another thread.
   int64_t grain(int64_t units) const { return 1 + units * kGrain / (elements_ + 1); }
 
   // f(parameter, its addresses, begin, end) for chunks [from, to).

@@ -1,12 +1,12 @@
 // Generalized Jensen-Shannon divergence of rows of logits.
 //
 // With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq -
-// log(sum_p/sum_q) and beta at most 1/2: otherwise the rows change places. Where (1 - beta) q is the larger part of m,
+// log(sum_p/sum_q) and beta at most 1/2; otherwise the rows are swapped. Where (1 - beta) q is the larger part of m,
 // base = q, w = d and c = beta; elsewhere base = p, w = -d and c = 1 - beta. m/base = (1 - c) + c e^w is a sum in which
 // nothing cancels; near 1, 1 + c expm1(w) has more digits. Its logarithm L gives log(base/m) = -L, and w - L for the
 // other of q and p, which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta,
-// and for nearly equal rows, where the divergence is of second order in d. Large logits lose nothing, because the
-// maximum and the logarithm of the sum are never added up.
+// and for nearly equal rows, where the divergence is of second order in d. Large logits lose no digits, because the
+// maximum and the logarithm of the sum are never added.
 #include <algorithm>
 #include <array>
 #include <functional>
@@ -19,13 +19,11 @@ namespace udi {
 namespace {
 
 // Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
-// packed, a row a lane, so that 6 classes do not leave 10 lanes idle.
+// packed, one row per lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
 constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute type before they join a double
 
-// Rows of `stats`: maxima, inverse sums of exponentials, KL(q||m) and KL(p||m); at beta = 0 the last are the sums of
-// q - p, which rounding leaves, and of p log(p/q).
-enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats };
+using namespace js_div_stats;  // names of the statistics
 
 template <class S>
 struct Constants {
@@ -34,7 +32,7 @@ struct Constants {
 
   Constants(double b, double temperature)
       : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25) {
-    if (even) beta = 1 - gamma;  // which is not rounded: they add up to 1
+    if (even) beta = 1 - gamma;  // exact, so that they add up to 1
     if (b > 0) beta = std::max(beta, std::numeric_limits<S>::min()), edge = std::log(gamma / beta);
   }
 };
@@ -77,7 +75,7 @@ inline Pair<V> compare(V x, V y, const V* stats, V log_sums, Constants<S> k, F e
   // The clamps take infinities out of the differences; NaN stays.
   c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
   c.below = c.d < k.edge;
-  c.w = max(splat<S>(sizeof(S) == 4 ? -87 : -708), c.below ? c.d : -c.d);  // the other one is as good as 0 there
+  c.w = max(splat<S>(sizeof(S) == 4 ? -87 : -708), c.below ? c.d : -c.d);  // beyond it the other one is negligible
   c.base = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);
   exp_expm1(c.w, c.ratio, c.ratio_m1);
   return c;
@@ -98,20 +96,20 @@ inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
   return {c.base, c.base * c.ratio, -L, c.w - L};
 }
 
-// A probability that is not contracted with a subtraction that follows: equal ones shall give exactly 0.
+// Keeps the compiler from contracting a probability with a later subtraction, so that equal ones give exactly 0.
 template <class V>
 inline V rounded(V probability) {
   return max(V{}, probability);
 }
 
-// At beta = 0, log(p/q): +inf where q alone is 0, whose logit was clamped.
+// At beta = 0, log(p/q): +inf where only q is 0, whose logit was clamped.
 template <class V, class S>
 inline V log_ratio(const Pair<V>& c, V x, const V* stats, Constants<S> k) {
   return x - stats[kMaxQ] == -INFINITY ? splat<S>(INFINITY) : c.d;
 }
 
-// Fills `stats`, returns the loss: in every lane its own row's (packed), or all the same. `exps`: room for both rows'
-// exponentials, each of `size` rounded up to whole vectors.
+// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all. `exps`: room for both
+// rows' exponentials, each of `size` rounded up to whole vectors.
 template <class T>
 Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
                Vec<T>* stats) {
@@ -150,7 +148,7 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
     stats[kDivQ] = rest, stats[kDivP] = div;
     return total;
   }
-  // The loss is not made from the two divergences: its terms are of second order in d, theirs of first.
+  // The loss is not computed from the two divergences, whose terms are of first order in d; its own are of second.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     auto c = compared(a, b, i);
     auto t = terms(c, k);
@@ -176,7 +174,7 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   for_each(x, y, 0, size, [&](V a, V b, int64_t i, int n) {
     auto c = compare(a, b, stats, log_sums, k, exponential);
     auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
-    if (k.beta == 0) {  // less what the sums of these very terms are off, so that rounding of the sums of e^z cancels
+    if (k.beta == 0) {  // less the rounding errors of the sums of these terms, so that those of the sums of e^z cancel
       V q = rounded(exp_negative((a - stats[kMaxQ]) * k.inverse_temperature) * stats[kInvQ]);
       V p = rounded(exp_negative((b - stats[kMaxP]) * k.inverse_temperature) * stats[kInvP]);
       V scale = grad * k.inverse_temperature;
@@ -225,7 +223,7 @@ void unpack(const compute_t<T>* from, Rows<T> to, int64_t row, int rows, int64_t
 template <class S, class F>
 void for_each_block(int64_t rows, int64_t classes, F f) {
   int64_t height = classes <= kPackedClasses ? kLanes : 1;
-  int64_t grain = 1 + 4096 / (height * classes);  // below this many elements a second thread does not pay
+  int64_t grain = 1 + 4096 / (height * classes);  // fewer elements do not pay for a second thread
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<S[]> room(new S[4 * (height * classes + kLanes)]);
     for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)), room.get());
@@ -269,7 +267,7 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constant
       S *a = room, *b = room + classes * kLanes;
       pack(x, row, height, classes, a);
       pack(y, row, height, classes, b);
-      // The gradients replace the logits that they come from.
+      // The gradients overwrite their logits.
       backward(a, b, classes * kLanes, k, block, g, grad_x ? a : nullptr, grad_y ? b : nullptr);
       if (grad_x) unpack(a, grad_x, row, height, classes);
       if (grad_y) unpack(b, grad_y, row, height, classes);
@@ -281,7 +279,7 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constant
 
 std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                                       double beta, double temperature, int64_t reduction) {
-  if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // the same, mirrored
+  if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
   int64_t rows = input.size(0), classes = input.size(1);
   ScalarType dtype = compute_dtype(input);
   Tensor stats = empty({kStats, rows}, dtype);

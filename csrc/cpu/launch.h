@@ -36,7 +36,7 @@ inline ScalarType compute_dtype(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// By the C function: the dispatcher behind torch::stable::new_empty costs a microsecond a tensor.
+// Calls the C function, because torch::stable::new_empty goes through the dispatcher, a microsecond per tensor.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
@@ -48,12 +48,12 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// A gradient, or an empty tensor where none is asked for.
+// A gradient, or an empty tensor where it is not needed.
 inline Tensor empty_grad(const Tensor& like, bool needed) {
   return empty(needed ? std::vector<int64_t>{like.size(0), like.size(1)} : std::vector<int64_t>{0}, like.scalar_type());
 }
 
-// Rows of a matrix whose elements lie side by side; rows may lie anywhere, even on top of each other.
+// Rows of a matrix, each of adjacent elements; the row stride is arbitrary, and rows may overlap.
 template <class T>
 struct Rows {
   T* data = nullptr;

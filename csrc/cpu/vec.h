@@ -1,5 +1,5 @@
 // Sixteen lanes of float or double, in the vector extensions that GCC and Clang share: the compiler maps them to the
-// widest registers it is allowed to use. 16-bit floats are converted at loads and stores, with integer arithmetic where
+// widest registers that its flags allow. 16-bit floats are converted at loads and stores, by integer arithmetic where
 // there is no instruction for it.
 #pragma once
 
@@ -27,7 +27,7 @@ typedef double Doubles __attribute__((vector_size(kLanes * 8)));
 typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
 
-// What a storage type is computed in.
+// The type that a storage type is computed in.
 template <class T>
 struct Compute {
   using type = float;
@@ -59,7 +59,8 @@ inline Vec<S> splat(S x) {
 template <class V>
 inline V max(V a, V b) {  // b where either is NaN
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, Floats>) return Floats(_mm512_max_ps(__m512(a), __m512(b)));  // GCC makes two of it
+  if constexpr (std::is_same_v<V, Floats>)
+    return Floats(_mm512_max_ps(__m512(a), __m512(b)));  // GCC makes two instructions of it
 #endif
   return a > b ? a : b;
 }
@@ -71,7 +72,7 @@ inline auto sum(V v) {
   return v[0];
 }
 
-// f of all lanes, in every lane.
+// f over all lanes; every lane holds the result.
 template <int half = kLanes / 2, class V, class F, int... lane>
 inline V across(V v, F f, std::integer_sequence<int, lane...> lanes) {
   v = f(v, V(__builtin_shufflevector(v, v, (lane ^ half)...)));

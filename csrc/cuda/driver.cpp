@@ -1,4 +1,4 @@
-// The CUDA driver, found at run time: no toolkit is needed to build this, and any g++ does.
+// The CUDA driver, found at run time: any g++ builds this, without a toolkit.
 #include "driver.h"
 
 #include <dlfcn.h>
@@ -18,7 +18,7 @@ std::function<Image(const std::string&, int)> compile;
 
 namespace {
 
-// Types and numbers of cuda.h that its ABI has fixed.
+// Types and numbers of cuda.h, fixed by its ABI.
 using Handle = void*;                     // CUcontext, CUmodule, CUfunction, CUstream
 using Address = size_t;                   // CUdeviceptr
 constexpr int kMultiprocessorCount = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
@@ -73,7 +73,7 @@ Kernel load(const Image& image, int threads) {
   static const Call<int*> exchange_mode("cuThreadExchangeStreamCaptureMode");
   Handle module, function;
   int mode = kRelaxed, blocks, device, multiprocessors;
-  exchange_mode(&mode);  // loading takes memory, which a capture forbids otherwise
+  exchange_mode(&mode);  // loading allocates memory, which a capture forbids in the other modes
   load_data(&module, image.code.c_str());
   get_function(&function, module, image.entry.c_str());
   exchange_mode(&mode);
@@ -93,7 +93,7 @@ const Kernel& kernel(const std::string& name, int threads, int device) {
     const std::lock_guard lock(mutex);
     if (const auto found = kernels.find(key); found != kernels.end()) return found->second;
   }
-  const Image image = compile(name, device);  // not under the lock: it may wait for Python's
+  const Image image = compile(name, device);  // outside of the lock: it may wait for Python's
   const OnDevice on(device);
   const std::lock_guard lock(mutex);
   if (const auto found = kernels.find(key); found != kernels.end()) return found->second;

@@ -1,4 +1,4 @@
-// What launching takes of the CUDA driver and of torch.
+// What a launch needs from the CUDA driver and from torch.
 #pragma once
 
 #include <functional>
@@ -7,7 +7,7 @@
 
 namespace udi {
 
-// A kernel in machine code, or PTX, and its name there.
+// A kernel as machine code or PTX, and its name in it.
 struct Image {
   std::string code, entry;
 };
@@ -21,10 +21,10 @@ struct Kernel {
   int blocks;  // that the device holds at once
 };
 
-// Compiled and loaded when it is first asked for. threads: of a block.
+// A kernel, compiled and loaded at the first call. threads: per block.
 const Kernel& kernel(const std::string& name, int threads, int device);
 
-// While it lives, the device is the calling thread's; work goes to torch's current stream there.
+// Makes the device current for the calling thread while it lives; work goes to torch's current stream there.
 class OnDevice {
  public:
   explicit OnDevice(int device);

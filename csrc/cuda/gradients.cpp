@@ -58,7 +58,7 @@ struct Launch {
   int gramian_threads() const { return few() ? few_threads(rows()) : kWarp * std::min(tiles(), kTileWarps); }
   int grid_y() const { return few() ? 1 : (tiles() + kTileWarps - 1) / kTileWarps; }
 
-  // As many blocks as the device holds at once; each leaves a partial sum of every pair.
+  // As many blocks as the device holds at once; each writes a partial sum of every pair.
   int grid_x(int device) const { return std::min(shape.chunks, std::max(1, gramian_kernel(device).blocks / grid_y())); }
 
   const Kernel& gramian_kernel(int device) const {

@@ -1,9 +1,9 @@
-// gramian and weighted_sum on the GPU: one pass over the gradients, whose addresses travel as kernel arguments.
+// gramian and weighted_sum on the GPU: one pass over the gradients, whose addresses are kernel arguments.
 //
 // A launch works on parameters of one dtype, as many as its table holds, cut into chunks. A block takes a range of
-// chunks: it finds the parameter of the first by bisection and walks on from there.
+// chunks: it finds the parameter of its first chunk by bisection and goes on from there.
 //
-// Device code alone, without any header but its own: NVRTC compiles each kernel when a call first needs it.
+// Device code only, with no header but its own: NVRTC compiles each kernel when a call first needs it.
 #include "arguments.h"
 #include "types.cuh"
 
@@ -99,13 +99,13 @@ inline double& partial(const Sums& sums, int k, int i, int j, int block) {
   return sums.partial[static_cast<int64_t>(i * k + j) * sums.blocks + block];
 }
 
-// The block that is the last of all to come here adds up what all have left, always in the same order:
-// gram[i, j] = gram[j, i], a warp a pair.
+// The last block that comes here adds up the partial sums of all blocks, always in the same order; one warp per pair
+// (i, j), gram[i, j] = gram[j, i].
 inline void finish(const Sums& sums, int k) {
-  __shared__ int last;  // not bool: a byte's store
+  __shared__ int last;  // not bool, which is a store of one byte
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // of the whole block: what the others stored is ordered before by the barrier
+    __threadfence();  // for the whole block: the barrier orders its stores before this
     last = atomicAdd(sums.arrived, 1u) == sums.last;
     __threadfence();
   }
@@ -220,13 +220,13 @@ void sum_over_lanes(S* value) {
 }
 
 // The same for any number of rows: each warp sums a tile of E x E pairs. The warps of a block read the same chunk at
-// the same time, so that all but the first find a row in L1.
+// the same time, so that all but the first find the row in L1.
 template <class T, int kWords>
 __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
     gramian_tiles(const Table<kWords> __grid_constant__ table, const Shape shape, const Sums out) {
   using S = compute_t<T>;
   constexpr int E = tile_edge(sizeof(T));
-  constexpr int kOwn = (E * E + kWarp - 1) / kWarp, kSharers = kWarp * kOwn / (E * E);  // pairs a lane, lanes a pair
+  constexpr int kOwn = (E * E + kWarp - 1) / kWarp, kSharers = kWarp * kOwn / (E * E);  // pairs per lane, the reverse
   const int lane = threadIdx.x % kWarp, groups = (shape.k + E - 1) / E;
   int top = 0, left = (blockIdx.y * blockDim.x + threadIdx.x) / kWarp;  // the tile's rows and columns, in groups
   while (top < groups && left >= groups - top) left -= groups - top++;
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
   finish(out, shape.k);
 }
 
-// out[e] = sum_k weights[k] row_k[e], a chunk a block. Rows are loaded four at a time, to have loads enough in flight.
+// out[e] = sum_k weights[k] row_k[e], one chunk per block. Rows are loaded four at a time, for enough loads in flight.
 // No __ldg: out may be one of the rows.
 template <class T, int kWords>
 __global__ void __launch_bounds__(kSumThreads)
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kSumThreads)
       T lanes[Vector<T>::kSize];
 #pragma unroll
       for (int l = 0; l < Vector<T>::kSize; ++l) lanes[l] = static_cast<T>(sum[l]);
-      int4 raw;  // copied whole afterwards: memcpy to an address that may be anything stores byte by byte
+      int4 raw;  // a memcpy to an address of unknown alignment stores byte by byte
       memcpy(&raw, lanes, sizeof raw);
       reinterpret_cast<int4*>(out + chunk.head)[v] = raw;
     }

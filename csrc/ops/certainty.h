@@ -1,4 +1,4 @@
-// certainty_fusion: checks, and the node that it is in autograd's graph.
+// certainty_fusion: its checks and its node in autograd's graph.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// What the ops share: checks in words, and what stands between a caller's tensors and a kernel.
+// What the ops share: checks, and the way from a caller's tensors to a kernel's.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -23,7 +23,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// The op of this name, looked up once by each that keeps it.
+// Looks up an op; callers keep it in a static.
 template <class Signature>
 auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -34,7 +34,7 @@ struct Named {
   const Tensor& tensor;
 };
 
-// As Python writes them.
+// Values as Python prints them.
 std::string python(c10::SymIntArrayRef numbers) {
   std::ostringstream out;
   const char* comma = "";
@@ -67,8 +67,8 @@ void check_dense(const char* op, const char* name, const Tensor& t) {
                     "; call .to_dense()");
 }
 
-// Dense, floating point, all on one device. Returns the dtype that mixed ones (autocast makes them) have in common, as
-// torch finds it for its own operators.
+// Checks that tensors are dense, floating-point and on one device. Returns their common dtype by torch's own rules;
+// autocast mixes dtypes.
 at::ScalarType check_tensors(const char* op, std::initializer_list<Named> tensors) {
   const auto& [first, like] = *tensors.begin();
   auto dtype = like.scalar_type();
@@ -88,8 +88,8 @@ void check_same_shape(const char* op, const Named& like, const Named& t) {
                     "'s shape ", python(like.tensor.sym_sizes()), ", got ", python(t.tensor.sym_sizes()));
 }
 
-// Whether kernels serve; where not, the reference does. C++ nodes know no function transforms (torch.func) and no
-// forward-mode AD; Triton computes in float32, so float64 on a GPU is left to the reference, as are other devices.
+// Whether kernels serve; elsewhere the reference does. C++ nodes support neither function transforms (torch.func) nor
+// forward-mode AD. Triton computes in float32, so the reference serves float64 on a GPU, and all other devices.
 template <class Node>
 bool kernels_serve(at::ScalarType dtype, std::initializer_list<Named> tensors) {
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return false;
@@ -110,14 +110,14 @@ bool records(std::initializer_list<Named> tensors) {
 // Tensors made under torch.inference_mode() cannot be kept for the backward pass; copies can.
 Tensor keepable(const Tensor& t, bool recorded) { return recorded && t.is_inference() ? t.clone() : t; }
 
-// A matrix of this dtype whose rows have their elements side by side.
+// The tensor as a matrix of this dtype, the elements of a row adjacent.
 Tensor matrix(const Tensor& t, at::ScalarType dtype, bool recorded) {
   Tensor m = t.dim() == 2 ? t : t.reshape_symint({-1, t.sym_size(-1)});
   if (m.scalar_type() != dtype) m = m.to(dtype);
   return keepable(m.sym_size(1) == 1 || m.sym_stride(1) == 1 ? m : m.contiguous(), recorded);
 }
 
-// For create_graph the backward ops have an autograd of their own, in Python; else there is nothing to record.
+// Under create_graph autograd records the backward op, whose derivative is in Python; else nothing is recorded.
 struct BackwardMode {
   std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
   BackwardMode() {
@@ -125,7 +125,7 @@ struct BackwardMode {
   }
 };
 
-// The gradients that are needed; the kernels leave the others empty.
+// The gradients of all arguments, undefined where not needed; kernels return those empty.
 template <class... Grads>
 variable_list needed(const AutogradContext* ctx, size_t arguments, const Grads&... grads) {
   variable_list list{grads...};

@@ -1,4 +1,4 @@
-// club_mi and club_nll: checks, and the nodes that they are in autograd's graph.
+// club_mi and club_nll: their checks and their nodes in autograd's graph.
 #pragma once
 
 #include <array>
@@ -66,7 +66,7 @@ struct ClubNLL : Function<ClubNLL> {
   }
 };
 
-// Returns the dtype they have in common.
+// Returns their common dtype.
 at::ScalarType check_gaussian(const char* op, const Tensor& mu, const Tensor& logvar, const Tensor& y) {
   const auto dtype = check_tensors(op, {{"mu", mu}, {"logvar", logvar}, {"y", y}});
   TORCH_CHECK_VALUE(mu.dim() == 2, op, ": mu must have shape (N, D), got ", python(mu.sym_sizes()));

@@ -1,4 +1,4 @@
-// duc_loss: checks, and the node that it is in autograd's graph.
+// duc_loss: its checks and its node in autograd's graph.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// effective_dims: checks; it has no gradient.
+// effective_dims: its checks; it has no gradient.
 #pragma once
 
 #include "checks.h"
@@ -33,8 +33,8 @@ Tensor effective_dims(const Tensor& features, const Tensor& labels, int64_t num_
                       "), got ", largest);
   }
   Tensor rows = matrix(features, features.scalar_type(), false), integers = labels.to(at::kLong);
-  if (!kernels_serve<EffectiveDims>(at::kFloat,
-                                    {{"features", features}})) {  // kernels compute in float64, whatever the dtype
+  // As for float32: these kernels compute in float64, whatever the dtype.
+  if (!kernels_serve<EffectiveDims>(at::kFloat, {{"features", features}})) {
     static const auto reference = op<EffectiveDims::Signature>("udi_kernels::effective_dims_reference");
     return reference.call(rows, integers, num_classes);
   }

@@ -1,4 +1,4 @@
-// gramian and weighted_sum, and their plan: checks, the addresses of what is dense, copies of what is not, launches.
+// gramian, weighted_sum and GradientPlan: their checks, copies of gradients that are not dense, calls of kernels.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,14 @@ namespace {
 using MaybeTensors = c10::List<std::optional<Tensor>>;
 using MakePlan = std::unique_ptr<const Plan> (*)(Gradients);
 
-MakePlan make_cuda_plan = nullptr;  // the CUDA library's, once that is loaded
+MakePlan make_cuda_plan = nullptr;  // set once the CUDA library is loaded
 
-// Null where no kernel serves; there the reference does.
+// Null where no kernel serves and the reference does.
 MakePlan plan_maker(const Tensor& like) {
   return like.is_cpu() ? make_plan : like.is_cuda() ? make_cuda_plan : nullptr;
 }
 
-// How the elements of one gradient lie in memory; of a stacked tensor, those of each of its slices.
+// The memory layout of one gradient; of a stacked tensor, that of each of its slices.
 struct Layout {
   at::IntArrayRef sizes, strides;
   int64_t size = 1;
@@ -54,11 +54,11 @@ struct Layout {
   }
 };
 
-// Whether memory holds the elements themselves, and without gaps.
+// Whether memory holds the elements themselves, without gaps.
 bool dense(const Tensor& t, bool stacked) { return !t.is_neg() && Layout(t, stacked).dense(); }
 
-// K gradients over P parameters, as callers have them: K*P tensors, list after list, or P stacked ones; those of None
-// are undefined.
+// K gradients over P parameters as callers pass them: K*P tensors, list after list, or P stacked ones. A tensor for
+// None is undefined.
 struct Lists {
   const char* op;
   bool stacked;
@@ -83,7 +83,7 @@ struct Lists {
   }
 };
 
-// What a tensor must be by itself. Its name is put together for an error only: this runs for every tensor.
+// Checks a tensor by itself. This runs for every tensor, so `name` is called for an error only.
 template <class Name>
 void admit(const char* op, const Tensor& t, const Tensor& like, Name name) {
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name(), " must be dense, got ", python(t.layout()),
@@ -111,7 +111,7 @@ void check_like(const char* op, const std::string& name, const Tensor& t, at::Sc
                     " as ", other, " has, got ", python(t.sym_sizes()));
 }
 
-// The K gradients of a parameter; those that are not dense are copied to the layout of those that are.
+// Checks the K gradients of a parameter, and copies those that are not dense to the layout of those that are.
 void align(Lists& g, int64_t p, bool may_copy) {
   int64_t first = -1, first_dense = -1;
   for (int64_t i = 0; i < g.k; ++i) {
@@ -135,7 +135,7 @@ void align(Lists& g, int64_t p, bool may_copy) {
   }
 }
 
-// The gradients, checked: a parameter's are dense and lie alike. k: lists that they come from; none: they are stacked.
+// Checks gradients; afterwards those of a parameter are dense and have one layout. k: how many lists; none: stacked.
 Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k, bool may_copy) {
   Lists g{op, !k, k.value_or(0), 0, {}, {}, at::kFloat};
   g.tensors.reserve(grads.size());
@@ -189,7 +189,7 @@ Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k,
   return g;
 }
 
-// One gradient of the parameter as it would be by itself.
+// One gradient of the parameter, not stacked.
 Tensor single(const Lists& g, int64_t p) {
   const Tensor& t = g.like(p);
   return t.defined() && g.stacked ? t.select(0, 0) : t;
@@ -220,7 +220,7 @@ void check_out(const Lists& g, const std::vector<Tensor>& out) {
   }
 }
 
-// The weights as kernels take them.
+// Checks the weights, and returns them as kernels take them.
 Tensor check_weights(const Lists& g, const Tensor& weights) {
   admit(g.op, weights, g.any, [] { return "weights"; });
   TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == g.k, g.op, ": weights must have shape (", g.k, ",), got ",
@@ -268,7 +268,7 @@ MaybeTensors maybe(const std::vector<Tensor>& tensors) {
 
 std::optional<int64_t> count(const Lists& g) { return g.stacked ? std::nullopt : std::optional(g.k); }
 
-// plan: null where the reference serves. wide: a float64 result in any case.
+// plan: null where the reference serves. wide: the result is float64 in any case.
 Tensor compute_gramian(const Lists& g, const Plan* plan, bool wide) {
   if (!plan) {
     static const auto reference =
@@ -283,7 +283,7 @@ Tensor compute_gramian(const Lists& g, const Plan* plan, bool wide) {
   return gram;
 }
 
-// out, and so plan, leaves parameters out that have no gradient.
+// A parameter without gradient has an undefined tensor in `out`, and no part in the plan.
 void compute_weighted_sum(const Lists& g, const Plan* plan, const Tensor& weights, const std::vector<Tensor>& out) {
   if (plan) return plan->weighted_sum(weights.const_data_ptr(), weights.scalar_type() == at::kDouble);
   static const auto reference = op<std::vector<Tensor>(const MaybeTensors&, std::optional<int64_t>, const Tensor&)>(
@@ -323,7 +323,7 @@ void weighted_sum_out(at::TensorList out, const MaybeTensors& grads, std::option
   for (const auto& t : to) torch::autograd::impl::bump_version(t);
 }
 
-// A buffer of the caller's, and what it was when the plan was made.
+// A caller's buffer, and its memory, dtype and layout when the plan was made.
 struct Buffer {
   Tensor tensor;
   const void* data;
@@ -349,7 +349,7 @@ struct GradientPlan : torch::CustomClassHolder {
     prepare();
   }
 
-  // Where weighted_sum writes if the caller gave nothing; tensors without elements stand for None.
+  // Where weighted_sum writes if the caller gave no `out`; tensors without elements stand for None.
   std::vector<Tensor> allocate() {
     out_ = udi::allocate(lists_);
     prepare();
@@ -372,7 +372,7 @@ struct GradientPlan : torch::CustomClassHolder {
  private:
   Lists lists_;
   std::vector<Tensor> out_;
-  std::vector<Buffer> buffers_;  // of the gradients, None left out, then of out
+  std::vector<Buffer> buffers_;  // of the gradients that are not None, then of `out`
   std::unique_ptr<const Plan> plan_;
 
   void prepare() {

@@ -1,4 +1,4 @@
-// js_div: checks, and the node that it is in autograd's graph.
+// js_div: its checks and its node in autograd's graph.
 #pragma once
 
 #include <cmath>
@@ -79,7 +79,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   Weight factor;
   if (weight) {
     factor = keepable(weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat), recorded);
-    if (reduction == kMean && factor->sym_numel() != 0) {  // the mean of no rows is NaN with weights too
+    if (reduction == kMean && factor->sym_numel() != 0) {  // with weights too, the mean of no rows is NaN
       factor = factor->div(factor->sum());
       reduction = kSum;
     }

@@ -113,6 +113,5 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message, backend):
-    with pytest.raises((ValueError, TypeError), match=f"certainty_fusion: {message}"):
-        BAD[message](torch.zeros(2, 3, 4))
+def test_bad_input(message, refused):
+    refused(lambda: BAD[message](torch.zeros(2, 3, 4)), f"^certainty_fusion: {message}")

@@ -59,9 +59,9 @@ def test_no_rows_of_a_group(tmp_path):
         mu, logvar, y = rows(torch.float32)
         with pytest.raises(ValueError, match="process group needs reduction 'mean' or 'sum', got 'none'"):
             club_mi(mu, logvar, y, reduction="none", process_group=dist.group.WORLD)
-        with pytest.raises(ValueError, match="logvar must have mu's shape"):
+        with pytest.raises(ValueError, match="logvar must be .* got .*12, 6"):
             club_mi(mu, logvar[1:], y, process_group=dist.group.WORLD)
-        with pytest.raises(ValueError, match="given must have shape"):
+        with pytest.raises(ValueError, match="given must be .* got .*12,"):
             club_mi(mu, logvar, y, given=CLASSES[1:], process_group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()

@@ -68,7 +68,7 @@ refused(TypeError, "GradientPlan: grads[0][0] must be a plain tensor, whose memo
 other = [[distribute_tensor(row[0], mesh, [p])] for row, p in zip(whole, (Shard(0), Shard(1)))]
 refused(ValueError, "gramian: grads[1][0] must have placements (Shard(dim=0),) as grads[0][0]", lambda: gramian(other))
 part = [[DTensor.from_local(row[0], mesh, [Partial()])] for row in whole]
-refused(ValueError, "a sum that is still to be made; call .redistribute()", lambda: gramian(part))
+refused(ValueError, "a sum that is not made yet; call .redistribute()", lambda: gramian(part))
 refused(ValueError, "must be lists where they are DTensors", lambda: gramian(grads[0][:2], stacked=True))
 
 model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))

@@ -251,6 +251,5 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message, backend):
-    with pytest.raises((ValueError, TypeError), match=f"duc_loss: {message}"):
-        BAD[message](torch.zeros(3, 4))
+def test_bad_input(message, refused):
+    refused(lambda: BAD[message](torch.zeros(3, 4)), f"^duc_loss: {message}")

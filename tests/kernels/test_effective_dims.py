@@ -117,13 +117,12 @@ BAD = {
     r"features must have shape \(N, D\), got \(4,\)": lambda x: effective_dims(x[0], LABELS, 2),
     "labels must be int64 or int32, got torch.float32": lambda x: effective_dims(x, LABELS.float(), 2),
     r"labels must have shape \(3,\), one per row, got \(2,\)": lambda x: effective_dims(x, LABELS[:2], 2),
-    "labels must be on cpu as features is, got meta": lambda x: effective_dims(x, LABELS.to("meta"), 2),
+    "labels must be .*on cpu.*, got .*meta": lambda x: effective_dims(x, LABELS.to("meta"), 2),
     "num_classes must be positive, got 0": lambda x: effective_dims(x, LABELS, 0),
     r"labels must be below num_classes \(1\), got 1": lambda x: effective_dims(x, LABELS, 1),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message, backend):
-    with pytest.raises((ValueError, TypeError), match=f"effective_dims: {message}"):
-        BAD[message](torch.zeros(3, 4))
+def test_bad_input(message, refused):
+    refused(lambda: BAD[message](torch.zeros(3, 4)), f"^effective_dims: {message}")

@@ -1,6 +1,7 @@
 """Compiling the CUDA kernels, which takes no GPU, and their cache."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -104,3 +105,9 @@ def test_plain_torch_serves_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ["H100", "P100"][device])
     with pytest.raises(_build.BuildError, match="P100 is too old"):
         _nvrtc.serve(None)
+
+
+def test_table_sizes_agree():
+    header = (_build.SOURCES / "cuda" / "arguments.h").read_text()
+    (words,) = re.findall(r"kTableWords\[\] = {(.+)};", header)
+    assert tuple(map(int, words.split(", "))) == _nvrtc.TABLE_WORDS

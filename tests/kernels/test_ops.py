@@ -4,13 +4,36 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from udi_kernels import _build, _ops, club_mi, gramian, js_div, weighted_sum
+from udi_kernels import _build, _club, _duc, _js_div, _ops, club_mi, gramian, js_div, weighted_sum
 
 X = torch.zeros(3, 4)
 
 
-def test_numbers_of_reductions_agree():
-    assert _build.load("cpu").REDUCTIONS == {name: i for i, name in enumerate(_ops.REDUCTIONS)}
+@pytest.mark.parametrize("constants", ["REDUCTION", "JS_DIV", "CLUB", "DUC"])
+def test_constants_of_cpp_and_triton_agree(constants):
+    """All of an enum, and by the same names."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from udi_kernels import triton
+    from udi_kernels.triton import club, duc, js_div
+
+    module = {"REDUCTION": triton, "JS_DIV": js_div, "CLUB": club, "DUC": duc}[constants]
+    native = getattr(_build.load("cpu"), constants)
+    assert native == {name: int(getattr(module, name)) for name in native}
+    assert sorted(native.values()) == list(range(len(native)))
+
+
+def test_constants_of_cpp_and_python_agree():
+    native = _build.load("cpu")
+    assert native.REDUCTION == {name.upper(): code for code, name in enumerate(_ops.REDUCTIONS)}
+    assert native.REDUCTION == {name: getattr(_ops, name) for name in ("NONE", "SUM", "MEAN")}
+    assert native.SMALL_CLASS == _club.SMALL_CLASS
+    x = torch.empty(10, 4)
+    for op, arguments, rows in (
+        (_js_div.JS_DIV, dict(input=x), native.JS_DIV),
+        (_club.CLUB_MI, dict(mu=x, given=None), native.CLUB),
+        (_duc.DUC_LOSS, dict(student=x), native.DUC),
+    ):
+        assert op.saved["stats"](**arguments)[0] == len(rows)
 
 
 class OutOfMemory(TorchDispatchMode):

@@ -3,8 +3,12 @@
 No kernel is autotuned: sizes and warps follow from the shape alone, so a call never synchronises, can be captured in
 a CUDA graph, and adds up in the same order every time.  There are no floating-point atomics.
 
-A launcher looks up the *plan* of its arguments' shapes, strides, dtypes, device and options: a function that allocates
-the results and calls one `Launch` a kernel.  Plans are kept (`plan`), so that a repeated call computes nothing anew.
+A launcher, such as `js_div_fwd`, looks up a function made for its arguments' shapes, strides, dtypes, device and
+options (`cached_launch`; a parameter that starts with an underscore is there as a key of the cache only).  That
+function allocates the results and calls one `Launch` per kernel, so that a repeated call computes no grid or option.
+
+In a kernel's list of arguments a comment gives the shape of a tensor; strides count elements, or V elements where the
+kernel has a V.
 """
 
 import functools
@@ -18,17 +22,19 @@ FUSED = {"enable_fp_fusion": True}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAX_GRID_Y = 65535
 
-# Bounded, since shapes may vary without end; the least recently used go.
-plan = functools.lru_cache(maxsize=1024)
+NONE, SUM, MEAN = range(3)  # enum Reduction in csrc/enums.h
+
+# Bounded, since the number of shapes is not; the least recently used are dropped.
+cached_launch = functools.lru_cache(maxsize=1024)
 
 
 class Launch:
-    """A kernel with its grid and everything but its tensors, which come first in each kernel's signature.
+    """A kernel with its grid and all arguments but the tensors, which come first in each kernel's signature.
 
-    Triton's own launch binds and specialises all arguments anew, 20 us; here that is done once, and the compiled kernel
-    is called from then on, which still reads the current stream and Triton's launch hooks.  It was specialised for
-    tensors on this device, of these dtypes, that start at multiples of 16 bytes: a Launch belongs to one plan, whose
-    key has device and dtypes, and other addresses take Triton's own way.
+    Triton's own launch binds and specialises all arguments at each call, 20 us.  A Launch does it once and then calls
+    the compiled kernel, which still reads the current stream and Triton's launch hooks.  That kernel is specialised for
+    the device and the dtypes, which the key of `cached_launch` must have for this reason, and for addresses that are
+    multiples of 16 bytes; other addresses are left to Triton's own launch.
 
     values: arguments by name; those that the kernel does not have are ignored.  options: num_warps, maxnreg.
     """
@@ -55,13 +61,13 @@ class Launch:
 
 
 def gradients(shape, needs):
-    """A function that allocates gradients of its argument's dtype, which all inputs have; those not needed empty."""
+    """A function that allocates the gradients, in its argument's dtype; one that is not needed is empty."""
     sizes = [shape if need else (0,) for need in needs]
     return lambda x: tuple([x.new_empty(size) for size in sizes])
 
 
 def wanted(grads, needs):
-    """None, which kernels do not write, in place of gradients not needed."""
+    """The gradients for kernels, which write none where they get None."""
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
@@ -74,9 +80,9 @@ def next_power_of_2(n):
 
 
 def vector(dtype, *sizes):
-    """Elements per load: as many of 16 bytes as divide every row length and stride.
+    """Elements per load: as many of those in 16 bytes as divide every row length and stride.
 
-    Triton itself asks only whether an integer is a multiple of 16, so it would read rows of 1000 one by one.
+    Triton only asks whether an integer is a multiple of 16, so it would read rows of 1000 one element at a time.
     """
     return math.gcd(16 // dtype.itemsize, *sizes)
 
@@ -87,19 +93,19 @@ def warps(tile, per_thread):
 
 
 def tile_grid(rows, columns):
-    """The grid of a matrix of tiles, row after row; `tile_row` and program_id(0) are a program's place in it."""
+    """The grid of a matrix of tiles, row after row; a program finds its place by `tile_row` and program_id(0)."""
     return columns, cdiv(rows, cdiv(rows, MAX_GRID_Y)), cdiv(rows, MAX_GRID_Y)
 
 
 @triton.jit
 def tile_row(rows):
-    """In the width of `rows`, the number of rows: 64 bits cost instructions."""
+    """The row of this program's tile, as wide as `rows`, the number of rows: 64 bits cost instructions."""
     return tl.program_id(2).to(rows.dtype) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit
 def at(X, row, stride, V: tl.constexpr):
-    """Where rows begin whose stride counts V elements; the product needs 64 bits."""
+    """Where the rows begin, given their stride in units of V elements; the product needs 64 bits."""
     return X + row.to(tl.int64) * stride * V
 
 
@@ -120,7 +126,12 @@ def fma(a, b, c):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _total(PARTS, OUT, n, BLOCK: tl.constexpr):
+def _total(
+    PARTS,  # (n,) float32
+    OUT,  # () float32
+    n,
+    BLOCK: tl.constexpr,
+):
     """The sum of n float32 numbers, in float64 and in a fixed order."""
     i = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float64)
@@ -129,8 +140,8 @@ def _total(PARTS, OUT, n, BLOCK: tl.constexpr):
     tl.store(OUT, tl.sum(acc, 0).to(tl.float32))
 
 
-@plan
-def _total_of(device, n):
+@cached_launch
+def _total_of(_device, n):
     block = 256 if n <= 1024 else 4096
     return Launch(_total, (1,), dict(n=n, BLOCK=block), num_warps=warps(block, 8))
 

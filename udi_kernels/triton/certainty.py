@@ -5,25 +5,26 @@ row's gradient g and a_m = <g, z_m>:
 
     d z_m = w_m g + w_m (a_m - sum_k w_k a_k)/T s_m ([z_m is the largest] - p_m)
 
-shared out among equally large ones.  A tile holds all heads of some rows; of many classes, part after part.
+divided among equal largest logits.  A tile holds all heads of some rows; many classes are read in several parts.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import FUSED, warps
+from . import Launch, cached_launch, cdiv, next_power_of_2, warps
 
 
 @triton.jit
 def _load(ROW, real_row, col, C):
-    """Logits (HEADS, ROWS, BLOCK), -inf beyond the end, and which of them are real."""
+    """A tile of logits, (HEADS, ROWS, BLOCK), -inf beyond the end, and its mask."""
     real = real_row[:, :, None] & (col < C)[None, None, :]
     return tl.load(ROW[:, :, None] + col[None, None, :], real, other=float("-inf")).to(tl.float32), real
 
 
 @triton.jit
 def _load_grad(ROW, real_row, col, C):
+    """A tile of the gradient, (1, ROWS, BLOCK)."""
     mask = real_row[:, None] & (col < C)[None, :]
     return tl.load(ROW[:, None] + col[None, :], mask, other=0.0).to(tl.float32)[None, :, :]
 
@@ -52,15 +53,15 @@ def _weights(certainty, m, M, inverse_temperature):
 
 @triton.jit(do_not_specialize=["N"])
 def _fwd(
-    Z,
-    OUT,
+    Z,  # (M, N, C)
+    OUT,  # (N, C)
     M,
     N,
     C,
     stride_zm,
     stride_zn,
     inverse_temperature,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # at least M
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -79,9 +80,9 @@ def _fwd(
 
 @triton.jit(do_not_specialize=["N"])
 def _bwd(
-    G,
-    Z,
-    DZ,
+    G,  # (N, C)
+    Z,  # (M, N, C)
+    DZ,  # (M, N, C)
     M,
     N,
     C,
@@ -89,7 +90,7 @@ def _bwd(
     stride_zm,
     stride_zn,
     inverse_temperature,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # at least M
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,43 +119,56 @@ def _bwd(
         tl.store(DZ[:, :, None] + col[None, None, :], dz.to(DZ.dtype.scalar.element_ty), here)
 
 
-def _config(M, N, C):
-    """Tiles of 1024 logits, or of one row."""
-    heads = triton.next_power_of_2(M)
-    block = min(triton.next_power_of_2(C), max(16, 4096 // heads))
-    rows = max(1, min(1024 // (heads * block), triton.next_power_of_2(N)))
-    return rows, dict(HEADS=heads, ROWS=rows, BLOCK=block, num_warps=min(8, warps(heads * rows * block, 4)), **FUSED)
+def _launch(kernel, size, **values):
+    """In tiles of 1024 logits, or of one row."""
+    M, N, C = size
+    heads = next_power_of_2(M)
+    block = min(next_power_of_2(C), max(16, 4096 // heads))
+    rows = max(1, min(1024 // (heads * block), next_power_of_2(N)))
+    values |= dict(M=M, N=N, C=C, HEADS=heads, ROWS=rows, BLOCK=block)
+    return Launch(kernel, (cdiv(N, rows),), values, num_warps=min(8, warps(heads * rows * block, 4)))
 
 
 def certainty_fusion_fwd(logits, temperature):
-    M, N, C = logits.shape
-    out = torch.empty((N, C), dtype=logits.dtype, device=logits.device)
-    if N:
-        rows, config = _config(M, N, C)
-        with torch.cuda.device_of(logits):
-            _fwd[(triton.cdiv(N, rows),)](
-                logits, out, M, N, C, logits.stride(0), logits.stride(1), 1.0 / temperature, **config
-            )
-    return out
+    run = _forward(logits.get_device(), logits.dtype, logits.shape, logits.stride()[:2], temperature)
+    with torch.cuda.device_of(logits):
+        return run(logits)
+
+
+@cached_launch
+def _forward(_device, _dtype, size, strides, temperature):
+    if size[1] == 0:
+        return lambda logits: logits.new_empty(size[1:])
+    stride_zm, stride_zn = strides
+    launch = _launch(_fwd, size, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1.0 / temperature)
+
+    def run(logits):
+        out = logits.new_empty(size[1:])
+        launch(logits, out)
+        return out
+
+    return run
 
 
 def certainty_fusion_bwd(grad, logits, temperature, need_logits):
-    M, N, C = logits.shape
-    out = torch.empty((M, N, C) if need_logits else (0,), dtype=logits.dtype, device=logits.device)
-    if N and need_logits:
-        rows, config = _config(M, N, C)
-        with torch.cuda.device_of(logits):
-            _bwd[(triton.cdiv(N, rows),)](
-                grad,
-                logits,
-                out,
-                M,
-                N,
-                C,
-                grad.stride(0),
-                logits.stride(0),
-                logits.stride(1),
-                1.0 / temperature,
-                **config,
-            )
-    return out
+    run = _backward(
+        logits.get_device(), logits.dtype, logits.shape, logits.stride()[:2], grad.stride(0), temperature, need_logits
+    )
+    with torch.cuda.device_of(logits):
+        return run(grad, logits)
+
+
+@cached_launch
+def _backward(_device, _dtype, size, strides, stride_gn, temperature, need_logits):
+    if size[1] == 0 or not need_logits:
+        return lambda grad, logits: logits.new_empty(size if need_logits else (0,))
+    stride_zm, stride_zn = strides
+    values = dict(stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1.0 / temperature)
+    launch = _launch(_bwd, size, **values)
+
+    def run(grad, logits):
+        out = logits.new_empty(size)
+        launch(grad, logits, out)
+        return out
+
+    return run

@@ -4,19 +4,18 @@ With w = exp(-logvar), and per column the mean and the population variance of y,
 
     value_i = 1/2 sum_d w [Var(y) + y~ (2 mu~ - y~)]    y~ = y - mean(y), mu~ = mu - mean(y)
 
-because mean_j (y_j - mu_i)^2 = Var(y) + mu~_i^2.  Summed over the rows it needs no second reading: five column sums
-do, of y, y^2, w, w mu and w y (2 mu - y).  They are of y and mu less a shift, the mean of some rows of y, which
-changes no value and keeps the sums small; a single row could be an outlier.  With the upstream gradient g_i of row i:
+because mean_j (y_j - mu_i)^2 = Var(y) + mu~_i^2.  The sum over the rows needs no second reading: it follows from five
+column sums, of y, y^2, w, w mu and w y (2 mu - y).  A shift is subtracted from y and mu first, the mean of some rows of
+y, which changes no value and keeps the sums small; a single row could be an outlier.  With g_i the gradient of row i's
+value:
 
     d mu     = g w y~
     d logvar = -1/2 g w [Var(y) + y~ (2 mu~ - y~)]
     d y      = g w (mu - y) + y~ mean(g w) - mean(g w mu~)
 
-Column sums go in two stages of fixed order: programs add up blocks of rows, then one program per few columns adds
-those parts.  A thread adds up its own rows in float32, everything above that is float64: the value is a small
-difference of the sums.
-
-stats: (5, D) float32: shift, mean(y - shift), Var(y), mean(w), mean(w (mu - shift)).
+Column sums are made in two stages, each in a fixed order: programs add up blocks of rows, then one program for a few
+columns adds up these parts.  A thread adds up its own rows in float32, all else is float64, because the value is a
+small difference of the sums.
 """
 
 import math
@@ -26,14 +25,16 @@ import triton
 import triton.language as tl
 
 from . import (
+    MEAN,
+    NONE,
     Launch,
     at,
+    cached_launch,
     cdiv,
     exp2,
     fma,
     gradients,
     next_power_of_2,
-    plan,
     tile_grid,
     tile_row,
     total,
@@ -42,18 +43,26 @@ from . import (
     warps,
 )
 
+# Rows of the statistics (5, D), float32; all but the first are of the shifted data.
+SHIFT, MEAN_Y, VAR_Y, MEAN_W, MEAN_WMU = (tl.constexpr(i) for i in range(5))
+# Rows of a part's column sums (5, D), float64; CROSS is of w y (2 mu - y).
+SUM_Y, SUM_YY, SUM_W, SUM_WMU, SUM_CROSS = (tl.constexpr(i) for i in range(5))
+SUMS = tl.constexpr(5)
+
 LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
 LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 LN2 = tl.constexpr(math.log(2))
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
-PROGRAMS = 1024  # of a first stage: eight for each multiprocessor of an A100 or H100
+PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 or H100
 
 
 @triton.jit
 def _weight(logvar):
-    """exp(-logvar), from the hardware's exp2 of the product with log2(e) and from what that product lost: a digit
-    already at 10.  An infinite logvar loses NaN, which becomes 1 and does not matter beside 0 or inf.
+    """exp(-logvar): the hardware's exp2 of logvar times log2(e), corrected for the rounding of that product.
+
+    Without the correction a digit is lost already at 10.  That of an infinite logvar is NaN, which becomes 1 and does
+    not matter beside 0 or inf.
     """
     exponent = -LOG2E * logvar
     lost = fma(logvar, -LOG2E_LOW, fma(logvar, -LOG2E, -exponent))
@@ -89,7 +98,7 @@ def _column_sum(tile):
 
 @triton.jit
 def _shift(Y, col, mask, stride, V: tl.constexpr, N):
-    """The mean of rows spread over y, near the middle of the data whatever its order; exactly y where N is 1."""
+    """The mean of evenly spaced rows of y, inside the data in whatever order; exactly y if N is 1."""
     row = tl.arange(0, SAMPLES).to(tl.int64) * N // SAMPLES
     first = tl.load(Y + col, mask, other=0.0).to(tl.float32)
     return first + tl.sum(_load(Y, row, stride, V, col, mask[None, :], 0.0) - first[None, :], 0) / SAMPLES
@@ -97,14 +106,27 @@ def _shift(Y, col, mask, stride, V: tl.constexpr, N):
 
 @triton.jit(do_not_specialize=["N", "g_stride", "rows"])
 def _columns(
-    G, MU, LOGVAR, Y, PARTS, STATS, DONE,
-    N, D, mu_stride, lv_stride, y_stride, g_stride, rows,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    """First stage, `rows` rows by BLOCK columns.  PARTS: (parts, 5, D).  D and strides in units of V elements.
-
-    MOMENTS: sums of y and y^2.  WEIGHTS: of g w and g w mu.  Both: also of w y (2 mu - y).
-    """
+    G,  # (N,), or None for 1
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    PARTS,  # (parts, 5, D) float64
+    STATS,  # (5, D) float32
+    DONE,  # () int32: set to 0
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    g_stride,
+    rows,  # of a part
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MOMENTS: tl.constexpr,  # whether sums of y and y^2 are wanted
+    WEIGHTS: tl.constexpr,  # whether sums of g w and g w mu are
+):
+    """First stage: the sums of `rows` rows by BLOCK columns, with MOMENTS and WEIGHTS that of w y (2 mu - y) too."""
     part = tl.program_id(1).to(N.dtype)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     shift = _shift(Y, col, col < D * V, y_stride, V, N)
@@ -132,30 +154,41 @@ def _columns(
             if MOMENTS:
                 sum_wy += w * (y * (2 * mu - y))
     D *= V
-    PARTS += part.to(tl.int64) * (5 * D) + col
+    PARTS += part.to(tl.int64) * (SUMS * D) + col
     if MOMENTS:
-        tl.store(PARTS, _column_sum(sum_y), col < D)
-        tl.store(PARTS + D, _column_sum(sum_yy), col < D)
+        tl.store(PARTS + SUM_Y * D, _column_sum(sum_y), col < D)
+        tl.store(PARTS + SUM_YY * D, _column_sum(sum_yy), col < D)
     if WEIGHTS:
-        tl.store(PARTS + 2 * D, _column_sum(sum_w), col < D)
-        tl.store(PARTS + 3 * D, _column_sum(sum_wmu), col < D)
+        tl.store(PARTS + SUM_W * D, _column_sum(sum_w), col < D)
+        tl.store(PARTS + SUM_WMU * D, _column_sum(sum_wmu), col < D)
     if MOMENTS and WEIGHTS:
-        tl.store(PARTS + 4 * D, _column_sum(sum_wy), col < D)
+        tl.store(PARTS + SUM_CROSS * D, _column_sum(sum_wy), col < D)
     if part == 0:
-        tl.store(STATS + col, shift, col < D)
+        tl.store(STATS + SHIFT * D + col, shift, col < D)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(DONE, 0)
 
 
 @triton.jit(do_not_specialize=["N", "D", "parts"])
 def _columns_join(
-    PARTS, STATS, VALUES, DONE, OUT,
-    N, D, parts, factor,
-    STEP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    """Second stage, BLOCK columns: the stats, and of the value the sum over all columns by the program that ends last.
+    PARTS,  # (parts, 5, D) float64
+    STATS,  # (5, D) float32
+    VALUES,  # (tiles,) float64
+    DONE,  # () int32: how many programs have ended
+    OUT,  # () float32, or None
+    N,
+    D,
+    parts,
+    factor,  # of the value
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,  # at least the number of programs
+    MOMENTS: tl.constexpr,  # as in `_columns`
+    WEIGHTS: tl.constexpr,  # as in `_columns`
+):
+    """Second stage, BLOCK columns: the statistics; the program that ends last adds up the value over all columns.
 
-    DONE counts the programs that have ended; the first stage set it to 0.  The order of the sum does not depend on it.
+    Which one that is does not change the order of the sum.
     """
     tile = tl.program_id(0)
     col = tile * BLOCK + tl.arange(0, BLOCK)
@@ -168,23 +201,23 @@ def _columns_join(
     for start in range(0, parts, STEP):
         part = (start + tl.arange(0, STEP)).to(tl.int64)
         mask = (part < parts)[:, None] & real[None, :]
-        P = PARTS + part[:, None] * (5 * D) + col[None, :]
+        P = PARTS + part[:, None] * (SUMS * D) + col[None, :]
         if MOMENTS:
-            sum_y += tl.load(P, mask, other=0.0)
-            sum_yy += tl.load(P + D, mask, other=0.0)
+            sum_y += tl.load(P + SUM_Y * D, mask, other=0.0)
+            sum_yy += tl.load(P + SUM_YY * D, mask, other=0.0)
         if WEIGHTS:
-            sum_w += tl.load(P + 2 * D, mask, other=0.0)
-            sum_wmu += tl.load(P + 3 * D, mask, other=0.0)
+            sum_w += tl.load(P + SUM_W * D, mask, other=0.0)
+            sum_wmu += tl.load(P + SUM_WMU * D, mask, other=0.0)
         if MOMENTS and WEIGHTS:
-            sum_wy += tl.load(P + 4 * D, mask, other=0.0)
+            sum_wy += tl.load(P + SUM_CROSS * D, mask, other=0.0)
     if MOMENTS:
         mean, square = tl.sum(sum_y, 0) / N, tl.sum(sum_yy, 0) / N
-        tl.store(STATS + D + col, mean.to(tl.float32), real)
-        tl.store(STATS + 2 * D + col, (square - mean * mean).to(tl.float32), real)
+        tl.store(STATS + MEAN_Y * D + col, mean.to(tl.float32), real)
+        tl.store(STATS + VAR_Y * D + col, (square - mean * mean).to(tl.float32), real)
     if WEIGHTS:
         w, wmu = tl.sum(sum_w, 0), tl.sum(sum_wmu, 0)
-        tl.store(STATS + 3 * D + col, (w / N).to(tl.float32), real)
-        tl.store(STATS + 4 * D + col, (wmu / N).to(tl.float32), real)
+        tl.store(STATS + MEAN_W * D + col, (w / N).to(tl.float32), real)
+        tl.store(STATS + MEAN_WMU * D + col, (wmu / N).to(tl.float32), real)
     if MOMENTS and WEIGHTS:
         value = 0.5 * (tl.sum(sum_wy, 0) - 2 * mean * wmu + square * w)
         tl.store(VALUES + tile, tl.sum(tl.where(real, value, 0.0), 0))
@@ -197,10 +230,20 @@ def _columns_join(
 
 @triton.jit(do_not_specialize=["N"])
 def _values(
-    MU, LOGVAR, Y, STATS, OUT,
-    N, D, mu_stride, lv_stride, y_stride,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    STATS,  # (5, D) float32
+    OUT,  # (N,) float32
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The bound of each of ROWS rows."""
     row = tl.program_id(0).to(N.dtype) * ROWS + tl.arange(0, ROWS)
     D *= V
@@ -208,9 +251,9 @@ def _values(
     for start in range(0, D, BLOCK):
         col = start + tl.arange(0, BLOCK)
         mask = (row < N)[:, None] & (col < D)[None, :]
-        y0 = tl.load(STATS + col, col < D, other=0.0)[None, :]
-        mean = tl.load(STATS + D + col, col < D, other=0.0)[None, :]
-        var = tl.load(STATS + 2 * D + col, col < D, other=0.0)[None, :]
+        y0 = tl.load(STATS + SHIFT * D + col, col < D, other=0.0)[None, :]
+        mean = tl.load(STATS + MEAN_Y * D + col, col < D, other=0.0)[None, :]
+        var = tl.load(STATS + VAR_Y * D + col, col < D, other=0.0)[None, :]
         y = (_load(Y, row, y_stride, V, col, mask, 0.0) - y0) - mean
         mu = (_load(MU, row, mu_stride, V, col, mask, 0.0) - y0) - mean
         acc += _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf"))) * (var + y * (2 * mu - y))
@@ -218,7 +261,7 @@ def _values(
 
 
 class _Shape:
-    """What the plans of these three inputs share."""
+    """Tiles and arguments that the kernels on these three inputs share."""
 
     def __init__(self, dtype, N, D, mu_stride, lv_stride, y_stride):
         self.N, self.D = N, D
@@ -239,17 +282,17 @@ class _Shape:
         )
 
     def parts(self, tile):
-        """Parts of a first stage and rows of a part: two tiles at least, so that few parts go through memory."""
+        """Parts of the first stage, and rows of a part: two tiles at least, so that few parts go through memory."""
         wanted = min(cdiv(PROGRAMS, self.tiles), cdiv(self.N, 2 * tile))
         rows = cdiv(cdiv(self.N, wanted), tile) * tile
         return cdiv(self.N, rows), rows
 
 
 def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
-    """The two stages as a function: returns stats (5, D), and writes factor times the sum of all rows into `out`."""
+    """The two stages as a function: it returns the statistics, and writes factor times the sum of all rows to `out`."""
     D, tile = shape.D, shape.rows // 2
     parts, rows = shape.parts(tile)
-    # A warp on its own adds up columns by shuffles; several need shared memory, and that takes longer than the rows.
+    # A single warp adds up columns by shuffles; several need shared memory, which takes longer than reading the rows.
     values = shape.values | dict(ROWS=tile, g_stride=g_stride, rows=rows, MOMENTS=moments, WEIGHTS=weights)
     first = Launch(_columns, (shape.tiles, parts), values, num_warps=1)
     # Tiles of 1024: few columns each, so that there are many programs.
@@ -272,13 +315,13 @@ def _column_stats(shape, moments, weights, g_stride=0, factor=1.0):
 
 
 def _key(mu, logvar, y):
-    """Everything of the inputs that a plan depends on."""
+    """What a launch depends on in the inputs."""
     return mu.get_device(), mu.dtype, mu.shape, (mu.stride(0), logvar.stride(0), y.stride(0))
 
 
 def _empty_loss(N, reduction):
     """The loss over no elements: 0, but NaN as the mean of no rows."""
-    shape, fill = (N,) if reduction == 0 else (), math.nan if reduction == 2 and N == 0 else 0.0
+    shape, fill = (N,) if reduction == NONE else (), math.nan if reduction == MEAN and N == 0 else 0.0
     return lambda like: torch.full(shape, fill, dtype=torch.float32, device=like.device)
 
 
@@ -286,17 +329,17 @@ def club_mi_fwd(mu, logvar, y, classes, reduction):
     if classes is not None:
         return _given_fwd(mu, logvar, y, classes, reduction)
     with torch.cuda.device_of(mu):
-        return _mi_fwd_plan(*_key(mu, logvar, y), reduction)(mu, logvar, y)
+        return _mi_forward(*_key(mu, logvar, y), reduction)(mu, logvar, y)
 
 
-@plan
-def _mi_fwd_plan(device, dtype, size, strides, reduction):
+@cached_launch
+def _mi_forward(_device, dtype, size, strides, reduction):
     N, D = size
     if N == 0 or D == 0:
         empty = _empty_loss(N, reduction)
         return lambda mu, logvar, y: (empty(mu), mu.new_zeros((5, D), dtype=torch.float32))
     shape = _Shape(dtype, N, D, *strides)
-    return _values_of_rows(shape) if reduction == 0 else _sum_of_rows(shape, 1.0 / N if reduction == 2 else 1.0)
+    return _values_of_rows(shape) if reduction == NONE else _sum_of_rows(shape, 1.0 / N if reduction == MEAN else 1.0)
 
 
 def _sum_of_rows(shape, factor):
@@ -319,7 +362,7 @@ def _values_of_rows(shape):
     def run(mu, logvar, y):
         stats = column_stats(None, mu, logvar, y, None)
         loss = stats.new_empty(shape.N)
-        stats[3:].zero_()
+        stats[MEAN_W.value :].zero_()
         launch(mu, logvar, y, stats, loss)
         return loss, stats
 
@@ -331,58 +374,75 @@ def _values_of_rows(shape):
 
 @triton.jit(do_not_specialize=["N", "g_stride"])
 def _mi_bwd(
-    G, MU, LOGVAR, Y, STATS, WEIGHTED, DMU, DLOGVAR, DY,
-    N, D, mu_stride, lv_stride, y_stride, g_stride, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """WEIGHTED: stats whose last rows hold mean(g w) and mean(g w (mu - shift)); without PER_ROW, those of g = 1."""
+    G,  # (N,), or () with g_stride 0
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    STATS,  # (5, D) float32
+    WEIGHTED,  # (5, D) float32, of which MEAN_W and MEAN_WMU are read: with PER_ROW those of g w
+    DMU,  # (N, D), or None
+    DLOGVAR,  # (N, D), or None
+    DY,  # (N, D), or None
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    g_stride,
+    factor,
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_ROW: tl.constexpr,  # whether G has a gradient for each row
+):
+    """ROWS rows by BLOCK columns."""
     row, col, mask = _tile(D * V, N, ROWS, BLOCK)
     real = col < D * V
     size = D * V
     g = tl.load(G + row.to(tl.int64) * g_stride, row < N).to(tl.float32)[:, None] * factor
-    y0 = tl.load(STATS + col, real)[None, :]
+    y0 = tl.load(STATS + SHIFT * size + col, real)[None, :]
     y = _load(Y, row, y_stride, V, col, mask)
     w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask))
     if DMU is not None or DLOGVAR is not None:
-        mean = tl.load(STATS + size + col, real)[None, :]
+        mean = tl.load(STATS + MEAN_Y * size + col, real)[None, :]
         centred = (y - y0) - mean
     if DMU is not None:
         _store(DMU, row, D, V, col, g * w * centred, mask)
     if DLOGVAR is not None or DY is not None:
         mu = _load(MU, row, mu_stride, V, col, mask)
     if DLOGVAR is not None:
-        var = tl.load(STATS + 2 * size + col, real)[None, :]
+        var = tl.load(STATS + VAR_Y * size + col, real)[None, :]
         value = w * (var + centred * (2 * ((mu - y0) - mean) - centred))
         _store(DLOGVAR, row, D, V, col, -0.5 * g * value, mask)
     if DY is not None:
-        mean_w = tl.load(WEIGHTED + 3 * size + col, real)[None, :]
-        mean_wmu = tl.load(WEIGHTED + 4 * size + col, real)[None, :]
+        mean_w = tl.load(WEIGHTED + MEAN_W * size + col, real)[None, :]
+        mean_wmu = tl.load(WEIGHTED + MEAN_WMU * size + col, real)[None, :]
         others = (y - y0) * mean_w - mean_wmu
         dy = g * w * (mu - y) + others if PER_ROW else g * (w * (mu - y) + others)
         _store(DY, row, D, V, col, dy, mask)
 
 
 def club_mi_bwd(grad, mu, logvar, y, classes, stats, reduction, need_mu, need_logvar, need_y):
-    per_row, needs = reduction == 0, (need_mu, need_logvar, need_y)
+    per_row, needs = reduction == NONE, (need_mu, need_logvar, need_y)
     if classes is not None:
-        run = _given_bwd_plan(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
+        run = _given_backward(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
         with torch.cuda.device_of(mu):
             return run(grad, mu, logvar, y, classes)
-    run = _mi_bwd_plan(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
+    run = _mi_backward(*_key(mu, logvar, y), grad.dtype, grad.stride(0) if per_row else 0, reduction, needs)
     with torch.cuda.device_of(mu):
         return run(grad, mu, logvar, y, stats)
 
 
-@plan
-def _mi_bwd_plan(device, dtype, size, strides, grad_dtype, g_stride, reduction, needs):
+@cached_launch
+def _mi_backward(_device, dtype, size, strides, _grad_dtype, g_stride, reduction, needs):
     N, D = size
     allocate = gradients(size, needs)
     if N * D == 0 or not any(needs):
         return lambda grad, mu, logvar, y, stats: allocate(mu)
-    if N == 1:  # no negative but the positive: 0 by definition, where the formula would leave rounding errors
+    if N == 1:  # its only negative is itself: 0 by definition, where the formula leaves rounding errors
         return lambda grad, mu, logvar, y, stats: tuple(g.zero_() for g in allocate(mu))
     shape = _Shape(dtype, N, D, *strides)
-    per_row, factor = reduction == 0, 1.0 / N if reduction == 2 else 1.0
+    per_row, factor = reduction == NONE, 1.0 / N if reduction == MEAN else 1.0
     launch = _elementwise(_mi_bwd, shape, g_stride=g_stride, factor=factor, PER_ROW=per_row)
     column_stats = (
         _column_stats(shape, moments=False, weights=True, g_stride=g_stride) if per_row and needs[2] else None
@@ -406,10 +466,10 @@ def _elementwise(kernel, shape, **values):
 # --- given classes ----------------------------------------------------------------------------------------------
 # value_i and the gradients as above over the rows of each class, times n/(n - 1), since a row is not its own negative.
 #
-# CLASSES: (3, N + 1) int64, `reference.club_classes`: rows sorted by class, their count; class of each row, the count
-# of classes; where classes begin.  A program does BLOCK columns of one class after the other, so nothing depends on the
-# number of classes, which the host does not know; how many programs share them follows from the shape.  Nothing is
-# kept for the backward pass, whose second reading of a class comes from the caches.
+# CLASSES, `reference.club_classes`: rows sorted by class, and their count; class of each row, and the count of classes;
+# where classes begin.  A program does BLOCK columns of one class after the other, so nothing depends on the number of
+# classes, which the host does not know; the shape decides how many programs share them.  The backward pass makes its
+# statistics itself: its second reading of a class comes from the caches.
 
 
 @triton.jit
@@ -457,11 +517,22 @@ def _class_stats(
 
 @triton.jit(do_not_specialize=["N"])
 def _given_values(
-    MU, LOGVAR, Y, CLASSES, OUT,
-    N, D, mu_stride, lv_stride, y_stride,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """BLOCK columns' share of each row's value, OUT (tiles, N), or of the sum over the classes done here."""
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    CLASSES,  # (3, N + 1) int64
+    OUT,  # (tiles, N) float32 with PER_ROW, else (programs,) float64
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_ROW: tl.constexpr,  # whether values of rows are wanted, or their sum
+):
+    """BLOCK columns' share of each row's value, or of the sum over the classes of this program."""
     D *= V
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(0).to(tl.int64)
@@ -491,7 +562,16 @@ def _given_values(
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
-def _given_total(PARTS, CLASSES, OUT, N, parts, BLOCK: tl.constexpr, MEAN: tl.constexpr):
+def _given_total(
+    PARTS,  # (parts,) float64
+    CLASSES,  # (3, N + 1) int64
+    OUT,  # () float32
+    N,
+    parts,
+    BLOCK: tl.constexpr,  # at least `parts`
+    MEAN: tl.constexpr,  # whether the sum is divided by the rows in a class
+):
+    """The sum over the programs of `_given_values`, or the mean."""
     i = tl.arange(0, BLOCK)
     total = tl.sum(tl.load(PARTS + i, i < parts, other=0.0), 0)
     if MEAN:
@@ -500,9 +580,9 @@ def _given_total(PARTS, CLASSES, OUT, N, parts, BLOCK: tl.constexpr, MEAN: tl.co
 
 
 def _given_shape(dtype, size, strides):
-    """Sizes of the tiles, one warp's each as in the first stage, and the grid.
+    """The shape with tiles for one warp each, as in the first stage, and the grid.
 
-    They are narrow, 128 bytes to the row, so that there are many programs for few classes too.
+    The tiles are narrow, 128 bytes to the row, so that few classes too make many programs.
     """
     shape = _Shape(dtype, *size, *strides)
     block = min(shape.block, 128 // dtype.itemsize)
@@ -513,20 +593,20 @@ def _given_shape(dtype, size, strides):
 
 def _given_fwd(mu, logvar, y, classes, reduction):
     with torch.cuda.device_of(mu):
-        loss = _given_fwd_plan(*_key(mu, logvar, y), reduction)(mu, logvar, y, classes)
+        loss = _given_forward(*_key(mu, logvar, y), reduction)(mu, logvar, y, classes)
     return loss, mu.new_empty((0, 5, mu.shape[1]), dtype=torch.float32)
 
 
-@plan
-def _given_fwd_plan(device, dtype, size, strides, reduction):
+@cached_launch
+def _given_forward(_device, dtype, size, strides, reduction):
     N, D = size
     if N * D == 0:
-        shape = (N,) if reduction == 0 else ()
+        shape = (N,) if reduction == NONE else ()
         return lambda mu, logvar, y, classes: mu.new_zeros(shape, dtype=torch.float32)
     shape, grid = _given_shape(dtype, size, strides)
-    options = shape.values | dict(PER_ROW=reduction == 0)
+    options = shape.values | dict(PER_ROW=reduction == NONE)
     launch = Launch(_given_values, grid, options, num_warps=1)
-    if reduction == 0:
+    if reduction == NONE:
 
         def values(mu, logvar, y, classes):
             parts = mu.new_zeros((grid[0], N), dtype=torch.float32)  # rows without negatives stay 0
@@ -537,7 +617,7 @@ def _given_fwd_plan(device, dtype, size, strides, reduction):
     parts = math.prod(grid)
     block = next_power_of_2(parts)
     join = Launch(
-        _given_total, (1,), dict(N=N, parts=parts, BLOCK=block, MEAN=reduction == 2), num_warps=warps(block, 8)
+        _given_total, (1,), dict(N=N, parts=parts, BLOCK=block, MEAN=reduction == MEAN), num_warps=warps(block, 8)
     )
 
     def run(mu, logvar, y, classes):
@@ -552,11 +632,26 @@ def _given_fwd_plan(device, dtype, size, strides, reduction):
 
 @triton.jit(do_not_specialize=["N", "g_stride"])
 def _given_bwd(
-    G, MU, LOGVAR, Y, CLASSES, DMU, DLOGVAR, DY,
-    N, D, mu_stride, lv_stride, y_stride, g_stride,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """BLOCK columns of the gradients in the rows that have negatives."""
+    G,  # (N,), or () with g_stride 0
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    CLASSES,  # (3, N + 1) int64
+    DMU,  # (N, D), or None
+    DLOGVAR,  # (N, D), or None
+    DY,  # (N, D), or None
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    g_stride,
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,  # as in `_given_total`
+):
+    """BLOCK columns of the gradients, in the rows that have negatives."""
     size = D * V
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     BEGIN = CLASSES + 2 * (N.to(tl.int64) + 1)
@@ -587,13 +682,13 @@ def _given_bwd(
                     _store(DY, row, D, V, col, gw * (mu - y) + factor * (y * mean_w - mean_wmu), mask)
 
 
-@plan
-def _given_bwd_plan(device, dtype, size, strides, grad_dtype, g_stride, reduction, needs):
+@cached_launch
+def _given_backward(_device, dtype, size, strides, _grad_dtype, g_stride, reduction, needs):
     allocate = gradients(size, needs)
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y, classes: allocate(mu)
     shape, grid = _given_shape(dtype, size, strides)
-    launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == 2), num_warps=1)
+    launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == MEAN), num_warps=1)
 
     def run(grad, mu, logvar, y, classes):
         grads = tuple(g.zero_() for g in allocate(mu))  # rows without negatives stay 0
@@ -609,11 +704,22 @@ def _given_bwd_plan(device, dtype, size, strides, grad_dtype, g_stride, reductio
 
 @triton.jit(do_not_specialize=["N", "rows"])
 def _nll_fwd(
-    MU, LOGVAR, Y, OUT,
-    N, D, mu_stride, lv_stride, y_stride, rows, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The share of `rows` rows by BLOCK columns."""
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    OUT,  # (programs,) float32
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    rows,  # of a part
+    factor,  # 1 / N
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The part of the loss in `rows` rows by BLOCK columns."""
     part = tl.program_id(1).to(N.dtype)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -628,14 +734,14 @@ def _nll_fwd(
 
 def club_nll_fwd(mu, logvar, y):
     with torch.cuda.device_of(mu):
-        return _nll_fwd_plan(*_key(mu, logvar, y))(mu, logvar, y)
+        return _nll_forward(*_key(mu, logvar, y))(mu, logvar, y)
 
 
-@plan
-def _nll_fwd_plan(device, dtype, size, strides):
+@cached_launch
+def _nll_forward(_device, dtype, size, strides):
     N, D = size
     if N == 0 or D == 0:
-        empty = _empty_loss(N, reduction=2)
+        empty = _empty_loss(N, reduction=MEAN)
         return lambda mu, logvar, y: empty(mu)
     shape = _Shape(dtype, N, D, *strides)
     parts, rows = shape.parts(shape.rows)
@@ -652,10 +758,24 @@ def _nll_fwd_plan(device, dtype, size, strides):
 
 @triton.jit(do_not_specialize=["N"])
 def _nll_bwd(
-    G, MU, LOGVAR, Y, DMU, DLOGVAR, DY,
-    N, D, mu_stride, lv_stride, y_stride, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    G,  # ()
+    MU,  # (N, D)
+    LOGVAR,  # (N, D)
+    Y,  # (N, D)
+    DMU,  # (N, D), or None
+    DLOGVAR,  # (N, D), or None
+    DY,  # (N, D), or None
+    N,
+    D,  # in units of V, as the strides are
+    mu_stride,
+    lv_stride,
+    y_stride,
+    factor,  # 1 / N
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS rows by BLOCK columns."""
     row, col, mask = _tile(D * V, N, ROWS, BLOCK)
     g = tl.load(G).to(tl.float32) * factor
     r = _load(Y, row, y_stride, V, col, mask) - _load(MU, row, mu_stride, V, col, mask)
@@ -669,13 +789,13 @@ def _nll_bwd(
 
 
 def club_nll_bwd(grad, mu, logvar, y, need_mu, need_logvar, need_y):
-    run = _nll_bwd_plan(*_key(mu, logvar, y), grad.dtype, (need_mu, need_logvar, need_y))
+    run = _nll_backward(*_key(mu, logvar, y), grad.dtype, (need_mu, need_logvar, need_y))
     with torch.cuda.device_of(mu):
         return run(grad, mu, logvar, y)
 
 
-@plan
-def _nll_bwd_plan(device, dtype, size, strides, grad_dtype, needs):
+@cached_launch
+def _nll_backward(_device, dtype, size, strides, _grad_dtype, needs):
     allocate = gradients(size, needs)
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y: allocate(mu)

@@ -1,26 +1,27 @@
 """Which dimensions of labelled features are effective, on a GPU.
 
 In one dimension the values nearest to a class mean are an interval, from the middle between it and the next smaller
-mean to the middle between it and the next larger; so a sample needs two comparisons, whatever the number of classes.
-Means are float64 and added up class by class in the order of the rows; hits are integers, so atomics keep the result.
+mean to the middle between it and the next larger.  So a sample needs two comparisons, whatever the number of classes.
+Means are added up in float64, class by class, in the order of the rows.  Hits are integers, so that atomics give the
+same sums in any order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import FUSED
+from . import Launch, cached_launch, cdiv, next_power_of_2
 
 NEVER = tl.constexpr(float("inf"))
-LARGEST = tl.constexpr(1.7976931348623157e308)  # infinite values are near to nothing
+LARGEST = tl.constexpr(1.7976931348623157e308)  # an infinite value is nearest to no mean
 
 
 @triton.jit
 def _means(
-    X,
-    ORDER,
-    ENDS,
-    MEANS,
+    X,  # (N, D)
+    ORDER,  # (N,) int64: the rows sorted by class
+    ENDS,  # (C + 1,) int64: where in ORDER each class begins
+    MEANS,  # (C, D) float64
     D,
     stride_x,
     ROWS: tl.constexpr,
@@ -46,35 +47,35 @@ def _finite(x):
 
 @triton.jit
 def _step(x):
-    """A number so small that x plus it is about the next number."""
+    """About the distance from x to the next float64."""
     return tl.maximum(tl.abs(x) * 2.3e-16, 1e-300)
 
 
 @triton.jit
 def _intervals(
-    MEANS,
-    LOW,
-    HIGH,
+    MEANS,  # (C, D) float64
+    LOW,  # (C, D) float64
+    HIGH,  # (C, D) float64
     C,
     D,
     BLOCK: tl.constexpr,
 ):
-    """The interval of one class in each column.  Of equal means, and in the middle, the lower class has it."""
+    """The interval of one class in each column.  Of equal means, and in the middle, the lower class wins."""
     k = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = k.to(tl.int64) * D + col
     mean = tl.load(MEANS + at, col < D, other=0.0)
     below, above = tl.full([BLOCK], -LARGEST, tl.float64), tl.full([BLOCK], LARGEST, tl.float64)
-    # Whether those two neighbours are lower classes; the first of equal ones is met first.
+    # Whether those two neighbours are lower classes; of equal means the lower class comes first.
     below_first, above_first = tl.zeros([BLOCK], tl.int1), tl.zeros([BLOCK], tl.int1)
     never = (mean - mean) != 0.0
     for j in range(0, C):
         other = tl.load(MEANS + tl.cast(j, tl.int64) * D + col, col < D, other=0.0)
-        known = _finite(other)
-        never = never | (known & (other == mean) & (j < k))
-        closer = known & (other < mean) & (other > below)
+        present = _finite(other)
+        never = never | (present & (other == mean) & (j < k))
+        closer = present & (other < mean) & (other > below)
         below, below_first = tl.where(closer, other, below), tl.where(closer, j < k, below_first)
-        closer = known & (other > mean) & (other < above)
+        closer = present & (other > mean) & (other < above)
         above, above_first = tl.where(closer, other, above), tl.where(closer, j < k, above_first)
     low = tl.where(below == -LARGEST, below, below * 0.5 + mean * 0.5)
     high = tl.where(above == LARGEST, above, above * 0.5 + mean * 0.5)
@@ -86,11 +87,11 @@ def _intervals(
 
 @triton.jit(do_not_specialize=["N", "C"])
 def _hits(
-    X,
-    LABELS,
-    LOW,
-    HIGH,
-    HITS,
+    X,  # (N, D)
+    LABELS,  # (N,) int64
+    LOW,  # (C, D) float64
+    HIGH,  # (C, D) float64
+    HITS,  # (D,) int64
     N,
     C,
     D,
@@ -99,7 +100,7 @@ def _hits(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds to HITS, for each column, how many of ROWS rows are in their own class's interval."""
+    """Adds to HITS, in each column, how many of ROWS rows lie in the interval of their own class."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(LABELS + row * stride_labels, row < N, other=-1).to(tl.int64)
@@ -112,30 +113,33 @@ def _hits(
 
 
 def effective_dims_fwd(features, labels, num_classes):
-    (N, D), C = features.shape, num_classes
-    hits = torch.zeros((D,), dtype=torch.int64, device=features.device)
-    if D and N:
-        labels = labels.long()
+    run = _forward(
+        features.get_device(), features.dtype, features.shape, features.stride(0), labels.stride(0), num_classes
+    )
+    with torch.cuda.device_of(features):
+        return run(features, labels)
+
+
+@cached_launch
+def _forward(_device, _dtype, size, stride_x, stride_labels, C):
+    N, D = size
+    if N * D == 0:
+        return lambda features, labels: features.new_zeros((D,), dtype=torch.bool)
+    block = min(64, next_power_of_2(D))
+    rows, tiles = 1024 // block, cdiv(D, block)
+    values = dict(N=N, C=C, D=D, stride_x=stride_x, stride_labels=stride_labels, ROWS=rows, BLOCK=block)
+    class_means = Launch(_means, (C, tiles), values)
+    class_intervals = Launch(_intervals, (C, tiles), values, num_warps=2)
+    count = Launch(_hits, (cdiv(N, rows), tiles), values)
+
+    def run(features, labels):
         sorted_labels, order = torch.sort(labels, stable=True)
         ends = torch.searchsorted(sorted_labels, torch.arange(C + 1, device=features.device))
         means, low, high = torch.empty((3, C, D), dtype=torch.float64, device=features.device)
-        block = min(64, triton.next_power_of_2(D))
-        rows, tiles = 1024 // block, triton.cdiv(D, block)
-        tile = dict(ROWS=rows, BLOCK=block, **FUSED)
-        with torch.cuda.device_of(features):
-            _means[(C, tiles)](features, order, ends, means, D, features.stride(0), **tile)
-            _intervals[(C, tiles)](means, low, high, C, D, BLOCK=block, num_warps=2, **FUSED)
-            _hits[(triton.cdiv(N, rows), tiles)](
-                features,
-                labels,
-                low,
-                high,
-                hits,
-                N,
-                C,
-                D,
-                features.stride(0),
-                labels.stride(0),
-                **tile,
-            )
-    return hits * D > hits.sum()
+        hits = torch.zeros((D,), dtype=torch.int64, device=features.device)
+        class_means(features, order, ends, means)
+        class_intervals(means, low, high)
+        count(features, labels, low, high, hits)
+        return hits * D > hits.sum()
+
+    return run

@@ -5,21 +5,17 @@ With q = softmax(input/T), p = softmax(target/T) and m = beta p + (1 - beta) q:
     JS = beta KL(p || m) + (1 - beta) KL(q || m)
     d input = (1 - beta)/T q (log(q/m) - KL(q || m)),    d target = beta/T p (log(p/m) - KL(p || m))
 
-log(q/m) and log(p/m) are functions of d = log2(p/q) alone (`_log2_over_mixture`).  That is made of the logits'
-differences and of the ratio of both sums of exponentials: logits of 1e4 lose nothing, nor do the logarithms of large
-sums, and equal rows give exactly 0.
+log(q/m) and log(p/m) are functions of d = log2(p/q) only (`_log2_over_mixture`).  d comes from the logits' differences
+and the ratio of both sums of exponentials, so that logits of 1e4 and logarithms of large sums lose no digits, and equal
+rows give exactly 0.
 
-The ends are divergences of their own, not limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
+The ends are defined as divergences, not as limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
 
     KL(p || q): d input = (q - p)/T,    d target = p/T (log(p/q) - KL(p || q))
 
-Rows up to TILE_CLASSES are read once and stay in registers, several rows to a program where they are short.  Longer
-rows are read twice by one program, the second time backwards: what was read last is still in cache.  A few very long
-rows are split over programs.
-
-stats: (6, R) float32: maximum and 1 / sum of exponentials of the input, the same of the target, KL(q || m), KL(p || m);
-at the ends in place of the last two what rounding leaves of the sum of q - p, and the sum of p log2(p/q).  Divergences
-are in bits.  They are private to this file: the same backend runs forward and backward.
+Rows up to TILE_CLASSES are read once and stay in registers; a program takes several rows if they are short.  Longer
+rows are read twice by one program, the second time backwards, because what was read last is still in the cache.  A few
+very long rows are split over programs.
 """
 
 import math
@@ -29,36 +25,45 @@ import triton
 import triton.language as tl
 
 from . import (
+    MEAN,
+    NONE,
     Launch,
     at,
+    cached_launch,
     cdiv,
     exp2,
     fma,
     gradients,
     next_power_of_2,
-    plan,
     tile_grid,
     tile_row,
     total,
     vector,
     wanted,
     warps,
-)  # fmt: skip
+)
+
+# Rows of the statistics (6, R), float32: maximum and 1 / sum of exponentials of the input, the same of the target,
+# KL(q || m) and KL(p || m) in bits.  At beta = 0 the last two are the sum of q - p, which rounding leaves, and that of
+# p log2(p/q).
+MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P = (tl.constexpr(i) for i in range(6))
+# Rows of PARTS (7, R, S), where rows are split: the sums themselves are in INV_Q and INV_P; and at beta = 0
+DIV = tl.constexpr(6)  # KL(p || q)
 
 FURTHEST = tl.constexpr(1e6)  # bound of |d|: exp2 is exactly 0 there
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 
-# What is compiled in of beta: its default, which has shorter formulas, its ends, and all others
+# MIX, what a kernel is compiled for: beta = 1/2, which has shorter formulas, other values in between, and the ends
 HALF, BETWEEN, KL = (tl.constexpr(i) for i in range(3))
 
 TILE_CLASSES = 4096  # longest row held in registers: 16 classes a thread at 8 warps
-FEW_ROWS = 64  # fewer leave half of an A100 or H100 idle, so that very long rows are split
-PROGRAMS = 256  # wanted of the parts of few rows
-MAX_PROGRAMS = 16384  # of short rows: one program adds up what they leave
-WARPS = 64  # that a multiprocessor holds; long rows need all of them to have enough loads in flight ...
-MAX_REGISTERS = 32  # ... so this many for a thread, or Triton's version decides between 32 and 64 warps
+FEW_ROWS = 64  # fewer rows leave half of an A100 or H100 idle, so very long ones are split
+PROGRAMS = 256  # at most, for the parts of few rows
+MAX_PROGRAMS = 16384  # for short rows: a single program adds up their results
+WARPS = 64  # of a multiprocessor; long rows need all of them to have enough loads in flight ...
+MAX_REGISTERS = 32  # ... so a thread gets this many; else Triton's version decides between 32 and 64 warps
 L2_BYTES = 50 * 2**20 // 132  # of an H100, for each multiprocessor
 
 
@@ -132,9 +137,9 @@ def _log2_1p(t):
 def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
     """log2(q/m) and log2(p/m), where d = log2(p/q); finite also where p or q or both are 0, and d is infinite or NaN.
 
-    With a the larger of beta p and gamma q, and t = 2^n what the other one is of it: m = a (1 + t), a sum in which
-    nothing cancels.  Near d = 0 both logarithms are differences of nearly equal numbers: there a series, in n where
-    beta is a half, else the Taylor polynomial, truncation error below 4e-7 of the divergence.
+    Let a be the larger of beta p and gamma q, and t = 2^n the ratio of the other one to it.  In m = a (1 + t) nothing
+    cancels.  Near d = 0 both logarithms are differences of nearly equal numbers, and a series is used: one in n where
+    beta is a half, else the Taylor polynomial, with a truncation error below 4e-7 of the divergence.
     """
     if MIX == HALF:
         n = tl.maximum(-tl.abs(d), -FURTHEST)  # NaN becomes -FURTHEST
@@ -156,7 +161,7 @@ def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
 def _kl_term(d, q, p):
     """p log2(p/q) + (q - p)/ln 2, a term of KL(p || q): never negative, of second order in d = log2(p/q).
 
-    The second part adds up to 0, but for the rounding of both rows' sums of exponentials, which so cancels.
+    The second part has the sum 0 but for the rounding errors of both rows' sums of exponentials, which cancel this way.
     """
     P = -1.4683874211271451e-07
     P = P * d + 1.9065917255074797e-06
@@ -172,7 +177,7 @@ def _kl_term(d, q, p):
 
 @triton.jit
 def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
-    """What a class adds to KL(q || m) and KL(p || m), in bits; for KL, to the sums of q - p and of p log2(p/q)."""
+    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log2(p/q)."""
     if MIX == KL:
         return q - p, tl.where(p == 0, 0.0, p * d)
     else:
@@ -182,7 +187,7 @@ def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
 
 @triton.jit
 def _quotient(a, b):
-    """a / b, rounded right but for rare cases, and NaN if b is 0.
+    """a / b, correctly rounded but for rare cases, and NaN if b is 0.
 
     A true division has a slow path that takes registers.
     """
@@ -193,7 +198,7 @@ def _quotient(a, b):
 
 @triton.jit
 def _gap(share_q, share_p):
-    """log2 of their ratio; NaN for a row with no class above -inf, as in torch."""
+    """log2(share_q / share_p); NaN for a row with no class above -inf, as in torch."""
     ratio = _quotient(share_q, share_p)
     log = tl.where(ratio > 0, _log2(ratio, ratio - 1), float("nan"))
     return tl.where(share_q == share_p, 0.0, log)
@@ -201,7 +206,7 @@ def _gap(share_q, share_p):
 
 @triton.jit
 def _compared(x, y, peak_q, peak_p, gap, scale):
-    """log2(p/q), and q and p times the sums of their rows."""
+    """log2(p/q), and q and p, each times the sum of its row's exponentials."""
     x, y = x - peak_q, y - peak_p
     return (y - x) * scale - gap, exp2(x * scale), exp2(y * scale)
 
@@ -215,12 +220,20 @@ def _load(X, mask):
 
 
 @triton.jit
+def _stat(STATS, R, statistic: tl.constexpr):
+    """Where a row of the statistics (6, R) begins; as a sum, since the product may need 64 bits."""
+    for _ in tl.static_range(statistic):
+        STATS += R
+    return STATS
+
+
+@triton.jit
 def _store_stats(STATS, row, R, mask, peak_q, share_q, peak_p, share_p):
     S = STATS + row
-    tl.store(S, peak_q, mask)
-    tl.store(S + R, share_q, mask)
-    tl.store(S + R + R, peak_p, mask)
-    tl.store(S + R + R + R, share_p, mask)
+    tl.store(_stat(S, R, MAX_Q), peak_q, mask)
+    tl.store(_stat(S, R, INV_Q), share_q, mask)
+    tl.store(_stat(S, R, MAX_P), peak_p, mask)
+    tl.store(_stat(S, R, INV_P), share_p, mask)
 
 
 @triton.jit
@@ -234,7 +247,7 @@ def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, facto
     else:  # a NaN in either row is one in both gradients, as in torch
         kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
         loss = (beta * kl_p + gamma * kl_q) * (factor * LN2)
-    S = STATS + R + R + R + R + row
+    S = _stat(STATS, R, DIV_Q) + row
     tl.store(S, kl_q, mask)
     tl.store(S + R, kl_p, mask)
     if W is not None:
@@ -244,12 +257,29 @@ def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, facto
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_tile(
-    X, Y, W, STATS, OUT,
-    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
-    V: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    REDUCE: tl.constexpr, MIX: tl.constexpr,
-):  # fmt: skip
-    """STEPS times ROWS whole rows, read once.  C and the row strides come in units of V elements."""
+    X,  # (R, C): logits of q
+    Y,  # (R, C): logits of p
+    W,  # (R,), or None
+    STATS,  # (6, R) float32
+    OUT,  # (R,), or with REDUCE (programs,) float32
+    R,
+    C,  # in units of V, as the strides are
+    x_stride,
+    y_stride,
+    w_stride,
+    scale,  # log2(e) / T
+    beta,
+    gamma,  # 1 - beta
+    mixture,  # see `_mixture`
+    factor,  # of the losses
+    V: tl.constexpr,  # elements per load
+    STEPS: tl.constexpr,  # times ROWS rows to a program
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr,  # whether OUT gets sums
+    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+):
+    """STEPS times ROWS whole rows, read once."""
     col = tl.arange(0, BLOCK)
     sum = tl.zeros([ROWS], tl.float32)
     for step in range(STEPS):
@@ -292,7 +322,7 @@ def _online(x, peak, sum, scale):
 
 @triton.jit
 def _joined(peak, sum, scale):
-    """One maximum and sum of exponentials from many."""
+    """The maximum and sum of exponentials of all lanes."""
     top = tl.max(peak, 0)
     return top, tl.sum(sum * exp2((peak - top) * scale), 0)
 
@@ -320,7 +350,7 @@ def _divergences(
     X, Y, begin, end, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) that columns [begin, end) add, last column first."""
+    """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) from columns [begin, end), last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
     sum_p = tl.zeros([LANES], tl.float32)
     sum = tl.zeros([LANES], tl.float32)
@@ -348,10 +378,26 @@ def _divergences(
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
 def _fwd_row(
-    X, Y, W, STATS, OUT,
-    R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
-    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
-):  # fmt: skip
+    X,  # (R, C): logits of q
+    Y,  # (R, C): logits of p
+    W,  # (R,), or None
+    STATS,  # (6, R) float32
+    OUT,  # (R,) float32
+    R,
+    C,  # in units of V, as the strides are
+    x_stride,
+    y_stride,
+    w_stride,
+    scale,  # log2(e) / T
+    beta,
+    gamma,  # 1 - beta
+    mixture,  # see `_mixture`
+    factor,  # of the losses
+    V: tl.constexpr,  # elements per load
+    LANES: tl.constexpr,  # times WIDTH, the columns of a tile
+    WIDTH: tl.constexpr,
+    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+):
     """One long row, read twice."""
     row = tl.program_id(0).to(tl.int64)
     X = at(X, row, x_stride, V)
@@ -367,9 +413,21 @@ def _fwd_row(
 
 @triton.jit(do_not_specialize=["R", "S", "span"])
 def _fwd_split_sums(
-    X, Y, PARTS, R, C, S, x_stride, y_stride, span, scale, V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    X,  # (R, C): logits of q
+    Y,  # (R, C): logits of p
+    PARTS,  # (7, R, S) float32
+    R,
+    C,  # in units of V, as the strides are
+    S,  # parts of a row
+    x_stride,
+    y_stride,
+    span,  # tiles of a part
+    scale,  # log2(e) / T
+    V: tl.constexpr,  # elements per load
+    LANES: tl.constexpr,  # times WIDTH, the columns of a tile
+    WIDTH: tl.constexpr,
 ):
-    """A part of one very long row, S parts of `span` tiles to the row.  PARTS: (7, R, S)."""
+    """Maxima and sums of exponentials of a part of one very long row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
@@ -377,47 +435,76 @@ def _fwd_split_sums(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end, scale, LANES, WIDTH
     )
     PARTS += tl.program_id(0)
-    tl.store(PARTS, peak_q)
-    tl.store(PARTS + R * S, sum_q)
-    tl.store(PARTS + 2 * R * S, peak_p)
-    tl.store(PARTS + 3 * R * S, sum_p)
+    tl.store(PARTS + MAX_Q * R * S, peak_q)
+    tl.store(PARTS + INV_Q * R * S, sum_q)
+    tl.store(PARTS + MAX_P * R * S, peak_p)
+    tl.store(PARTS + INV_P * R * S, sum_p)
 
 
 @triton.jit(do_not_specialize=["R", "S", "span"])
 def _fwd_split_div(
-    X, Y, PARTS, STATS,
-    R, C, S, x_stride, y_stride, span, scale, beta, gamma, mixture,
-    V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MAX_S: tl.constexpr,
-    MIX: tl.constexpr,
-):  # fmt: skip
-    """The second reading of that part, with the sums of the whole row."""
+    X,  # (R, C): logits of q
+    Y,  # (R, C): logits of p
+    PARTS,  # (7, R, S) float32
+    STATS,  # (6, R) float32
+    R,
+    C,  # in units of V, as the strides are
+    S,  # parts of a row
+    x_stride,
+    y_stride,
+    span,  # tiles of a part
+    scale,  # log2(e) / T
+    beta,
+    gamma,  # 1 - beta
+    mixture,  # see `_mixture`
+    V: tl.constexpr,  # elements per load
+    LANES: tl.constexpr,  # times WIDTH, the columns of a tile
+    WIDTH: tl.constexpr,
+    MAX_S: tl.constexpr,  # at least S
+    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+):
+    """The divergences of that part, read again, with the sums of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
     i = tl.arange(0, MAX_S)
     P, n = PARTS + row * S + i, R * S
-    peak_q, sum_q = _joined(tl.load(P, i < S, other=LOWEST), tl.load(P + n, i < S, other=0.0), scale)
-    peak_p, sum_p = _joined(tl.load(P + 2 * n, i < S, other=LOWEST), tl.load(P + 3 * n, i < S, other=0.0), scale)
+    peak_q, sum_q = tl.load(P + MAX_Q * n, i < S, other=LOWEST), tl.load(P + INV_Q * n, i < S, other=0.0)
+    peak_q, sum_q = _joined(peak_q, sum_q, scale)
+    peak_p, sum_p = tl.load(P + MAX_P * n, i < S, other=LOWEST), tl.load(P + INV_P * n, i < S, other=0.0)
+    peak_p, sum_p = _joined(peak_p, sum_p, scale)
     share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, part == 0, peak_q, share_q, peak_p, share_p)
     kl_q, kl_p, kl = _divergences(
         at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
         peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
     )  # fmt: skip
-    tl.store(PARTS + 4 * n + tl.program_id(0), kl_q)
-    tl.store(PARTS + 5 * n + tl.program_id(0), kl_p)
-    tl.store(PARTS + 6 * n + tl.program_id(0), kl)
+    tl.store(PARTS + DIV_Q * n + tl.program_id(0), kl_q)
+    tl.store(PARTS + DIV_P * n + tl.program_id(0), kl_p)
+    tl.store(PARTS + DIV * n + tl.program_id(0), kl)
 
 
 @triton.jit(do_not_specialize=["R", "S", "w_stride"])
 def _fwd_split_join(
-    PARTS, W, STATS, OUT,
-    R, S, w_stride, beta, gamma, factor,
-    ROWS: tl.constexpr, MAX_S: tl.constexpr, REDUCE: tl.constexpr, MIX: tl.constexpr,
-):  # fmt: skip
+    PARTS,  # (7, R, S) float32
+    W,  # (R,), or None
+    STATS,  # (6, R) float32
+    OUT,  # (R,), or with REDUCE () float32
+    R,
+    S,  # parts of a row
+    w_stride,
+    beta,
+    gamma,  # 1 - beta
+    factor,  # of the losses
+    ROWS: tl.constexpr,  # at least R
+    MAX_S: tl.constexpr,  # at least S
+    REDUCE: tl.constexpr,  # whether OUT gets sums
+    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+):
+    """Adds up the divergences of the parts."""
     row, i = tl.arange(0, ROWS), tl.arange(0, MAX_S)
     mask = (row < R)[:, None] & (i < S)[None, :]
-    P = PARTS + 4 * R * S + row[:, None] * S + i[None, :]
+    P = PARTS + DIV_Q * R * S + row[:, None] * S + i[None, :]
     kl_q, kl_p = tl.sum(tl.load(P, mask, other=0.0), 1), tl.sum(tl.load(P + R * S, mask, other=0.0), 1)
     kl = tl.sum(tl.load(P + 2 * R * S, mask, other=0.0), 1)
     loss = _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
@@ -430,7 +517,7 @@ def _fwd_split_join(
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
     if beta == 1:  # KL(q || p) is KL(p || q) mirrored
         input, target, beta = target, input, 0.0
-    run = _fwd_plan(
+    run = _forward(
         input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
     )  # fmt: skip
@@ -438,18 +525,18 @@ def js_div_fwd(input, target, weight, beta, temperature, reduction):
         return run(input, target, weight)
 
 
-@plan
-def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
+@cached_launch
+def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
     if R == 0:
         return _fwd_empty(reduction)
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    values |= dict(factor=1.0 / R if reduction == 2 else 1.0, REDUCE=reduction != 0)
+    values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE)
     if C <= TILE_CLASSES:
         return _fwd_by_tiles(R, C, reduction, values)
-    # Larger programs for longer rows: the rows that all multiprocessors work on should fit into the L2.
+    # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
-    # More values at a time leave too few registers, and narrow loads have an address and a mask each.
+    # More values at a time leave too few registers; each narrow load needs an address and a mask.
     width = min(4, max(2, values["V"]))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
@@ -459,7 +546,7 @@ def _fwd_plan(device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
 
 
 def _mixture(beta):
-    """-log2 of beta and of 1 - beta, and coefficients 2 to 7 of log2(m/q) in d, which are a coin's cumulants."""
+    """-log2 of beta and of 1 - beta, and coefficients 2 to 7 of log2(m/q) in d: Bernoulli cumulants."""
     v, u, ln2 = beta * (1 - beta), 1 - 2 * beta, math.log(2)
     if v == 0:
         return ()
@@ -490,7 +577,9 @@ def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
 
 def _fwd_empty(reduction):
     def run(input, target, weight):
-        loss = input.new_full((0,) if reduction == 0 else (), math.nan if reduction == 2 else 0.0, dtype=torch.float32)
+        loss = input.new_full(
+            (0,) if reduction == NONE else (), math.nan if reduction == MEAN else 0.0, dtype=torch.float32
+        )
         return loss, loss.new_empty((6, 0))
 
     return run
@@ -521,14 +610,14 @@ def _fwd_by_tiles(R, C, reduction, values):
         launch(input, target, weight, stats, parts)
         return total(parts), stats
 
-    return each if reduction == 0 else at_once if programs == 1 else in_two_stages
+    return each if reduction == NONE else at_once if programs == 1 else in_two_stages
 
 
 def _tile_of_rows(R, block):
     """Rows of `block` classes that a program takes at a time, how often, and with how many warps.
 
-    All of a small batch, so that one launch does; else 16 classes a thread, and long rows alone go over several warps,
-    whose sums take shared memory.
+    A small batch is one tile, so that one launch is enough.  Otherwise a thread has 16 classes, and only long rows are
+    distributed over several warps, whose sums need shared memory.
     """
     rows = next_power_of_2(R)
     if rows * block <= 1024:
@@ -544,7 +633,7 @@ def _fwd_by_rows(R, reduction, values, num_warps):
         stats = _stats(input, R)
         losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
-        return losses if reduction == 0 else total(losses), stats
+        return losses if reduction == NONE else total(losses), stats
 
     return run
 
@@ -565,7 +654,7 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
 
     def run(input, target, weight):
         stats = _stats(input, R)
-        parts, loss = stats.new_empty(7, R, S), stats.new_empty(() if reduction else R)
+        parts, loss = stats.new_empty(7, R, S), stats.new_empty(R if reduction == NONE else ())
         sums(input, target, parts)
         div(input, target, parts, stats)
         join(parts, weight, stats, loss)
@@ -575,7 +664,7 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
 
 
 def _stats(input, R):
-    """Other results are allocated from it: new_empty takes half as long where dtype and device are not named."""
+    """The statistics.  Other results are made from them: new_empty without dtype and device takes half as long."""
     return torch.empty((6, R), dtype=torch.float32, device=input.device)
 
 
@@ -584,11 +673,30 @@ def _stats(input, R):
 
 @triton.jit(do_not_specialize=["R", "w_stride", "g_stride"])
 def _bwd(
-    G, X, Y, W, STATS, DX, DY,
-    R, C, x_stride, y_stride, w_stride, g_stride, scale, beta, gamma, mixture, factor,
-    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MIX: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows by BLOCK columns; DX or DY None is not wanted."""
+    G,  # (R,), or () with g_stride 0
+    X,  # (R, C): logits of q
+    Y,  # (R, C): logits of p
+    W,  # (R,), or None
+    STATS,  # (6, R) float32
+    DX,  # (R, C), or None
+    DY,  # (R, C), or None
+    R,
+    C,  # in units of V, as the strides are
+    x_stride,
+    y_stride,
+    w_stride,
+    g_stride,
+    scale,  # log2(e) / T
+    beta,
+    gamma,  # 1 - beta
+    mixture,  # see `_mixture`
+    factor,  # of the gradients
+    V: tl.constexpr,  # elements per load
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+):
+    """ROWS rows by BLOCK columns."""
     row = tile_row(R) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = row < R
@@ -599,21 +707,20 @@ def _bwd(
     if W is not None:
         g *= tl.load(W + row.to(tl.int64) * w_stride, real)
     S = STATS + row
-    peak_q, share_q = tl.load(S, real), tl.load(S + R, real)
-    S = S + R + R
-    peak_p, share_p = tl.load(S, real), tl.load(S + R, real)
-    S = S + R + R
+    peak_q, share_q = tl.load(_stat(S, R, MAX_Q), real), tl.load(_stat(S, R, INV_Q), real)
+    peak_p, share_p = tl.load(_stat(S, R, MAX_P), real), tl.load(_stat(S, R, INV_P), real)
+    DIVS = _stat(S, R, DIV_Q)  # and of the next row of the statistics, DIV_P
     gap = _gap(share_q, share_p)
     d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
-    if MIX == KL:  # less what the sums of these very terms are off
+    if MIX == KL:  # less the rounding errors of the sums of these terms
         q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
-        dx = g[:, None] * (add_q - q * tl.load(S, real)[:, None])
-        dy = (g * LN2)[:, None] * (add_p - p * tl.load(S + R, real)[:, None])
+        dx = g[:, None] * (add_q - q * tl.load(DIVS, real)[:, None])
+        dy = (g * LN2)[:, None] * (add_p - p * tl.load(DIVS + R, real)[:, None])
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
-        dx = _gradient(q, over_q, gamma * g * share_q, tl.load(S, real))
-        dy = _gradient(p, over_p, beta * g * share_p, tl.load(S + R, real))
+        dx = _gradient(q, over_q, gamma * g * share_q, tl.load(DIVS, real))
+        dy = _gradient(p, over_p, beta * g * share_p, tl.load(DIVS + R, real))
     if DX is not None:
         tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
     if DY is not None:
@@ -630,7 +737,7 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
     if beta == 1:
         grads = js_div_bwd(grad, target, input, weight, stats, 0.0, temperature, reduction, need_target, need_input)
         return grads[::-1]
-    run = _bwd_plan(
+    run = _backward(
         input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
@@ -640,23 +747,22 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
         return run(grad, input, target, weight, stats)
 
 
-@plan
-def _bwd_plan(
-    device, dtype, R, C, x_stride, y_stride, weight, grad_dtype, g_stride,
-    beta, temperature, reduction, needs,
-):  # fmt: skip
+@cached_launch
+def _backward(
+    _device, dtype, R, C, x_stride, y_stride, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
+):
     allocate = gradients((R, C), needs)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    if C <= 512:  # one load of each input a thread, of 16 bytes where rows allow that
+    if C <= 512:  # one load of each input per thread, of 16 bytes where rows allow it
         block, each = next_power_of_2(C), max(4, values["V"])
         rows = min(max(1, 64 * each // block), next_power_of_2(R))
-    else:  # two, of a single row; narrower tiles where over an eighth of the columns would idle
+    else:  # two loads, of a single row; narrower tiles where over an eighth of the columns would be idle
         block, each = 1024 if -C % 1024 <= C // 8 else 512, 32 // dtype.itemsize
         rows = 1
     values |= dict(g_stride=g_stride, ROWS=rows, BLOCK=block)
-    values |= dict(factor=1.0 / (temperature * (R if reduction == 2 else 1)))
+    values |= dict(factor=1.0 / (temperature * (R if reduction == MEAN else 1)))
     grid = tile_grid(cdiv(R, rows), cdiv(C, block))
     launch = Launch(_bwd, grid, values, num_warps=warps(rows * block, each))
 

@@ -6,7 +6,7 @@ runs this file again in a process of its own.  With a GPU they run there, in thi
 
 import pytest
 import torch
-from interpreted import DEVICE, INTERPRETED, REDUCTION, RUNS_HERE, assert_replays, run_again
+from interpreted import DEVICE, INTERPRETED, MEAN, NONE, REDUCTION, RUNS_HERE, SUM, assert_replays, run_again
 
 from udi_kernels import reference
 
@@ -28,9 +28,12 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def product(monkeypatch):
-    """CPUs have no product of 16-bit matrices in float32."""
+def fresh(monkeypatch):
+    """A seed, no launches made for other ELEMENTS, and a product that CPUs have not: of 16-bit matrices in float32."""
     torch.manual_seed(0)
+    if RUNS_HERE:
+        duc._forward.cache_clear()
+        duc._backward.cache_clear()
     if INTERPRETED:
         monkeypatch.setattr(duc, "_product", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
 
@@ -47,13 +50,13 @@ class TestDUC:
     __test__ = RUNS_HERE
 
     @staticmethod
-    def run(student, teacher, dims, grad, temperature=1.0, reduction=0, needs=(True, True)):
+    def run(student, teacher, dims, grad, temperature=1.0, reduction=NONE, needs=(True, True)):
         student, teacher, dims, grad = (t.to(DEVICE) for t in (student, teacher, dims, grad))
         loss, stats, direction = duc.duc_loss_fwd(student, teacher, dims, temperature, reduction, needs[0])
         return loss, *duc.duc_loss_bwd(grad, student, teacher, dims, stats, direction, temperature, reduction, *needs)
 
-    def check(self, student, teacher, dims, temperature=1.0, reduction=0):
-        grad = torch.rand(len(student)) if reduction == 0 else torch.rand(())
+    def check(self, student, teacher, dims, temperature=1.0, reduction=NONE):
+        grad = torch.rand(len(student)) if reduction == NONE else torch.rand(())
         leaves = [t.double().requires_grad_() for t in (student, teacher)]
         value = reference.duc_loss(*leaves, dims, temperature=temperature, reduction=REDUCTION[reduction])
         truth = value.detach(), *torch.autograd.grad(value, leaves, grad.double())
@@ -64,7 +67,7 @@ class TestDUC:
     @pytest.mark.parametrize("elements", [1 << 22, 200], ids=["one block", "blocks"])
     @pytest.mark.parametrize(
         ("dtype", "reduction"),
-        [*((torch.float32, r) for r in range(3)), (torch.float16, 2), (torch.bfloat16, 0)],
+        [*((torch.float32, r) for r in (NONE, SUM, MEAN)), (torch.float16, MEAN), (torch.bfloat16, NONE)],
         ids=str,
     )
     @pytest.mark.parametrize("shape", [(5, 7), (33, 20)])
@@ -76,7 +79,7 @@ class TestDUC:
         self.check(student.to(dtype), (student + noise).to(dtype), dims, 2.0, reduction)
 
     def test_more_rows_than_a_block_of_a_program(self, monkeypatch):
-        monkeypatch.setattr(duc.triton, "next_power_of_2", lambda n: 32)
+        monkeypatch.setattr(duc, "next_power_of_2", lambda n: 32)
         self.check(torch.randn(40, 32), torch.randn(40, 32), torch.ones(32, dtype=torch.bool))
 
     def test_logits_of_1e4_and_nearly_certain_rows(self):
@@ -189,8 +192,8 @@ def test_graph_capture_without_synchronisation():
     """Replayed over poisoned outputs, a captured forward and backward gives the bits of an eager one."""
 
     def step():
-        loss, stats, direction = duc.duc_loss_fwd(x, y, dims, 10.0, 2, True)
-        grads = duc.duc_loss_bwd(loss, x, y, dims, stats, direction, 10.0, 2, True, True)
+        loss, stats, direction = duc.duc_loss_fwd(x, y, dims, 10.0, MEAN, True)
+        grads = duc.duc_loss_bwd(loss, x, y, dims, stats, direction, 10.0, MEAN, True, True)
         found = effective_dims_fwd(x, labels, 10)
         fused = certainty.certainty_fusion_fwd(z, 1.0)
         return loss, *grads, found, fused, certainty.certainty_fusion_bwd(fused, z, 1.0, True)

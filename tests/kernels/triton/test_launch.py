@@ -1,4 +1,4 @@
-"""Plans and launches: what is compiled once is called with what the tensors say now."""
+"""Launches: a kernel is compiled once, and then called with the addresses of the tensors at hand."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-from udi_kernels.triton import Launch, cdiv, next_power_of_2, plan, tile_grid
+from udi_kernels.triton import Launch, cached_launch, cdiv, next_power_of_2, tile_grid
 
 
 class Kernel:
@@ -63,13 +63,13 @@ def test_other_alignments_take_tritons_way():
     assert len(kernel.compiled) == 1
 
 
-def test_plans_are_bounded():
+def test_cached_launches_are_bounded():
     calls = []
-    plans = plan(calls.append)
+    launches = cached_launch(calls.append)
     for i in range(3000):
-        plans(i)
-    plans(2999)
-    assert plans.cache_info().currsize <= 1024 and len(calls) == 3000
+        launches(i)
+    launches(2999)
+    assert launches.cache_info().currsize <= 1024 and len(calls) == 3000
 
 
 @pytest.mark.parametrize("rows", [1, 65535, 65536, 10_000_019])

@@ -1,4 +1,4 @@
-"""The CLUB bound of a batch whose rows are spread over the processes of a group."""
+"""The CLUB bound of a batch whose rows are distributed over the processes of a group."""
 
 import torch
 import torch.distributed as dist
@@ -16,19 +16,19 @@ def club_mi(
     *,
     reduction: str,
 ) -> Tensor:
-    r"""The bound of all rows, the same in every process; each holds some of them, (N_local, D), N may differ.
+    r"""The bound of all rows, the same in every process. Each holds (N_local, D) of them; N_local may differ.
 
-    The bound is a function of column sums, so these are all that travels: one message of D + 1 numbers for the mean of
-    y, by which y and mu are shifted (the bound does not change, its rounding error does), and one of 5 D. With
+    The bound is a function of column sums, so the processes only exchange these: D + 1 numbers for the mean of y, which
+    is subtracted from y and mu (the bound does not change, its rounding error does), and then 5 D. With
     ``w = exp(-logvar)`` and means over all N rows::
 
         value = 1/2 sum_d [mean(w) mean(y²) - 2 mean(y) mean(w mu) + mean(w y (2 mu - y))]
 
-    The gradient in the local rows is the bound's, times the number of processes: averaged over them as DDP does it, the
+    The gradient in the local rows is the bound's, times the number of processes: after DDP's average over them the
     parameters' gradients are those of one process.
 
-    With ``given`` these are the sums of every class, which all processes number alike: first every one gets the classes
-    of all rows, for which it waits for its device.
+    With ``given``, these are the sums of each class. To number the classes alike, every process first gets the classes
+    of all rows, and waits for its device to do so.
     """
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
@@ -36,11 +36,11 @@ def club_mi(
         classes, index = _classes_everywhere(given, process_group)
 
     def sums(x: Tensor) -> Tensor:
-        """Over the rows of each class."""
+        """The sums over the rows of each class."""
         return x.sum(0, keepdim=True) if given is None else add_rows(x, index, classes + 1)[:classes]
 
     def of_rows(x: Tensor) -> Tensor:
-        """That of each row's class, 0 for those in none."""
+        """For each row the value of its class; 0 for a row without one."""
         return x if given is None else take_rows(torch.cat((x, x.new_zeros(1, x.shape[1]))), index)
 
     first = sums(torch.cat((y.detach(), y.new_ones(len(y), 1)), 1))
@@ -55,7 +55,7 @@ def club_mi(
     local = torch.stack([sums(x) for x in (y, y * y, w, w * mu, w * y * (2 * mu - y))])
     everywhere = local.detach().clone()
     dist.all_reduce(everywhere, group=process_group)
-    # The value is that of all rows; the gradient reaches the local ones, times the number of processes.
+    # The value is that of all rows; the gradient is in the local rows, times the number of processes.
     y, yy, w, wmu, wyy = (everywhere + dist.get_world_size(process_group) * (local - local.detach())) / count
     values = (count * (w * yy - 2 * y * wmu + wyy)).sum(1, keepdim=True) / 2
     if given is None:
@@ -65,7 +65,7 @@ def club_mi(
 
 
 def _classes_everywhere(given: Tensor, group: "dist.ProcessGroup") -> tuple[int, Tensor]:
-    """The number of classes in all processes, and each local row's, numbered alike in all; that number for none."""
+    """The number of classes, and each local row's class, numbered alike in all processes; without one, that number."""
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
     counts = [given.new_empty(1, dtype=torch.int64) for _ in range(processes)]
     dist.all_gather(counts, torch.full_like(counts[0], len(given)), group=group)

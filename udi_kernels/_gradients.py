@@ -1,4 +1,4 @@
-"""Inner products and weighted sums of whole gradients: lists of tensors, one per parameter, never concatenated."""
+"""Inner products and weighted sums of gradients, each a list of one tensor per parameter, without concatenation."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import register_fake
 
-from . import _checks, reference
-from ._ops import LIBRARY, load_cuda, native, ops, served_by_reference
+from . import reference
+from ._ops import FLOATING, LIBRARY, load_cuda, native, not_a_tensor, ops
 
 Gradients = Sequence[Sequence[Tensor | None]] | Sequence[Tensor | None]  # the second form: stacked
 
@@ -29,12 +29,12 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
             parameter.
 
     Returns:
-        (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. The same bits for the same
-        gradients at the same place: on a CPU the order of summation depends on the shapes alone, on a GPU also on the
-        alignment of the addresses and on the model of the GPU. Not differentiable.
+        (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. Repeated calls give the same
+        bits: on a CPU the order of summation depends on the shapes only, on a GPU also on the alignment of the
+        addresses and on the GPU model. Not differentiable.
 
-    DTensors give the Gram matrix of the whole gradients, on every rank: each multiplies its own shards, and one
-    all-reduce, in float64, adds up. Other tensor subclasses take part through dispatch.
+    DTensors give the Gram matrix of the whole gradients, on every rank: each rank multiplies its own shards, and one
+    all-reduce, in float64, adds up. Other tensor subclasses are supported through dispatch.
 
     Raises:
         TypeError, ValueError: naming the first gradient that does not fit.
@@ -53,15 +53,15 @@ def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) ->
 
     Args:
         gram: (K, K) from :func:`gramian`.
-        anchor: index of the loss that the others shall help.
-        cosine: compare directions only: ``G[anchor, k]`` is divided by both norms first.
+        anchor: index of the loss that the others are to help.
+        cosine: compares directions only: ``G[anchor, k]`` is divided by both norms first.
 
     Returns:
-        (K,), dtype and device of ``gram``; nothing waits for the device.
+        (K,), dtype and device of ``gram``; does not synchronise.
     """
     if not isinstance(gram, Tensor):
-        _checks.not_tensors("alignment_weights", gram=gram)
-    _checks.tensors("alignment_weights", gram=gram)
+        not_a_tensor("alignment_weights", "gram", gram)
+    _check_tensor("alignment_weights", "gram", gram.detach(), gram)
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"alignment_weights: gram must have shape (K, K), got {tuple(gram.shape)}")
     if not 0 <= anchor < len(gram):
@@ -84,7 +84,7 @@ def weighted_sum(
     Args:
         grads, stacked: as for :func:`gramian`.
         weights: (K,) tensor on the gradients' device.
-        out: P tensors to write to, laid out as the gradients are; may be one of the lists itself.
+        out: P tensors to write to, in the layout of the gradients; may be one of the lists itself.
 
     Returns:
         list of P tensors in the gradients' dtype (``out`` if given); None where all K gradients are None and no
@@ -95,7 +95,7 @@ def weighted_sum(
     """
     tensors, k, plain = _flatten("weighted_sum", grads, stacked)
     if not isinstance(weights, Tensor):
-        _checks.not_tensors("weighted_sum", weights=weights)
+        not_a_tensor("weighted_sum", "weights", weights)
     written = None if out is None else _output_list("weighted_sum", out)
     if not plain and (dtensor := _dtensor(tensors)):
         return dtensor.weighted_sum(_weighted_sum, tensors, k, weights, written)
@@ -103,22 +103,22 @@ def weighted_sum(
 
 
 class GradientPlan:
-    """:func:`gramian` and :func:`weighted_sum` of gradients that stay where they are, prepared once.
+    """:func:`gramian` and :func:`weighted_sum` of gradients in fixed buffers, prepared once.
 
-    A call then costs a few microseconds of host time however many tensors there are, where the functions need about
-    one per tensor. It reads what the buffers hold when it runs, on the current stream. Each ``gramian`` has scratch
-    memory of its own, so calls may overlap on several streams; two of ``weighted_sum`` may not, as they write the same
-    ``out``. A CUDA graph with a call in it keeps addresses alone: keep the plan, which keeps the buffers, as long.
+    A call then costs a few microseconds of host time for any number of tensors, where the functions need about one per
+    tensor. It reads the buffers when it runs, on the current stream. Each ``gramian`` has its own scratch memory, so
+    calls may overlap on several streams; two of ``weighted_sum`` may not, as they write the same ``out``. A CUDA graph
+    with a call in it only holds addresses: keep the plan, which keeps the buffers, as long as the graph.
 
     Args:
-        grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: a gradient that
-            is replaced by another tensor (``zero_grad(set_to_none=True)``) is not seen.
+        grads, stacked: as for :func:`gramian`; the plan keeps references. Fill these buffers in place: the plan does
+            not see a gradient that is replaced by another tensor (``zero_grad(set_to_none=True)``).
         out: as for :func:`weighted_sum`; by default allocated at the first ``weighted_sum``.
 
     Raises:
-        TypeError, ValueError: as the functions do, and for gradients that are not dense or whose memory is not their
-            own, as that of tensor subclasses such as DTensor.
-        RuntimeError: at a call, where a buffer is no longer what it was when the plan was made.
+        TypeError, ValueError: as the functions do, and for gradients that are not dense, and for tensor subclasses
+            without memory of their own, such as DTensor.
+        RuntimeError: at a call, if memory, dtype or layout of a buffer has changed since the plan was made.
     """
 
     def __init__(self, grads: Gradients, *, out: Sequence[Tensor] | None = None, stacked: bool = False) -> None:
@@ -139,7 +139,7 @@ class GradientPlan:
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """Writes ``out`` and returns it, the same list at each call; see :func:`weighted_sum`."""
         if not isinstance(weights, Tensor):
-            _checks.not_tensors("GradientPlan", weights=weights)
+            not_a_tensor("GradientPlan", "weights", weights)
         if self.out is None:
             self.out = _with_none(self._plan.allocate(), self._tensors)
         self._weighted_sum(weights)
@@ -164,9 +164,9 @@ def _weighted_sum(
 
 
 def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | None], int | None, bool]:
-    """What the ops take: K*P tensors or None, list after list, and K; or P stacked ones, and None.
+    """The tensors as the ops take them, K, and whether all are plain tensors, of no subclass.
 
-    Beside them, whether none is of a subclass of Tensor.
+    The tensors are K*P or None, list after list; or, if stacked, P, and K is None.
     """
     if isinstance(grads, Tensor):
         raise TypeError(f"{op}: grads must be a sequence, got a tensor; pass [grads] and stacked=True for K stacked")
@@ -221,7 +221,7 @@ def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
 
 
 def _dtensor(tensors: list[Tensor | None]) -> Any:
-    """The module that serves DTensors if there are any; importing it is slow, but whoever has one has done it."""
+    """The module for DTensors, if there is one among the tensors; then its slow import has been made already."""
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed and any(isinstance(t, distributed.DTensor) for t in tensors):
         from . import _dtensor
@@ -231,7 +231,7 @@ def _dtensor(tensors: list[Tensor | None]) -> Any:
 
 
 def _refuse_subclass(name: str, t: Tensor | None) -> None:
-    """A plan reads the memory of its tensors, which those whose class takes over dispatch do not have."""
+    """A plan reads the memory of its tensors; subclasses that override dispatch may have none."""
     if t is not None and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"GradientPlan: {name} must be a plain tensor, whose memory the plan reads, got a {type(t).__name__}; "
@@ -240,119 +240,82 @@ def _refuse_subclass(name: str, t: Tensor | None) -> None:
 
 
 def _served(tensors: list[Tensor | None]) -> bool:
-    """Whether csrc serves; the kernels for the tensors' device are then loaded."""
+    """Whether csrc serves; loads the kernels for the tensors' device."""
     if next(t for t in tensors if t is not None).is_cuda:
         load_cuda()
     return native()
 
 
 def _with_none(out: list[Tensor], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Puts None where a parameter has no gradient, for which the ops write a tensor without elements."""
+    """Replaces by None what the ops return for a parameter without gradient, a tensor without elements."""
     if all(t is not None for t in tensors):
         return out  # type: ignore[return-value]
     return [None if all(t is None for t in tensors[p :: len(out)]) else value for p, value in enumerate(out)]
 
 
-# --- where csrc does not serve, and for fake kernels: what csrc/ops/gradients.h checks ---------------------------
+# --- where csrc does not serve, and for fake kernels: what csrc/ops/gradients.h checks, in simpler words -----------
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """K lists of P tensors or None, and one gradient of each parameter as results are laid out; None where all are."""
+class _Lists:
+    """K lists of P tensors or None, and for each parameter a gradient in the layout of results, or None if all are."""
 
     lists: list[list[Tensor | None]]
     like: list[Tensor | None]
     sum_dtype: torch.dtype
 
 
-def _check(op: str, tensors: Sequence[Tensor | None], k: int | None, may_copy: bool = True) -> _Checked:
-    first, like = next((n, t) for n, t in enumerate(tensors) if t is not None)
+def _checked(op: str, tensors: Sequence[Tensor | None], k: int | None, may_copy: bool = True) -> _Lists:
+    first = next(t for t in tensors if t is not None)
+    for name, t in zip(_names(len(tensors), k), tensors, strict=True):
+        if t is None:
+            continue
+        _check_tensor(op, name, t, first)
+        if k is None and not (t.dim() and len(t) == len(first) > 0):
+            raise ValueError(f"{op}: {name} must hold K > 0 gradients, as many as the others, got {tuple(t.shape)}")
+        if not (may_copy or _dense(t if k is not None else t[0])):
+            raise ValueError(f"{op}: {name} must be dense; call .clone() and keep that")
     if k is None:
-        _check_stacked(op, tensors, f"grads[{first}]", like, may_copy)
-        lists = [[None if t is None else t[i] for t in tensors] for i in range(len(like))]
-        likes = lists[0]
+        lists = [[None if t is None else t[i] for t in tensors] for i in range(len(first))]
     else:
         params = len(tensors) // k
         lists = [list(tensors[i * params : (i + 1) * params]) for i in range(k)]
-        likes = [_aligned(op, p, column, like, may_copy) for p, column in enumerate(zip(*lists, strict=True))]
-    dtype = reference.accumulation_dtype(*(t.dtype for t in tensors if t is not None))
-    return _Checked(lists, likes, dtype)
-
-
-def _check_stacked(op: str, tensors: Sequence[Tensor | None], first: str, like: Tensor, may_copy: bool) -> None:
-    for p, t in enumerate(tensors):
-        if t is None:
+    like: list[Tensor | None] = []
+    for p, column in enumerate(zip(*lists, strict=True)):
+        present = {f"grads[{i}][{p}]": t for i, t in enumerate(column) if t is not None}
+        if not present:
+            like.append(None)
             continue
-        name = f"grads[{p}]"
-        _admit(op, name, t, like)
-        if t.dim() == 0:
-            raise ValueError(f"{op}: {name} must have shape (K, *shape), got ()")
-        if len(t) == 0 and t is like:
-            raise ValueError(f"{op}: {name} must hold at least one gradient, got shape {tuple(t.shape)}")
-        if len(t) != len(like):
-            raise ValueError(
-                f"{op}: {name} must have size K of the first dimension {len(like)} as {first} has, got {len(t)}"
-            )
-        if not may_copy:
-            _check_dense(op, name, t, t[0])
+        best = next(filter(_dense, present.values()), None)
+        best = next(iter(present.values())).contiguous() if best is None else best
+        for name, t in present.items():
+            _check_alike(op, name, t, best, strides=_dense(t))
+        like.append(best)
+    return _Lists(lists, like, reference.accumulation_dtype(*(t.dtype for t in tensors if t is not None)))
 
 
-def _aligned(op: str, p: int, column: Sequence[Tensor | None], any_: Tensor, may_copy: bool) -> Tensor | None:
-    """The gradient whose layout holds for the K of a parameter: the first dense one."""
-    present = [(f"grads[{i}][{p}]", g) for i, g in enumerate(column) if g is not None]
-    for name, g in present:
-        _admit(op, name, g, any_)
-    if not present:
-        return None
-    for name, g in present:
-        _check_like(op, name, g, present[0][1], present[0][0])
-    dense = [(name, g) for name, g in present if _dense(g)]
-    for name, g in dense:
-        _check_layout(op, name, g, dense[0][1], dense[0][0])
-    if not may_copy:
-        for name, g in present:
-            _check_dense(op, name, g, g)
-    return dense[0][1] if dense else present[0][1].contiguous()
-
-
-def _admit(op: str, name: str, t: Tensor, like: Tensor) -> None:
-    _checks.dense(op, name, t)
-    if t.dtype not in _checks.FLOATING:
-        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+def _check_tensor(op: str, name: str, t: Tensor, other: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be of a floating-point dtype, got {t.dtype}")
+    if t.layout != torch.strided or t.device != other.device:
+        raise ValueError(f"{op}: {name} must be dense and on {other.device}, got {t.layout} on {t.device}")
     if t.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: {name} must not require grad (this op is not differentiable); "
-            "detach it, or call under torch.no_grad()"
-        )
-    if t.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} as the others are, got {t.device}")
+        raise ValueError(f"{op}: {name} must not require grad")
 
 
-def _check_like(op: str, name: str, got: Tensor, want: Tensor, other: str) -> None:
-    for what in ("dtype", "shape"):
-        a, b = ((tuple(v) if what == "shape" else v) for v in (getattr(want, what), getattr(got, what)))
-        if a != b:
-            raise ValueError(f"{op}: {name} must have {what} {a} as {other} has, got {b}")
+def _check_alike(op: str, name: str, t: Tensor, like: Tensor, strides: bool = True) -> None:
+    if t.dtype != like.dtype or t.shape != like.shape or (strides and _strides(t) != _strides(like)):
+        wanted, got = (f"shape {tuple(x.shape)}, strides {x.stride()} and {x.dtype}" for x in (like, t))
+        raise ValueError(f"{op}: {name} must have {wanted}, got {got}")
 
 
-def _check_layout(op: str, name: str, got: Tensor, want: Tensor, other: str) -> None:
-    if any(n > 1 and s != t for n, s, t in zip(got.shape, got.stride(), want.stride(), strict=True)) and got.numel():
-        raise ValueError(
-            f"{op}: {name} must have strides {want.stride()} as {other} has, got {got.stride()}; "
-            "call .contiguous() on both"
-        )
-
-
-def _check_dense(op: str, name: str, t: Tensor, gradient: Tensor) -> None:
-    if not _dense(gradient):
-        raise ValueError(
-            f"{op}: {name} must be dense, got shape {tuple(t.shape)} with strides {t.stride()}"
-            f"{' and a pending negation' if t.is_neg() else ''}; call .clone() and keep that"
-        )
+def _strides(t: Tensor) -> list[int]:
+    """The strides of dimensions of more than one element."""
+    return [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] if t.numel() else []
 
 
 def _dense(t: Tensor) -> bool:
-    """Whether memory holds the elements themselves, in whatever order, and without gaps."""
+    """Whether memory holds the elements themselves, in any order and without gaps."""
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(t.stride(), t.shape, strict=True) if size != 1):
         if step != expected and t.numel():
@@ -361,29 +324,26 @@ def _dense(t: Tensor) -> bool:
     return not t.is_neg()
 
 
-def _check_weights(op: str, weights: Tensor, g: _Checked) -> Tensor:
-    _admit(op, "weights", weights, next(t for t in g.like if t is not None))
+def _check_weights(op: str, weights: Tensor, g: _Lists) -> Tensor:
+    _check_tensor(op, "weights", weights, next(t for t in g.like if t is not None))
     if weights.shape != (len(g.lists),):
         raise ValueError(f"{op}: weights must have shape ({len(g.lists)},), got {tuple(weights.shape)}")
     return weights.to(g.sum_dtype)
 
 
-def _check_out(op: str, out: Sequence[Tensor], g: _Checked) -> None:
+def _check_out(op: str, out: Sequence[Tensor], g: _Lists) -> None:
     if len(out) != len(g.like):
-        raise ValueError(f"{op}: out must have length {len(g.like)}, one per parameter, got {len(out)}")
+        raise ValueError(f"{op}: out must have length {len(g.like)}, got {len(out)}")
     for p, (t, like) in enumerate(zip(out, g.like, strict=True)):
-        _admit(op, f"out[{p}]", t, next(t for t in g.like if t is not None))
-        other = f"parameter {p}'s gradient"
-        want = t.contiguous() if like is None else like
-        _check_like(op, f"out[{p}]", t, want, other)
-        _check_layout(op, f"out[{p}]", t, want, other)
+        _check_tensor(op, f"out[{p}]", t, next(t for t in g.like if t is not None))
+        _check_alike(op, f"out[{p}]", t, t.contiguous() if like is None else like)
 
 
 class _ReferencePlan:
     """What csrc's GradientPlan does, in plain torch."""
 
     def __init__(self, op: str, tensors: list, k: int | None, out: list | None, may_copy: bool = True) -> None:
-        self.op, self.grads = op, _check(op, tensors, k, may_copy)
+        self.op, self.grads = op, _checked(op, tensors, k, may_copy)
         if out is not None:
             _check_out(op, out, self.grads)
         self.out = out
@@ -410,10 +370,9 @@ class _ReferencePlan:
 
 # --- the ops: k lists, one after the other; or, without k, P tensors of shape (K, *shape) ------------------------
 
-# wide: a float64 result in any case.
+# wide: a float64 result in any case. Where a parameter has no gradient, its sum is a tensor without elements.
 LIBRARY.define("gramian(Tensor?[] grads, int? k, bool wide) -> Tensor")
 LIBRARY.define("gramian_reference(Tensor?[] grads, int? k, bool wide) -> Tensor")
-# Where a parameter has no gradient the result has a tensor without elements.
 LIBRARY.define("weighted_sum(Tensor?[] grads, int? k, Tensor weights) -> Tensor[]")
 LIBRARY.define("weighted_sum_reference(Tensor?[] grads, int? k, Tensor weights) -> Tensor[]")
 LIBRARY.define("weighted_sum_out(Tensor(a!)[] out, Tensor?[] grads, int? k, Tensor weights) -> ()")
@@ -421,34 +380,34 @@ LIBRARY.define("weighted_sum_out(Tensor(a!)[] out, Tensor?[] grads, int? k, Tens
 
 @register_fake("udi_kernels::gramian", lib=LIBRARY)
 def _(grads, k, wide):
-    g = _check("gramian", grads, k)
+    g = _checked("gramian", grads, k)
     like = next(t for t in g.like if t is not None)
     return like.new_empty((len(g.lists),) * 2, dtype=torch.float64 if wide else g.sum_dtype)
 
 
 @register_fake("udi_kernels::weighted_sum", lib=LIBRARY)
 def _(grads, k, weights):
-    g = _check("weighted_sum", grads, k)
+    g = _checked("weighted_sum", grads, k)
     _check_weights("weighted_sum", weights, g)
     return [weights.new_empty(0) if t is None else torch.empty_like(t) for t in g.like]
 
 
 @register_fake("udi_kernels::weighted_sum_out", lib=LIBRARY)
 def _(out, grads, k, weights):
-    g = _check("weighted_sum", grads, k)
+    g = _checked("weighted_sum", grads, k)
     _check_weights("weighted_sum", weights, g)
     _check_out("weighted_sum", out, g)
 
 
 def _gramian_reference(grads, k, wide):
-    lists = _check("gramian", grads, k).lists
+    lists = _checked("gramian", grads, k).lists
     return reference.gramian(lists, torch.float64 if wide else None)
 
 
 def _weighted_sum_reference(grads, k, weights):
-    sums = reference.weighted_sum(_check("weighted_sum", grads, k).lists, weights)
+    sums = reference.weighted_sum(_checked("weighted_sum", grads, k).lists, weights)
     return [weights.new_empty(0) if t is None else t for t in sums]
 
 
-served_by_reference("gramian_reference", _gramian_reference)
-served_by_reference("weighted_sum_reference", _weighted_sum_reference)
+LIBRARY.impl("gramian_reference", _gramian_reference, "CompositeImplicitAutograd")
+LIBRARY.impl("weighted_sum_reference", _weighted_sum_reference, "CompositeImplicitAutograd")
