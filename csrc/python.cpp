@@ -29,7 +29,11 @@ void use_compiler(const pybind11::function& f) {
 #endif
 
 PYBIND11_MODULE(UDI_MODULE, m) {
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
   m.attr("compiler") = "g++ " __VERSION__;
+#endif
   m.attr("make_plan") = reinterpret_cast<uintptr_t>(&udi::make_plan);
   // Names by number: what udi_kernels/_ops.py must agree with.
   pybind11::dict reductions;
