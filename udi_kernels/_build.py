@@ -31,7 +31,7 @@ CPU_FLAGS = {
 }
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
-# The compiler's error is the reason where csrc would not compile, or not link to torch's standard library.
+# The error in it says why a compiler cannot compile csrc, or would use another standard library than torch does.
 PROBE = """\
 #if defined(__clang__) ? __clang_major__ < 13 : __GNUC__ < 12
 #error it is too old; install g++ 12, clang++ 13 or a later one, and set CXX
@@ -44,7 +44,7 @@ PROBE = """\
 #endif
 """
 
-_loading = threading.Lock()
+_loading = threading.RLock()
 
 
 @functools.cache
@@ -143,8 +143,8 @@ def _ninja_file(kind, tools, output):
     include = [torch / "include", SOURCES, sysconfig.get_paths()["include"], tools["pybind11"]]
     flags = [*CXX_FLAGS.split(), f"-DUDI_MODULE=_{kind}", *(f"-I{folder}" for folder in include)]
     flags += CPU_FLAGS.get(_capability(), "").split() if kind == "cpu" else ["-DUSE_CUDA"]
-    # torch's own libstdc++, by name: a compiler that finds only the static one would link a second, and std::ostream
-    # of one with the locales of the other ends the process where a message holds a number.
+    # torch's own libstdc++, by name: a compiler that finds only the static one would link a second copy, and
+    # std::ostream of one copy with the locales of the other crashes when a message holds a number.
     runtime = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-l:libstdc++.so.6"]
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *runtime]
     lines = [
@@ -168,14 +168,14 @@ def _command(words):
 
 
 def _sources(kind):
-    ops = [SOURCES / "ops.cpp"] if kind == "cpu" else []  # for all devices; the slowest to compile goes first
+    ops = [SOURCES / "ops.cpp"] if kind == "cpu" else []  # for all devices; first because it compiles longest
     return [*ops, *sorted((SOURCES / kind).glob("*.cpp")), SOURCES / "python.cpp"]
 
 
 def _tools(kind):
     """What the build needs, by name; or a BuildError that names the remedy."""
     ninja, pybind11 = shutil.which("ninja"), importlib.util.find_spec("pybind11")
-    if not ninja:  # the package's command is not on PATH where an environment is used without being activated
+    if not ninja:  # the environment is not activated, so its commands are not on PATH
         ninja = shutil.which("ninja", path=str(Path(sys.executable).parent))
     if not ninja or not pybind11:
         raise BuildError("ninja and pybind11 are needed; `pip install ninja pybind11`")
