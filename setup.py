@@ -1,7 +1,8 @@
-"""Builds csrc at installation where torch is importable; elsewhere the first call does."""
+"""Builds csrc at installation if torch is importable; otherwise the first call builds it."""
 
-import importlib.util
+import importlib
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, find_packages, setup
@@ -13,15 +14,16 @@ ROOT = Path(__file__).parent
 class BuildPy(build_py):
     def run(self):
         super().run()
-        spec = importlib.util.spec_from_file_location("_build", ROOT / "udi_kernels" / "_build.py")
-        recipe = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(recipe)
+        package = types.ModuleType("recipe")  # udi_kernels without its __init__.py, which imports torch
+        package.__path__ = [str(ROOT / "udi_kernels")]
+        sys.modules["recipe"] = package
+        recipe = importlib.import_module("recipe._build")
         target = (ROOT if self.editable_mode else Path(self.build_lib)) / "udi_kernels" / "_lib"
         for kind in ("cpu", "cuda"):
             try:
                 recipe.build(kind, target)
             except recipe.BuildError as e:
-                print(f"udi_kernels: {kind} kernels not built at installation: {e}", file=sys.stderr)
+                recipe._cache.say(f"{kind} kernels not built at installation: {e}")
         for lock in target.glob("*.lock"):
             lock.unlink()
 

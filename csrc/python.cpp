@@ -33,7 +33,11 @@ void use_compiler(const pybind11::function& f) {
 #endif
 
 PYBIND11_MODULE(UDI_MODULE, m) {
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
   m.attr("compiler") = "g++ " __VERSION__;
+#endif
   m.attr("make_plan") = reinterpret_cast<uintptr_t>(&udi::make_plan);
   // Constants that Python and Triton repeat, by their names there; tests/kernels/test_ops.py compares them.
   using Constants = std::map<std::string, int64_t>;

@@ -1,11 +1,10 @@
-"""Compiles csrc's host code and loads it: at installation where torch is importable, else at the first call.
+"""Compiles csrc's host code and loads it: at installation if torch is importable, else at the first call.
 
-One recipe for both moments. A library is named by a hash of sources, flags, torch and machine, so a stale one is never
-loaded, and machines of several kinds can share a home directory. Importing this file compiles nothing and needs
-nothing beyond the standard library (setup.py loads it by path).
+One recipe serves both. A library's name holds a hash of sources, flags, torch version and machine, so a stale one is
+never loaded, and different machines can share a home directory. Importing this file compiles nothing and needs only
+the standard library (setup.py imports it without the package).
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -17,180 +16,195 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import warnings
+import threading
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
-SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").exists() else PACKAGE.parent / "csrc"
-PREBUILT = PACKAGE / "_lib"  # filled at installation
+from . import _cache
+from ._cache import PACKAGE, SOURCES, BuildError, intact
 
-# What torch itself asks for at each of its CPU capabilities; compilers without a flag were never asked for it.
+PREBUILT = PACKAGE / "_lib"  # filled at installation; trusted like the package itself
+
+# The flags that torch uses for each of its CPU capabilities; without a flag, the compiler's default target.
 CPU_FLAGS = {
     "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mprefer-vector-width=512",
     "AVX2": "-mavx2 -mfma",
 }
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
+# The error in it says why a compiler cannot compile csrc, or would use another standard library than torch does.
+PROBE = """\
+#if defined(__clang__) ? __clang_major__ < 13 : __GNUC__ < 12
+#error it is too old; install g++ 12, clang++ 13 or a later one, and set CXX
+#elif !__has_include(<concepts>)
+#error it has no C++20 standard library; install one (`apt install libstdc++-12-dev` or the like)
+#endif
+#include <cstddef>
+#if defined(__linux__) && !defined(__GLIBCXX__)
+#error torch needs libstdc++; remove -stdlib=libc++
+#endif
+"""
 
-class BuildError(RuntimeError):
-    """What is missing or went wrong, and the remedy, in one line."""
+_loading = threading.RLock()
 
 
 @functools.cache
 def load(kind):
-    """The extension module `_cpu` or `_cuda`, its ops registered; None where it cannot be had, with one warning."""
+    """The extension module `_cpu` or `_cuda`, its ops registered; None if it is not available, with one warning."""
+    with _loading:
+        outcome = _load_or_build(kind)
+    if isinstance(outcome, BuildError):
+        _cache.warn(f"no native {kind} kernels, plain torch is used instead: {outcome}")
+        return None
+    return outcome
+
+
+@functools.cache  # the error too: where warnings are errors, `load` raises at its first call
+def _load_or_build(kind):
     try:
-        module = _load(kind, _find(library(kind)) or build(kind, cache()))
+        name = library(kind)
+        path = PREBUILT / name
+        if not intact(path):
+            path = _cache.path(name)
+        if not intact(path):
+            build(kind, path.parent)
+        module = _load(kind, path)
         if kind == "cuda":
             from . import _nvrtc
 
             _nvrtc.serve(module)
         return module
     except BuildError as e:
-        warnings.warn(f"udi_kernels: no native {kind} kernels, plain torch is used instead: {e}", stacklevel=3)
-        return None
-
-
-def cache():
-    root = os.environ.get("UDI_KERNELS_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if not root:
-        home = Path(os.environ.get("HOME") or "nowhere")  # empty in some containers; / is nobody's home
-        root = home / ".cache" if home.is_absolute() else Path(tempfile.gettempdir()) / f"udi_kernels-{os.getuid()}"
-    return Path(root) / "udi_kernels"
+        return e
+    except OSError as e:  # not even a temporary folder
+        return BuildError(_cache.cannot_write(e))
 
 
 def library(kind):
     """File name of the module for this machine."""
+    if sys.platform == "win32":
+        raise BuildError("the native build supports Linux and macOS; use WSL on Windows")
     return f"_{kind}-{_key(kind)}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def _find(name):
-    return next((folder / name for folder in (PREBUILT, cache()) if _whole(folder / name)), None)
-
-
-def _whole(path):
-    """Whether the file is there as it was written: loading a library that was cut short kills the process."""
-    try:
-        return _digest_file(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return False
-
-
-def _digest_file(path):
-    return path.with_name(f"{path.name}.sha256")
-
-
-def once(name, make):
-    """Contents of a file of the cache, made if there is none; waits if another process is at it."""
-    if path := _find(name):
-        return path.read_bytes()
-    target = cache() / name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_suffix(".lock")):
-            if not _whole(target):
-                temporary = target.with_suffix(f".{os.getpid()}")
-                temporary.write_bytes(make())
-                _publish(temporary, target)
-            return target.read_bytes()
-    except OSError as e:
-        warnings.warn(
-            f"udi_kernels: cannot write to {cache()} ({e.strerror}), so each process compiles anew; "
-            "set UDI_KERNELS_CACHE to a writable folder",
-            stacklevel=2,
-        )
-        return make()
-
-
 def build(kind, folder):
-    """Compiles the module into `folder` and returns its path; waits if another process is at it."""
+    """Compiles the module into `folder` and returns its path. Waits while another process compiles it."""
+    target = Path(folder).absolute() / library(kind)
     tools = _tools(kind)
-    target = Path(folder) / library(kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_suffix(".lock")):
-            if not _whole(target):
+        if reason := _noexec(target.parent):
+            raise BuildError(reason)
+        with _cache.lock(target):
+            if not intact(target):
                 _compile(kind, tools, target)
     except OSError as e:
-        raise BuildError(f"cannot write to {folder} ({e.strerror}); set UDI_KERNELS_CACHE to a writable folder") from e
+        raise BuildError(_cache.cannot_write(e)) from e
     return target
 
 
+def _noexec(folder):
+    """Why no library can be loaded from this folder; an empty string if one can."""
+    if not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):  # the flag is known on Linux only
+        return ""
+    return f"{folder} is mounted noexec, so no library loads from it; set UDI_KERNELS_CACHE to a folder elsewhere"
+
+
 def _compile(kind, tools, target):
-    print(f"udi_kernels: compiling the {kind} kernels, once for this machine ...", file=sys.stderr, flush=True)
+    _cache.say(f"compiling the {kind} kernels, once for this machine; this takes about a minute ...")
     work = target.parent / f"{target.stem}.build"
-    work.mkdir(exist_ok=True)
-    (work / "build.ninja").write_text(_ninja_file(kind, tools, target.name))
-    run = subprocess.run([tools["ninja"], "-C", work], capture_output=True, text=True)
-    if run.returncode:
+    work.mkdir(0o700, exist_ok=True)
+    (work / "build.ninja").write_bytes(os.fsencode(_ninja_file(kind, tools, target.name)))
+    code, output = _run([tools["ninja"], "-C", work])
+    if code:
         log = work / "log.txt"
-        log.write_text(run.stdout + run.stderr)
-        first = next((line for line in run.stdout.splitlines() if "error:" in line), "ninja failed").strip()
-        raise BuildError(f"compiling failed: {first} (all of it in {log})")
-    _publish(work / target.name, target)
+        log.write_bytes(os.fsencode(output))
+        raise BuildError(f"compiling failed: {_first_error(output)} (full output in {log})")
+    _cache.publish(work / target.name, target)
     shutil.rmtree(work)
 
 
-def _publish(temporary, target):
-    """Whoever sees the target sees all of it, even after a power failure; its digest tells if not."""
-    digest = _digest_file(target)
-    digest.write_text(hashlib.sha256(Path(temporary).read_bytes()).hexdigest())
-    for path in (temporary, digest):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, target)
+def _run(command, **options):
+    """Exit status and output, in English."""
+    env = {**os.environ, "LC_ALL": "C"}
+    try:
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, **options)
+    except OSError as e:
+        raise BuildError(f"cannot run {command[0]} ({e.strerror})") from e
+    return run.returncode, os.fsdecode(run.stdout)
+
+
+def _first_error(output):
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else "no output")
 
 
 def _ninja_file(kind, tools, output):
     torch = _torch()
-    include = [f"-I{torch / 'include'}", f"-I{SOURCES}", f"-I{sysconfig.get_paths()['include']}"]
-    include.append(f"-I{tools['pybind11']}")
-    define = f"-DUDI_MODULE=_{kind}"
-    flags = " ".join([CXX_FLAGS, define, *include])
-    flags += " " + (CPU_FLAGS.get(_capability(), "") if kind == "cpu" else "-DUSE_CUDA")
-    # torch's own libstdc++, by name: a compiler that finds only the static one would link a second, and std::ostream
-    # of one with the locales of the other ends the process where a message holds a number.
-    runtime = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-l:libstdc++.so.6"
+    include = [torch / "include", SOURCES, sysconfig.get_paths()["include"], tools["pybind11"]]
+    flags = [*CXX_FLAGS.split(), f"-DUDI_MODULE=_{kind}", *(f"-I{folder}" for folder in include)]
+    flags += CPU_FLAGS.get(_capability(), "").split() if kind == "cpu" else ["-DUSE_CUDA"]
+    # torch's own libstdc++, by name: a compiler that finds only the static one would link a second copy, and
+    # std::ostream of one copy with the locales of the other crashes when a message holds a number.
+    runtime = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-l:libstdc++.so.6"]
+    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *runtime]
     lines = [
-        f"cxx = {tools['cxx']}",
+        f"cxx = {_command(tools['cxx'])}",
         "rule cxx",
-        f"  command = $cxx -MMD -MF $out.d {flags} -c $in -o $out",
-        "  depfile = $out.d",
+        f"  command = $cxx {_command(flags)} -c $in -o $out",
         "rule link",
-        f"  command = $cxx -shared $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 {runtime} -o $out",
+        f"  command = $cxx -shared $in {_command(libraries)} -o $out",
     ]
     objects = []
     for source in _sources(kind):
         objects.append(f"{source.name}.o")
-        lines.append(f"build {objects[-1]}: cxx {source}")
+        lines.append(f"build {objects[-1]}: cxx " + re.sub("[$ :]", r"$\g<0>", os.fspath(source)))
     lines.append(f"build {output}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
+def _command(words):
+    """For the shell that ninja starts."""
+    return shlex.join(words).replace("$", "$$")
+
+
 def _sources(kind):
-    ops = [SOURCES / "ops.cpp"] if kind == "cpu" else []  # for all devices; the slowest to compile goes first
+    ops = [SOURCES / "ops.cpp"] if kind == "cpu" else []  # for all devices; first because it compiles longest
     return [*ops, *sorted((SOURCES / kind).glob("*.cpp")), SOURCES / "python.cpp"]
 
 
 def _tools(kind):
-    """Paths of what the build needs, or an error that names the remedy."""
-    if sys.platform == "win32":
-        raise BuildError("the native build supports Linux and macOS; use WSL on Windows")
-    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not cxx or not shutil.which(shlex.split(cxx)[0]):  # it may be a command: CXX="ccache g++"
-        raise BuildError("no C++ compiler; install one (`apt install g++` or the like, or set CXX)")
+    """What the build needs, by name; or a BuildError that names the remedy."""
     ninja, pybind11 = shutil.which("ninja"), importlib.util.find_spec("pybind11")
-    if not ninja:  # the package's command is not on PATH where an environment is used without being activated
+    if not ninja:  # the environment is not activated, so its commands are not on PATH
         ninja = shutil.which("ninja", path=str(Path(sys.executable).parent))
     if not ninja or not pybind11:
         raise BuildError("ninja and pybind11 are needed; `pip install ninja pybind11`")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         raise BuildError("no Python headers; install them (`apt install python3-dev` or the like)")
-    tools = {"cxx": cxx, "ninja": ninja, "pybind11": Path(pybind11.origin).parent / "include"}
     if kind == "cuda" and not any((_torch() / "lib").glob("libtorch_cuda.*")):
         raise BuildError("this torch was built without CUDA; install a CUDA build of torch")
-    return tools
+    return {"cxx": _compiler(), "ninja": ninja, "pybind11": Path(pybind11.origin).parent / "include"}
+
+
+def _compiler():
+    """The C++ compiler's command, as a list of words, once it has compiled PROBE."""
+    chosen = os.environ.get("CXX", "").strip()
+    try:
+        # $CXX is one path, which may hold spaces, or a command: "ccache g++".
+        words = [chosen] if shutil.which(chosen) else shlex.split(chosen)
+    except ValueError as e:
+        raise BuildError(f"CXX={chosen} is not a command ({e})") from e
+    if not words:
+        words = [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
+    if not words or not shutil.which(words[0]):
+        raise BuildError("no C++ compiler; install one (`apt install g++` or the like, or set CXX)")
+    failed, output = _run([*words, "-fsyntax-only", "-x", "c++", "-"], input=PROBE.encode())
+    if failed:
+        reason = _first_error(output).rpartition("error: ")[2].removeprefix("#error ")
+        failed, version = _run([*words, "--version"])
+        name = shlex.join(words) + ("" if failed else f" ({version.splitlines()[0]})")
+        raise BuildError(f"{name} cannot compile the kernels: {reason}")
+    return words
 
 
 @functools.cache
@@ -203,9 +217,11 @@ def _torch():
 
 @functools.cache
 def _capability():
-    """torch's name of what this CPU can do (ATEN_CPU_CAPABILITY lowers it)."""
-    import torch
-
+    """torch's name for this CPU's instruction set (ATEN_CPU_CAPABILITY lowers it)."""
+    try:
+        import torch
+    except (ImportError, OSError) as e:
+        raise BuildError(f"torch cannot be imported ({e})") from e
     return torch.backends.cpu.get_cpu_capability()
 
 
@@ -215,29 +231,26 @@ def _key(kind):
     for path in sorted(SOURCES.rglob("*")):
         if path.is_file() and path.parent.name in (kind, "ops", SOURCES.name):
             digest.update(path.name.encode() + path.read_bytes())
-    version = re.search(r"__version__ = '(.+)'", (_torch() / "version.py").read_text())
-    for part in (CXX_FLAGS, CPU_FLAGS.get(_capability(), ""), platform.machine(), version[1]):
+    for part in (_torch_version(), CXX_FLAGS, CPU_FLAGS.get(_capability(), ""), platform.machine()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _lock(path):
-    """Held by one process at a time, and let go of by the system if it dies."""
-    import fcntl
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _torch_version():
+    """What binary compatibility depends on: major.minor of a release, all of a pre-release."""
+    version = re.search(r"__version__ = '(.+)'", (_torch() / "version.py").read_text())[1]
+    release = re.fullmatch(r"(\d+\.\d+)[.\d]*(\+(?!git).*)?", version)
+    return release[1] if release else version
 
 
 def _load(kind, path):
-    import torch  # noqa: F401  its libraries must be in the process before ours
+    import torch  # noqa: F401  loads the libraries that ours needs
 
     spec = importlib.util.spec_from_file_location(f"udi_kernels._{kind}", path)
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as e:
-        raise BuildError(f"loading {path} failed ({e}); delete it to have it built anew") from e
+        remedy = _noexec(path.parent) or "delete it to compile it again"
+        raise BuildError(f"loading {path} failed ({e}); {remedy}") from e
     return module

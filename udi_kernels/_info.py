@@ -1,4 +1,4 @@
-"""What was built, and what serves each op on this machine."""
+"""What was built, and which backend serves each op on this machine."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ OPS = {
 def build_info() -> dict[str, Any]:
     """Versions, the native libraries with compiler and path, and the backend of each op by device and dtype.
 
-    Builds what is not built yet. Returns a dict that is ready for `json.dumps`.
+    Builds the libraries that are not built yet. Returns a dict that `json.dumps` takes.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     modules = {kind: _build.load(kind) for kind in devices}
@@ -55,7 +55,7 @@ def _version(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "python -m udi_kernels", description="Says what was built and what serves each op."
+        "python -m udi_kernels", description="Shows what was built and which backend serves each op."
     )
     parser.add_argument(
         "--compile", nargs="+", metavar="sm_XX", help="compile all CUDA kernels for these architectures into the cache"
@@ -66,7 +66,7 @@ def main() -> None:
         except _build.BuildError as e:
             raise SystemExit(f"udi_kernels: {e}") from None
     info = build_info()
-    gpu = info["gpu"] or "no GPU seen"
+    gpu = info["gpu"] or "no GPU found"
     print(f"udi_kernels on Python {info['python']}, torch {info['torch']}, triton {info['triton'] or 'not installed'}")
     print(f"machine: {info['machine']}, {info['cpu_capability']}; {gpu}\n")
     for kind, library in info["libraries"].items():
@@ -78,4 +78,4 @@ def main() -> None:
     for op, served in info["backends"].items():
         print(op.ljust(18) + "".join(served[c].ljust(width) for c in columns).rstrip())
     if "reference" in {b for served in info["backends"].values() for b in served.values()}:
-        print("\nreference: plain torch, right but not fast")
+        print("\nreference: plain torch, correct but slow")

@@ -1,24 +1,24 @@
-"""Compiles the CUDA kernels for one architecture each, by NVRTC, which CUDA builds of torch bring.
+"""Compiles the CUDA kernels with NVRTC, which CUDA builds of torch bring, for one architecture at a time.
 
-A kernel is compiled by itself when a call first needs it, which takes half a second, and kept on disk beside the
-host library. `python -m udi_kernels --compile sm_90` does all of that ahead of time; it needs no GPU.
+Each kernel is compiled when a call first needs it, which takes half a second, and stored in the cache.
+`python -m udi_kernels --compile sm_90` compiles all kernels ahead of time and needs no GPU.
 """
 
 import functools
 import hashlib
 import multiprocessing
+import os
 import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from os import cpu_count
 
 import torch
 
-from . import _build
-from ._build import BuildError
+from . import _cache
+from ._cache import SOURCES, BuildError
 
-# -default-device: everything in these files is device code.
+# -default-device: these files hold device code only.
 OPTIONS = ("-std=c++20", "-default-device")
 MINIMUM = 70  # Volta: the first to take kernel arguments of more than 4 KB
 
@@ -37,11 +37,11 @@ KERNELS = [
 
 
 def serve(module):
-    """Lets the host library `_cuda` have its kernels from here. An error if that cannot work, and plain torch does."""
+    """Makes this module the source of kernels for the host library `_cuda`; BuildError if they cannot run here."""
     for device in range(torch.cuda.device_count()):
         if int(_arch(device)[3:]) < MINIMUM:
             raise BuildError(
-                f"{torch.cuda.get_device_name(device)} is too old: they take compute capability 7.0 or later"
+                f"{torch.cuda.get_device_name(device)} is too old: compute capability 7.0 or later is needed"
             )
     image("udi::weighted_sum<float, 500>", _arch(torch.cuda.current_device()))
     module.use_compiler(lambda kernel, device: image(kernel, _arch(device)))
@@ -52,16 +52,16 @@ def _arch(device):
 
 
 def image(kernel, arch):
-    """Machine code of a kernel (an expression, as in KERNELS) for an architecture such as sm_90, and its name there."""
+    """Machine code of a kernel (an expression, as in KERNELS) for an architecture (sm_90), and its mangled name."""
     slug = re.sub(r"\W+", "-", kernel.replace("udi::", "")).strip("-")
-    code = _build.once(f"cubin-{_key()}/{slug}-{arch}.cubin", lambda: compile(kernel, arch))
-    return code, re.search(rb"\.(?:text\.|entry )(\w+)", code)[1]  # the only section of code in it
+    code = _cache.once(f"cubin-{_key()}/{slug}-{arch}.cubin", lambda: compile(kernel, arch))
+    return code, re.search(rb"\.(?:text\.|entry )(\w+)", code)[1]  # the only code section
 
 
 def compile(kernel, arch):
-    """Machine code; PTX of the latest architecture that NVRTC knows, if it does not know this one yet."""
+    """Machine code, or PTX of the latest architecture that NVRTC knows if it does not know this one yet."""
     if not re.fullmatch(r"sm_\d+", arch):
-        raise BuildError(f"an architecture must be written as sm_90 is, got {arch}")
+        raise BuildError(f"an architecture must be written like sm_90, got {arch}")
     nvrtc, number = _nvrtc(), int(arch[3:])
     known = [a for a in _call(nvrtc.nvrtcGetSupportedArchs) if a <= number]
     if not known:
@@ -99,7 +99,7 @@ def version():
 
 
 def _sources():
-    folder = _build.SOURCES / "cuda"
+    folder = SOURCES / "cuda"
     return [folder / "gradients.cu", folder / "arguments.h", folder / "types.cuh"]
 
 
@@ -117,13 +117,13 @@ def _nvrtc():
         from cuda.bindings import nvrtc
 
         _call(nvrtc.nvrtcVersion)
-    except (ImportError, RuntimeError) as e:  # cuda-bindings, or the library that it looks for
+    except (ImportError, RuntimeError) as e:  # no cuda-bindings, or no library behind them
         raise BuildError(f"no NVRTC ({e}); `pip install udi-kernels[cuda]`") from e
     return nvrtc
 
 
 def _call(function, *args):
-    """What the function returns beside its status."""
+    """The function's values, without its status; BuildError if it failed."""
     status, *values = function(*args)
     if status:
         raise BuildError(f"{function.__name__} failed: {status.name}")
@@ -131,16 +131,18 @@ def _call(function, *args):
 
 
 def fill_cache(archs):
-    """Compiles all kernels for these architectures that are not in the cache."""
-    began, by = time.monotonic(), version()
-    wanted = [(kernel, arch) for arch in archs for kernel in KERNELS]
+    """Compiles all kernels for these architectures, except those that the cache holds."""
+    began, by, folder = time.monotonic(), version(), _cache.folder()
+    if not os.access(folder, os.W_OK):
+        raise BuildError(_cache.cannot_write(folder))
+    requested = [(kernel, arch) for arch in archs for kernel in KERNELS]
     # Processes: NVRTC compiles one program of a process at a time.
-    with ProcessPoolExecutor(cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(_fill, wanted), 1):
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(_compile_kernel, requested), 1):
             if sys.stderr.isatty():
-                print(f"\r{done} of {len(wanted)} kernels ", end="", file=sys.stderr, flush=True)
-    print(f"{len(wanted)} kernels by NVRTC {by} in {_build.cache()}, {time.monotonic() - began:.0f} s")
+                print(f"\r{done} of {len(requested)} kernels ", end="", file=sys.stderr, flush=True)
+    print(f"{len(requested)} kernels by NVRTC {by} in {folder}, {time.monotonic() - began:.0f} s")
 
 
-def _fill(wanted):
-    image(*wanted)
+def _compile_kernel(arguments):
+    image(*arguments)

@@ -110,7 +110,7 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
       }
       for (int64_t m = 0; m < z.m; ++m) {
         const T* from = z.row(m, r);
-        const auto [top, probability] = certainties[m];
+        const S top = certainties[m].top, probability = certainties[m].probability;  // names that a lambda may capture
         Vec<S> largest{};
         for_each_lanes(
             z.c, [&](int64_t c, int n) { largest += load_some(from + c, n, none) == top ? splat(S(1)) : Vec<S>{}; });

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from udi_kernels import _build, _nvrtc
+from udi_kernels import _cache, _nvrtc
 
 KERNEL = "udi::weighted_sum<float, 500>"
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(_build, "PREBUILT", tmp_path / "nowhere")
+    monkeypatch.setattr(_cache, "_warned", set())
     monkeypatch.setenv("UDI_KERNELS_CACHE", str(tmp_path))
     return tmp_path / "udi_kernels"
 
@@ -26,7 +26,7 @@ def nvrtc():
     pytest.importorskip("cuda.bindings.nvrtc")
     try:
         return _nvrtc.version()
-    except _build.BuildError as e:
+    except _cache.BuildError as e:
         pytest.skip(str(e))
 
 
@@ -44,9 +44,9 @@ def test_an_architecture_that_nvrtc_does_not_know_yet_gets_ptx(nvrtc, cache):
 
 
 def test_an_architecture_that_nvrtc_no_longer_knows_is_an_error(nvrtc, cache):
-    with pytest.raises(_build.BuildError, match="no code for sm_20"):
+    with pytest.raises(_cache.BuildError, match="no code for sm_20"):
         _nvrtc.image(KERNEL, "sm_20")
-    with pytest.raises(_build.BuildError, match="as sm_90 is, got 9.0"):
+    with pytest.raises(_cache.BuildError, match="like sm_90, got 9.0"):
         _nvrtc.image(KERNEL, "9.0")
 
 
@@ -69,19 +69,19 @@ def test_command_says_what_is_missing(tmp_path):
 def test_a_cache_that_cannot_be_written_costs_time_alone(cache):
     cache.parent.joinpath("udi_kernels").write_text("")
     with pytest.warns(UserWarning, match="set UDI_KERNELS_CACHE to a writable folder"):
-        assert _build.once("file", lambda: b"made") == b"made"
+        assert _cache.once("file", lambda: b"made") == b"made"
 
 
 def test_processes_that_start_together_make_a_file_once(cache):
     code = """
 import time
-from udi_kernels import _build
+from udi_kernels import _cache
 def make():
-    with open(_build.cache() / "log", "a") as log:
+    with open(_cache.folder() / "log", "a") as log:
         log.write("made")
     time.sleep(0.5)
     return b"content"
-print(_build.once("file", make))
+print(_cache.once("file", make))
 """
     with ThreadPoolExecutor() as pool:
         command = [sys.executable, "-c", code]
@@ -95,15 +95,15 @@ def test_an_interrupted_write_leaves_nothing_behind(cache):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _build.once("file", die)
-    assert _build.once("file", lambda: b"made") == b"made"
+        _cache.once("file", die)
+    assert _cache.once("file", lambda: b"made") == b"made"
 
 
 def test_plain_torch_serves_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (6, 1)][device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ["H100", "P100"][device])
-    with pytest.raises(_build.BuildError, match="P100 is too old"):
+    with pytest.raises(_cache.BuildError, match="P100 is too old"):
         _nvrtc.serve(None)
 
 
