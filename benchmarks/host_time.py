@@ -2,9 +2,9 @@
 
     python benchmarks/host_time.py [--calls 300]
 
-Everything but the GPU is real: graph nodes, launchers, Triton's driver and launcher, and the launcher of csrc/cuda. They
-run on a libcuda.so.1 that does nothing (built here with the C compiler), with CPU memory, without a device guard and
-without torch's streams. "by Triton": each kernel launched by `kernel[grid](...)`, for comparison.
+Everything but the GPU is real: graph nodes, launchers, Triton's driver and launcher, and the launcher of csrc/cuda.
+They run on a libcuda.so.1 that does nothing (built here with the C compiler), with CPU memory, without a device guard
+and without torch's streams. "by Triton": each kernel launched by `kernel[grid](...)`, for comparison.
 """
 
 import argparse
