@@ -108,6 +108,6 @@ def test_plain_torch_serves_a_gpu_that_is_too_old(monkeypatch):
 
 
 def test_table_sizes_agree():
-    header = (_build.SOURCES / "cuda" / "arguments.h").read_text()
+    header = (_cache.SOURCES / "cuda" / "arguments.h").read_text()
     (words,) = re.findall(r"kTableWords\[\] = {(.+)};", header)
     assert tuple(map(int, words.split(", "))) == _nvrtc.TABLE_WORDS
