@@ -100,7 +100,11 @@ def train(
     """
     if isinstance(dataset, str):
         choose("dataset", dataset, datasets)
-    with distributed.process_group(), console(distributed.first()) if progress else contextlib.nullcontext():
+    with (
+        usual_torch(),
+        distributed.process_group(),
+        console(distributed.first()) if progress else contextlib.nullcontext(),
+    ):
         if resume is None:
             folder, chosen = None, Options.make(method=method, dataset=dataset, **options)
         else:
@@ -147,7 +151,9 @@ class Training:
         data = data or datasets.find(options.dataset)(options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
-        data.classes = int(data.classes)  # it may be NumPy's
+        data = replace(data, classes=int(data.classes))  # it may be NumPy's
+        if any(t.is_inference() for split in data.splits().values() for t in split.stored.values()):
+            data = replace(data, **{name: split.cloned() for name, split in data.splits().items()})
         if options.noise:
             data = corrupt(data, *options.noise)
         if options.labels is not None:
@@ -280,6 +286,22 @@ def with_encoders(modalities: dict[str, Modality], options: Options, given: dict
             encoder = imported(encoder, "--encoder MODALITY=module:Class")
         views[m] = replace(view, encoder=encoder, width=options.features, weights=weights.get(m))
     return views
+
+
+@contextlib.contextmanager
+def usual_torch() -> Iterator[None]:
+    """torch as training needs it, whatever the caller has set: gradients, float32 and the CPU by default."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        torch.set_default_dtype(torch.float32)
+        if device.type != "cpu":
+            torch.set_default_device(None)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
 
 
 @contextlib.contextmanager

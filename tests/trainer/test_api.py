@@ -170,6 +170,20 @@ class Pretrained(nn.Module):
         return self.head(self.frozen(x.flatten(1)))
 
 
+def whole_frozen(shape):
+    return Pretrained(shape).requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dimml", "self-training"])
+def test_frozen_encoders(mixed, method):
+    """Their heads are trained; losses of their features alone count for nothing."""
+    options = {"controller": "dynamic", "align_every": 2, "q_warmup": 1} if method == "udi" else {}
+    result = train(mixed, method, {"audio": whole_frozen}, epochs=2, baselines=[], progress=False, **options)
+    frozen = [m for model in result.models.values() for m in model.modules() if isinstance(m, Pretrained)]
+    assert len(frozen) == 1 and (frozen[0].frozen.weight == 0.1).all()
+    assert not any(p.requires_grad for p in frozen[0].parameters())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_encoders_with_frozen_and_unused_parts(mixed, method):
     encoders = dict.fromkeys(mixed.modalities, Pretrained)

@@ -1,6 +1,7 @@
 """train() leaves torch, and the process, as it found them."""
 
 import contextlib
+import dataclasses
 import logging
 import random
 import signal
@@ -24,6 +25,35 @@ def precision():
         with contextlib.suppress(RuntimeError):
             state.append(tell())
     return state
+
+
+@contextlib.contextmanager
+def other_defaults():
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, other_defaults])
+def test_the_caller_s_modes_do_not_matter(mixed, around):
+    wanted = train(mixed, epochs=2, progress=False).metrics["fused"]
+    with around():
+        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+        ours = train(mixed, epochs=2, progress=False).metrics["fused"]
+        assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()) == before
+    assert ours == wanted
+
+
+def test_data_made_under_inference_mode(mixed):
+    wanted = train(mixed, epochs=2, progress=False).metrics["fused"]
+    with torch.inference_mode():
+        copies = {name: split.cloned() for name, split in mixed.splits().items()}
+        assert copies["train"].labels.is_inference()
+    assert train(dataclasses.replace(mixed, **copies), epochs=2, progress=False).metrics["fused"] == wanted
 
 
 def process_state():

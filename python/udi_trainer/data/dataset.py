@@ -66,6 +66,10 @@ class Split:
         ids = None if self.ids is None else [self.ids[i] for i in torch.arange(len(self))[index].tolist()]
         return Split(self.labels[index], {name: t[index] for name, t in self.stored.items()}, ids)
 
+    def cloned(self) -> "Split":
+        """With tensors of its own: autograd saves none that was made under ``torch.inference_mode``."""
+        return Split(self.labels.clone(), {name: t.clone() for name, t in self.stored.items()}, self.ids)
+
     def to(self, device: torch.device) -> "Split":
         return Split(self.labels.to(device), {name: t.to(device) for name, t in self.stored.items()}, self.ids)
 

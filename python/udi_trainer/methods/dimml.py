@@ -42,7 +42,7 @@ from ..run import Run
 from ..training.feed import Feed
 from ..training.inference import outputs
 from ..training.loop import fit
-from ..training.task import Task, update
+from ..training.task import Task, trainable, update
 from .frozen import Frozen
 from .outcome import Outcome
 
@@ -94,7 +94,7 @@ class Detached(Task):
         self.random = any(view.random for view in self.views.values()) or any(map(is_stochastic, encoders.values()))
         self.model = self.place(DetachedClassifiers(encoders, widths, run.data.classes))
         self.projected = {name: width for name, width in widths.items() if width != self.model.width}
-        self.parameters = list(self.model.parameters())
+        self.parameters = trainable(self.model)
         self.optimizer = run.optimizer(self.parameters)
         self.dimensions = Dimensions(len(widths), self.model.width).to(run.device)
         self.warmup = round(self.options.contrast_warmup * run.options.epochs)

@@ -171,6 +171,8 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != len(batch):
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise UserError(f"the encoder of {name} must return (N, width) for {len(batch)} samples, got {got}")
+    if features.dtype != torch.float32:
+        raise UserError(f"the encoder of {name} returns {features.dtype}, but features must be float32: call .float()")
     return encoder, features.shape[1]
 
 

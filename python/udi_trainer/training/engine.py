@@ -45,7 +45,14 @@ class Eager:
             self.generator.manual_seed(self.seed + number)
 
     def run(self, batch: Batch, number: int, flags: dict) -> None:
-        scalars = self.task.step(self.feed.training_batch(batch), **flags)
+        try:
+            scalars = self.task.step(self.feed.training_batch(batch), **flags)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"{self.task.name}: BatchNorm needs two samples or more, and a batch has one: raise --batch-size"
+            ) from error
         values = torch.stack([x.detach().float() for x in scalars.values()])
         if not self.names:
             self.names, self.totals = list(scalars), torch.zeros_like(values)

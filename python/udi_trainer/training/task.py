@@ -103,8 +103,15 @@ class Task:
     ) -> Gradients:
         """Gradients of a loss, or of a weighted sum of losses, averaged over the processes, laid out as the parameters.
 
-        None for parameters that the losses do not depend on. ``retain_graph``: keep the graph for further calls.
+        None for parameters that the losses do not depend on, as with a frozen encoder. ``retain_graph``: keep the graph
+        for further calls.
         """
+        losses = [losses] if isinstance(losses, torch.Tensor) else losses
+        if not all(loss.requires_grad for loss in losses):
+            kept = [i for i, loss in enumerate(losses) if loss.requires_grad]
+            losses, weights = [losses[i] for i in kept], weights and [weights[i] for i in kept]
+            if not losses:
+                return [None] * len(parameters)
         if not self.run.options.shard:
             grads = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
             return distributed.average(laid_out(grads, parameters))

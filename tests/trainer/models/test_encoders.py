@@ -110,3 +110,24 @@ def test_encoder_of_ones_own_by_option(mixed):
     result = train(mixed, "ensemble", epochs=1, progress=False, device="cpu", features=16,
                    encoder={"audio": "udi_trainer.models.encoders:cnn1d", "sensor": "mlp"})  # fmt: skip
     assert {m: model.head.in_features for m, model in result.models.items()}["sensor"] == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_features_of_another_dtype(mixed, dtype):
+    class Other(torch.nn.Flatten):
+        def __init__(self, shape):
+            super().__init__()
+
+        def forward(self, x):
+            return super().forward(x).to(dtype)
+
+    with pytest.raises(UserError, match=f"encoder of sensor returns {dtype}, but features must be float32"):
+        train(mixed, "joint", {"sensor": Other}, epochs=1, progress=False)
+
+
+def test_batch_norm_of_one_sample(mixed):
+    def normalised(shape):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(shape.numel()))
+
+    with pytest.raises(UserError, match="BatchNorm needs two samples or more, and a batch has one: raise --batch-size"):
+        train(mixed, "joint", {"sensor": normalised}, epochs=1, batch_size=1, progress=False)
