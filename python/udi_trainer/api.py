@@ -232,13 +232,15 @@ class Training:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
                 metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
-                each = predictor.logits(run.data.test, shares=True)
-                run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
+            if written:  # the figures first: nothing after them can lose them
+                predictor.save(run.folder, self.data)
+                run.folder.write("metrics.json", as_json(metrics))
             run.show("fused", metrics["fused"], options.epochs)
             if written:
-                predictor.save(run.folder, self.data)
+                if outcome.models:
+                    each = predictor.logits(run.data.test, shares=True)
+                    run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
                 picture(metrics, run)
-                run.folder.write("metrics.json", as_json(metrics))
         return Result(metrics, run.history, predictor, folder)
 
     def predictor(self, outcome: Outcome) -> Predictor:
@@ -282,6 +284,8 @@ def with_encoders(modalities: dict[str, Modality], options: Options, given: dict
     views = {}
     for m, view in modalities.items():
         encoder = chosen.get(m, view.encoder)
+        if m in weights and (not isinstance(encoder, str) or ":" in encoder):
+            raise UserError(f"--encoder-weights {m}: the trainer's own encoders read weights, this one is yours")
         if isinstance(encoder, str) and ":" in encoder:
             encoder = imported(encoder, "--encoder MODALITY=module:Class")
         views[m] = replace(view, encoder=encoder, width=options.features, weights=weights.get(m))
@@ -353,13 +357,13 @@ def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
 
 
 def picture(metrics: dict, run: Run) -> None:
-    """Writes report.png; a failure is only a warning."""
+    """Writes report.png; a failure is only a warning, whatever fails in the drawing."""
     image = io.BytesIO()
-    draw(metrics, run.history, image)
     try:
+        draw(metrics, run.history, image)
         run.folder.write("report.png", image.getbuffer())
-    except UserError as error:
-        log.warning(str(error))
+    except Exception as error:
+        log.warning("no report.png: %s", str(error) or type(error).__name__)
 
 
 def sizes(options: Options) -> str:

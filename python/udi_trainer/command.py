@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from . import distributed
 from .api import Training, restored
-from .console import console
+from .console import console, say
 from .data import scan
 from .errors import UserError, choose
 from .options import (
@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
             result = training.run(folder, stop)
             if distributed.first():
                 total = result.metrics["seconds"]["total"]
-                print(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", flush=True)
+                say(f"\n{result.table()}\n\n{total:.1f} s; see {folder}/report.png and metrics.json", sys.stdout)
         return 0
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         number, reason = stop.signal_number or signal.SIGINT, "interrupted"

@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -16,14 +18,27 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         text = f"warning: {record.getMessage()}" if warning else record.getMessage()
-        file = sys.stderr if warning else sys.stdout
-        try:
-            tqdm.write(text, file=file)
-            file.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:  # the terminal is gone; the run goes on, its files matter
-            pass
+        say(text, sys.stderr if warning else sys.stdout)
+
+
+def say(text: str, file: TextIO | None) -> None:
+    """Prints a line. If the output is gone, full, or lacks a character, the run goes on: its files matter."""
+    if file is None:  # closed before Python started
+        return
+    try:
+        tqdm.write(printable(text, file), file=file)
+        file.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # or Python fails to flush the rest at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def printable(text: str, file: TextIO) -> str:
+    """The text with escapes for what the file's encoding lacks."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager
@@ -48,7 +63,8 @@ class Progress:
         self.label, self.total, self.done, self.note = label, total, 0, ""
         self.reported = time.monotonic()
         shown = any(isinstance(handler, _Console) for handler in log.handlers)
-        self.bar = tqdm(total=total, desc=label, leave=False, disable=None if shown else True)
+        text = printable(label, sys.stderr) if sys.stderr else label
+        self.bar = tqdm(total=total, desc=text, leave=False, disable=None if shown and sys.stderr else True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -6,6 +6,7 @@ that nothing in a run reads is refused.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -90,7 +91,10 @@ def text(x: Any) -> str:
 
 
 def pathname(x: Any) -> str:
-    return str(x)
+    """A path; ~ is the home folder, as --out=~/x reaches us unexpanded."""
+    if not isinstance(x, str | os.PathLike) or "\0" in os.fspath(x) or not os.fspath(x):
+        raise ValueError(f"{x!r} is not a path")
+    return os.path.expanduser(os.fspath(x))
 
 
 def flag(x: Any) -> bool:
@@ -179,6 +183,8 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         return field.metadata["kind"](value)
     except ValueError as error:
         raise UserError(f"{field.name}: {error}") from None
+    except (AttributeError, OverflowError, TypeError):  # a container, or a number that no float can hold
+        raise UserError(f"{field.name}: {value!r:.60} is not a value for it") from None
 
 
 def reads(*groups: type[Group]) -> Callable[[F], F]:
@@ -346,6 +352,10 @@ class Options(Machine, Training, What):
         Raises:
             UserError: an option does not exist, or nothing in the run reads it.
         """
+        if not isinstance(method, str) and not callable(method):
+            raise UserError(f"method must be a name or a function, got {type(method).__name__}")
+        if not isinstance(dataset, str) and not hasattr(dataset, "modalities"):
+            raise UserError(f"dataset must be a name or a Dataset, got {type(dataset).__name__}")
         name = method if isinstance(method, str) else name_of(method)
         functions = readers(method, given.get("baselines"), dataset)
         groups = groups_of(functions)
@@ -486,10 +496,7 @@ def as_text(value: object) -> str:
 
 def saved_options(config: dict[str, Any], method: str | Callable | None = None) -> Options:
     """The options of a config.json; those that nothing in the run reads are ignored."""
-    own = config["method"] if method is None else method
-    if isinstance(own, str) and own not in methods and ":" not in own:
-        raise UserError(f"its method {own!r} is not registered: give it again, train(..., method=...)")
-    functions = readers(own, config.get("baselines"), config["dataset"])
+    functions = readers(method or config["method"], config.get("baselines"), config["dataset"])
     return Options.of_flat(upgraded(config), groups_of(functions))
 
 
@@ -520,9 +527,15 @@ def resumed(
     Modules that config.json names are imported only if they are given again or in ``trust``. ``method`` is given as a
     function, and ``encoders`` (their modalities) as objects.
     """
-    for name in ("method", "dataset", "epochs", "seed"):  # others have their defaults in an older folder
-        if name not in config:
-            raise UserError(f"--resume {folder}: config.json is damaged: it lacks {name}")
+    damaged = f"--resume {folder}: config.json is damaged"
+    try:
+        for name, field in all_fields().items():
+            if name in config:
+                checked(field, config[name])
+            elif name in ("method", "dataset", "epochs", "seed"):  # others have their defaults in an older folder
+                raise UserError(f"it lacks {name}")
+    except UserError as error:
+        raise UserError(f"{damaged}: {error}") from None
     if given.get("method", config["method"]) != config["method"]:
         saved = config["method"]
         raise UserError(f"--method {given['method']} conflicts with --resume ({saved} there): leave it out")
@@ -535,7 +548,7 @@ def resumed(
     try:
         options = saved_options(config, method)
     except UserError as error:
-        raise UserError(f"--resume {folder}: config.json cannot be used: {error}") from None
+        raise UserError(f"{damaged}: {error}") from None
     values, fields = options.flat(), all_fields() | options.fields()
     for name, value in given.items():
         value = checked(fields[choose("option", name, fields)], value)

@@ -11,17 +11,18 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from udi_trainer import UserError, run_folder, train
+from udi_trainer import UserError, api, run_folder, train
 from udi_trainer.command import main
 from udi_trainer.methods.joint import Joint
 from udi_trainer.run_folder import load_tensors
 
-from .helpers import TRAIN, one_line, read_log, read_metrics, start, without_times
+from .helpers import ROOT, TRAIN, one_line, read_log, read_metrics, start, without_times
 
 JOINT = ["--epochs", "2", "--method", "joint", "--device", "cpu"]
 
@@ -162,7 +163,7 @@ def test_flipped_bit_in_weights(cut, capsys):
         ({"method": "no"}, "unknown method 'no'"),
         ({"dataset": 3}, "config.json is damaged: dataset"),
         ({"epochs": 4}, "to a run with other options (epochs 2, in config.json 4)"),
-        ({"seed": 1}, "to a run with other options (seed 0, in config.json 1)"),
+        ({"seed": 1}, "the data is not that of this run"),  # which the seed draws
     ],
 )
 def test_damaged_config(cut, capsys, text, wanted):
@@ -383,3 +384,47 @@ def test_out_of_memory(monkeypatch, capsys, error):
     message = refused(capsys, *JOINT, "--batch-size", "48")
     for part in ("out of memory", "--batch-size 48", "a smaller one", "--amp bf16", "--data host"):
         assert part in message
+
+
+# --- nothing is lost at the end ---
+
+
+def test_names_that_are_formulas_to_matplotlib(mixed):
+    """A $ in the name of a modality, a class or a data set."""
+    modalities = {f"{m}$_{{": view for m, view in mixed.modalities.items()}
+    data = replace(mixed, modalities=modalities, class_names=["$a", "b$$"], name="$\\data")
+    result = train(data, epochs=1, out="run", progress=False)
+    assert Path("run/report.png").read_bytes().startswith(b"\x89PNG")
+    assert result.metrics["modalities"].keys() == modalities.keys() and "$_{" in Path("run/predictions.csv").read_text()
+
+
+def test_a_picture_that_fails_ends_no_run(mixed, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(api, "draw", fail)
+    train(mixed, epochs=1, out="run", progress=False)
+    assert "no report.png: no font" in caplog.text
+    assert {"metrics.json", "predictions.csv"} <= {path.name for path in Path("run").iterdir()}
+
+
+OUTPUTS = {
+    "full": ("> /dev/full", {}),
+    "closed": (">&-", {}),
+    "both closed": (">&- 2>&-", {}),
+    "ascii": ("> out.txt", {"PYTHONIOENCODING": "ascii"}),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_that_cannot_be_written(output):
+    """The files are there, and the command has ended well."""
+    redirection, environment = OUTPUTS[output]
+    Path("m.csv").write_text("label,größe,b\n" + "".join(f"é{i % 2},{i % 2 + i / 99},{i}\n" for i in range(40)))
+    options = "--dataset manifest --manifest m.csv --tables größe=größe,b=b --epochs 1 --cache-dir cache --out run"
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    environment = os.environ | {"PYTHONPATH": paths} | environment
+    code = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {TRAIN} {options} {redirection}"], env=environment, stderr=subprocess.DEVNULL
+    ).returncode
+    assert code == 0 and read_metrics("run")["fused"] and Path("run/report.png").exists()

@@ -1,5 +1,6 @@
 """Options: checked when they are made, the same for command, Python and resume."""
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from udi_trainer.evaluation.fusion import FusionOptions
 from udi_trainer.methods.follower import FollowerOptions
 from udi_trainer.methods.self_training import SelfTrainingOptions
 from udi_trainer.methods.udi import UDIOptions
-from udi_trainer.options import fields_of, number, resumed
+from udi_trainer.options import all_fields, fields_of, number, resumed
 from udi_trainer.registry import datasets, methods
 
 
@@ -243,5 +244,47 @@ def test_what_conflicts_with_it(given, wanted):
 
 
 def test_damaged_options():
-    with pytest.raises(UserError, match="--resume run: config.json cannot be used: epochs: 0 is not"):
+    with pytest.raises(UserError, match="--resume run: config.json is damaged: epochs: 0 is not"):
         resumed("run", saved() | {"epochs": 0}, {})
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    10**400,
+    1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1,2",
+    "a=b",
+    "1e400",
+    "\0",
+    [],
+    [1],
+]
+ODD += [["a"], [[1]], [10**400, 1], [1, 2, 3], (1, 2), {}, {"a": 1}, {"a": [1]}, {1: 2}, b"x", 1j, object()]
+
+
+@pytest.mark.parametrize("name", sorted(all_fields()))
+def test_odd_values_get_words(name):
+    """From Python and from a config.json: a value, or a UserError; nothing else."""
+    config = Options.make().flat()
+    for value in ODD:
+        for call in (
+            lambda value=value: Options.make(**{"dataset": "cremad", "baselines": "udi,dimml,ogm-ge", name: value}),
+            lambda value=value: resumed("run", config | {name: value}, {}),
+        ):
+            with contextlib.suppress(UserError):
+                assert isinstance(call(), Options)
+
+
+def test_a_path_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Options.make(out="~/x").out == "/home/me/x"
+    with pytest.raises(UserError, match=r"out: 'a\\x00b' is not a path"):
+        Options.make(out="a\0b")

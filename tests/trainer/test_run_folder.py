@@ -47,7 +47,7 @@ def test_damaged_checkpoint(capsys):
 def test_damaged_config(capsys):
     Path("run").mkdir()
     for text, wanted in [
-        ('{"epochs": 0}', "config.json is damaged: epochs"),
+        ('{"method": "udi", "dataset": "cgdigits", "epochs": 0}', "config.json is damaged: epochs"),
         ("[1]", "missing or damaged"),
         ("{", "missing or damaged"),
     ]:
@@ -69,7 +69,7 @@ def test_older_folders_are_resumed():
     """Options that config.json lacks, since it is older than these, have their defaults."""
     assert main(["--epochs", "1", "--method", "joint", "--out", "run"]) == 0
     config = json.loads(Path("run/config.json").read_text())
-    for name in ("optimizer", "patience", "schedule", "q_warmup"):
+    for name in ("optimizer", "patience", "schedule"):
         del config[name]
     Path("run/config.json").write_text(json.dumps(config))
     before = without_times(read_metrics("run"))

@@ -60,7 +60,7 @@ def need_root(name: str, options: Options) -> Path:
     root = options.of(DataRoot).data_root
     if root is None or not Path(root).is_dir():
         raise UserError(f"dataset {name} needs --data-root DIR, the folder with its files (got {root})")
-    return Path(root)
+    return Path(root).absolute()  # rows hold paths below it, which are not relative to it
 
 
 def build_dataset(root: Path, rows: list[dict[str, str]], options: Options, **defaults: float) -> Dataset:

@@ -1,7 +1,7 @@
 """The report of a run: the table on the terminal, and report.png."""
 
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, new_figure, style_axes
 
@@ -54,6 +54,7 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
 
     Each modality has its own color.
     """
+    metrics, history = literal(metrics), literal(history)
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
     if "controller" not in metrics:  # they belong to a baseline
@@ -80,6 +81,15 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     anchor = f", anchor {metrics['anchor']}" if metrics["anchor"] else ""
     figure.suptitle(f"{metrics['method']} on {metrics['dataset']}, seed {metrics['seed']}{anchor}", fontsize=13)
     figure.savefig(path, dpi=130)
+
+
+def literal(value: Any) -> Any:
+    """The same with all strings escaped, so that a $ in a name starts no formula."""
+    if isinstance(value, dict):
+        return {literal(name): literal(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    return value.replace("$", r"\$") if isinstance(value, str) else value
 
 
 def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):
@@ -150,7 +160,7 @@ def draw_classes(figure, metrics: dict):
         for x, n in enumerate(row):
             if n:
                 left.text(x, y, n, ha="center", va="center", fontsize=8, color="white" if shares[y][x] > 0.5 else INK)
-    ticks, labels = range(len(names)), [name[:12].replace("$", r"\$") for name in names]
+    ticks, labels = range(len(names)), [name[:12] for name in names]
     if few:
         left.set_xticks(ticks, labels, rotation=0 if max(map(len, labels)) < 4 else 40, fontsize=8)
         left.set_yticks(ticks, labels, fontsize=8)

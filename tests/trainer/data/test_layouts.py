@@ -128,6 +128,19 @@ def dataset(name, folder, options, **more):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("written", ["relative", "./relative", "elsewhere/../relative", "~/relative"])
+def test_a_root_however_it_is_written(name, written, folder, options, monkeypatch):
+    LAYOUTS[name][0](folder)
+    home = folder.path.parent
+    (home / "elsewhere").mkdir()
+    folder.path.rename(home / "relative")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    folder.path = written
+    assert len(dataset(name, folder, options).train)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layout(name, folder, options):
     make, shapes, sizes = LAYOUTS[name]
     make(folder)
