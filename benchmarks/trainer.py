@@ -70,7 +70,8 @@ def new_run(arguments, options, samples, epochs=None):
     argv = ["--epochs", epochs or arguments.epochs, "--batch-size", arguments.batch_size, *options]
     argv += ["--amp", arguments.amp, "--engine", arguments.engine] + (["--tf32"] if arguments.tf32 else [])
     argv = [next(iter(samples.modalities)) if a == "first" else str(a) for a in argv]
-    options, _ = parse([*argv, "--controller", "dynamic", "--baselines", "none"], "trainer.py")
+    argv += [] if "--method" in argv else ["--controller", "dynamic"]
+    options, _ = parse([*argv, "--baselines", "none"], "trainer.py")
     return Run(options, samples, choose_device(arguments.device), RunFolder(Path(tempfile.mkdtemp())))
 
 

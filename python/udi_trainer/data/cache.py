@@ -1,8 +1,8 @@
 """A disk cache of decoded data: one memory-mapped array per column, decoded once for all runs.
 
-A column has two files: the samples, and an index with the key of each sample, which is written after the sample. The
-index tells which samples of an unfinished column are complete, and lets a new column (one more row, another split) copy
-samples from an older one.
+A column has two files: the samples, and an index with the key and a checksum of each sample, which is written after the
+sample. The index tells which samples are complete and undamaged, and lets a new column (one more row, another split)
+copy samples from an older one.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..console import Progress
+from ..console import Progress, log
 from ..errors import UserError
 from ..options import Group, option, pathname
 from ..run_folder import read_json, write_json
 
-VERSION = 1  # of the decoders; a new number invalidates the cache
+VERSION = 2  # of the decoders; a new number invalidates the cache
 KEY = 16  # bytes
+RECORD = KEY + 4  # bytes of a sample in the index: its key, and a CRC-32 of its data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,12 @@ class Cache:
         """
         folder = self.folder / digest(VERSION, label, options, shape, str(dtype)).hex()
         path = folder / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY).hexdigest()}.bin"
-        if not path.exists():
+        sample = np.empty(shape, numpy_type(dtype))
+        if not intact(path, keys, sample.nbytes):
             with self.writable(folder), file_lock(path.with_suffix(".lock")):
-                sample = np.empty(shape, numpy_type(dtype))
+                if path.exists() and not intact(path, keys, sample.nbytes):
+                    log.warning("the cached column %s is damaged (%s): its samples are decoded again", label, path)
+                    os.replace(path, path.with_suffix(".part"))
                 if not path.exists() and (errors := decode_column(path, label, keys, decode, sample)):
                     return None, errors
         count = len(keys) * int(np.prod(shape, dtype=np.int64))
@@ -90,11 +95,14 @@ class Cache:
     def memoize(self, key: bytes, compute: Callable[[], dict]) -> dict:
         """The result of ``compute``, a JSON object, computed once per key."""
         path = self.folder / "statistics" / f"{key.hex()}.json"
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            return read_json(path)
+        with contextlib.suppress(OSError, ValueError):
+            saved = read_json(path)
+            if saved.get("digest") == digest(json.dumps(saved.get("value"))).hex():
+                return saved["value"]
+            log.warning("the cached statistics %s are damaged: they are computed again", path)
         value = compute()
         with self.writable(path.parent), file_lock(path.with_suffix(".lock")):
-            write_json(path, value)
+            write_json(path, {"value": value, "digest": digest(json.dumps(value)).hex()})
         return value
 
     @contextlib.contextmanager
@@ -121,6 +129,36 @@ def file_lock(path: Path) -> Iterator[None]:
         yield
 
 
+def record(key: bytes, data: bytes | memoryview) -> bytes:
+    """What the index keeps of a sample: its key, and a checksum of its data."""
+    return key + zlib.crc32(data).to_bytes(4, "little")
+
+
+def read_index(path: Path) -> list[bytes]:
+    """The records of the samples in a column, whose data is in a file beside it."""
+    try:
+        return np.fromfile(path.with_suffix(".keys"), f"V{RECORD}").tolist()
+    except OSError:
+        return []
+
+
+def intact_rows(file: Path, keys: Sequence[bytes], size: int) -> list[bool]:
+    """Which rows of this file hold the samples of these keys, undamaged. ``size``: bytes of a sample."""
+    records = read_index(file)
+    if not file.exists() or not size:
+        return [False] * len(keys)
+    with open(file, "rb") as data, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def check(i: int) -> bool:
+            return i < len(records) and record(keys[i], os.pread(data.fileno(), size, i * size)) == records[i]
+
+        return list(pool.map(check, range(len(keys))))
+
+
+def intact(path: Path, keys: Sequence[bytes], size: int) -> bool:
+    return path.exists() and path.stat().st_size == len(keys) * size and all(intact_rows(path, keys, size))
+
+
 def decode_column(
     path: Path, label: str, keys: Sequence[bytes], decode: Callable[[int], np.ndarray], like: np.ndarray
 ) -> dict[int, str]:
@@ -130,22 +168,18 @@ def decode_column(
     """
     part, index_path, size = path.with_suffix(".part"), path.with_suffix(".keys"), like.nbytes
     errors: dict[int, str] = {}
-    if not part.exists():
-        index_path.unlink(missing_ok=True)  # its samples were deleted
-    done = np.fromfile(index_path, f"V{KEY}").tolist() if index_path.exists() else []
-    done += [b""] * (len(keys) - len(done))
     others = other_columns(path)
-    missing = [i for i, key in enumerate(keys) if done[i] != key]
+    missing = [i for i, done in enumerate(intact_rows(part, keys, size)) if not done]
     data, index = (os.open(file, os.O_RDWR | os.O_CREAT, 0o644) for file in (part, index_path))
 
     def write_sample(i: int) -> None:
         key = keys[i]
         try:
             if key in others:
-                source, row = others[key]
+                source, row, saved = others[key]
                 with open(source, "rb") as file:
                     raw = os.pread(file.fileno(), size, row * size)
-            else:
+            if key not in others or record(key, raw) != saved:
                 sample = np.asarray(decode(i))
                 if sample.shape != like.shape:
                     raise Unreadable(f"shape {sample.shape} instead of {like.shape}")
@@ -154,7 +188,7 @@ def decode_column(
             errors[i] = str(error)
             return
         write_at(data, raw, i * size)
-        write_at(index, key, i * KEY)
+        write_at(index, record(key, raw), i * RECORD)
 
     try:
         with Progress(f"decoding {label}", len(missing)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -164,6 +198,7 @@ def decode_column(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        os.ftruncate(data, len(keys) * size)
         os.fsync(data)
     finally:
         os.close(data)
@@ -179,13 +214,13 @@ def write_at(file: int, data: bytes, offset: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def other_columns(path: Path) -> dict[bytes, tuple[Path, int]]:
-    """The file and row of each sample, by key, in the other columns of the folder."""
-    samples: dict[bytes, tuple[Path, int]] = {}
+def other_columns(path: Path) -> dict[bytes, tuple[Path, int, bytes]]:
+    """The file, row and record of each sample, by key, in the other columns of the folder."""
+    samples: dict[bytes, tuple[Path, int, bytes]] = {}
     for index_path in path.parent.glob("*.keys"):
         finished = index_path.with_suffix(".bin")
         source = finished if finished.exists() else index_path.with_suffix(".part")
         if index_path.stem != path.stem and source.exists():
-            samples |= {key: (source, row) for row, key in enumerate(np.fromfile(index_path, f"V{KEY}").tolist())}
+            samples |= {r[:KEY]: (source, row, r) for row, r in enumerate(read_index(index_path))}
     samples.pop(bytes(KEY), None)
     return samples

@@ -145,3 +145,51 @@ def test_a_changed_file_is_decoded_again(folder, options, monkeypatch):
     fresh = build(read(path), Options.make(dataset="manifest", cache_dir=options["cache_dir"] / "new"))
     for name in data.splits():
         assert torch.equal(data.splits()[name].stored["image"], fresh.splits()[name].stored["image"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "flipped", "index", "no index"])
+def test_damaged_columns_are_decoded_again(tmp_path, damage, caplog):
+    """Only the samples that were damaged, and with a line."""
+    cache, decoded = Cache(tmp_path), []
+    column(cache, [5, 6, 7], decoded)
+    (path,) = tmp_path.rglob("*.bin")
+    raw = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(raw[:-5])
+    elif damage == "longer":
+        path.write_bytes(raw + b"more")
+    elif damage == "flipped":
+        raw[14] ^= 1
+        path.write_bytes(raw)
+    elif damage == "index":
+        index = path.with_suffix(".keys")
+        index.write_bytes(index.read_bytes()[:-1])
+    else:
+        path.with_suffix(".keys").unlink()
+    again = []
+    x, errors = column(cache, [5, 6, 7], again)
+    assert x.tolist() == [[5] * 3, [6] * 3, [7] * 3] and not errors
+    assert again == {"cut": [7], "longer": [], "flipped": [6], "index": [7], "no index": [5, 6, 7]}[damage]
+    assert caplog.text.count("the cached column numbers is damaged") == 1
+    assert column(cache, [5, 6, 7], again)[0].tolist() == x.tolist() and caplog.text.count("is damaged (") == 1
+
+
+def test_damaged_samples_are_not_copied(tmp_path):
+    cache, decoded = Cache(tmp_path), []
+    column(cache, [5, 6], decoded)
+    (path,) = tmp_path.rglob("*.bin")
+    path.write_bytes(b"\1" * path.stat().st_size)
+    assert column(cache, [6, 7], decoded)[0].tolist() == [[6] * 3, [7] * 3] and sorted(decoded) == [5, 6, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"value": {"mean": [9]}}', "[]", '{"value": {"mean": [9]}, "digest": "00"}', "{", ""]
+)
+def test_damaged_statistics_are_computed_again(tmp_path, text):
+    cache = Cache(tmp_path)
+    key, value = digest("x"), {"mean": [1.5, 2.0]}
+    assert cache.memoize(key, lambda: value) == value
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(text)
+    assert cache.memoize(key, lambda: value) == value
+    assert cache.memoize(key, lambda: {}["not called"]) == value
