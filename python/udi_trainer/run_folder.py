@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -37,7 +38,8 @@ class RunFolder:
         """The state that :meth:`save` stored for the stage, or None."""
         path = self.checkpoint_path(stage)
         if not path:
-            return torch.load(io.BytesIO(self.states[stage]), map_location="cpu") if stage in self.states else None
+            state = torch.load(io.BytesIO(self.states[stage]), map_location="cpu") if stage in self.states else None
+            return state and {name: value for name, value in state.items() if name != SEAL}
         return load_tensors(path, REPEAT) if path.exists() else None
 
     def save(self, name: str, /, **state: Any) -> None:
@@ -153,7 +155,9 @@ def load_tensors(path: Path, remedy: str) -> dict:
             damaged = records.testzip()
         saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(saved, dict):
-            return saved
+            if saved.pop(SEAL, None) in (None, seal(saved)):  # versions before 0.2 wrote none
+                return saved
+            damaged = "its structure"
         reason = f"the checksum of {damaged} is wrong" if damaged else "not a checkpoint"
     except pickle.UnpicklingError:  # torch's message recommends weights_only=False
         reason = "it contains code, which is not run, and not only tensors and plain values"
@@ -166,9 +170,25 @@ def load_tensors(path: Path, remedy: str) -> dict:
     raise UserError(f"{path} is damaged ({reason}): {remedy}") from None
 
 
+SEAL = "seal"  # the name in a file of the digest of the rest
+
+
+def seal(state: Any) -> str:
+    """A digest of all plain values, and of the tensors' dtypes and shapes: another type would be met too late."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype), tuple(value.shape)
+        if isinstance(value, dict):
+            return [(plain(name), plain(part)) for name, part in value.items()]
+        return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+    return hashlib.blake2b(repr(plain(state)).encode(), digest_size=8).hexdigest()
+
+
 def serialized(state: dict) -> memoryview:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(state | {SEAL: seal(state)}, buffer)
     return buffer.getbuffer()
 
 

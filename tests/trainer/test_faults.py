@@ -70,8 +70,11 @@ def with_code(path):
 
 
 def change(name, value):
+    """As in a file without a seal, which older versions wrote; with one, any change is refused alike."""
+
     def do(path):
         saved = torch.load(path, weights_only=True)
+        del saved["seal"]
         saved[name] = value(saved[name]) if callable(value) else value
         torch.save(saved, path)
 
