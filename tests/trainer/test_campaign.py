@@ -106,7 +106,7 @@ def kinds_of_files():
 
 def test_flipped_bytes(capsys):
     """In an unfinished run, 100 of each kind of file: it is resumed to the same figures, or refused."""
-    assert outcome([*OPTIONS, "--baselines", "joint", "--out", "whole"], capsys) == 0
+    assert outcome([*OPTIONS, "--method", "joint", "--out", "whole"], capsys) == 0
     wanted = read_metrics("whole")["fused"]["test_acc"]
     shutil.copytree("whole", "cut")
     for name in ("metrics.json", "checkpoints/model.pt"):
