@@ -43,13 +43,13 @@ class Pictures(Group, title="pictures and sound"):
     image_size: int | None = option(
         None, number(int, 4), "pixels that images and frames are resized to", "N", "64 or as small as they are"
     )
-    frames: int = option(3, number(int, 1), "frames of a clip: random ones in training, else fixed ones")
+    frames: int = option(3, number(int, 1), "frames per clip: random ones in training, otherwise fixed ones")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sound(Group, title="pictures and sound"):
     sample_rate: int | None = option(
-        None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest there, 22050 at most"
+        None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest in the data, at most 22050"
     )
     audio_length: float | None = option(
         None,
