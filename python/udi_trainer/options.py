@@ -261,7 +261,7 @@ class Training(Group, title="training"):
     momentum: float = option(0.9, number(float, 0, below=1), "momentum of sgd", needs={"optimizer": "sgd"})
     weight_decay: float | None = option(None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd")
     seed: int = option(
-        0, number(int, 0), "seed of initial weights and of the order of samples; the data set is the same for all seeds"
+        0, number(int, 0), "seed of initial weights and of the order of samples; also of --labels and --resplit"
     )
 
 
