@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         return 128 + number
     command = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
     command += f" {sys.argv[0]}" if prog == "train.py" else " -m udi_trainer"
-    resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
+    resume = f"; continue with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
     if folder and options and (own := own_modules(options.flat())):
         resume += f" --trust {','.join(own)}"
     with contextlib.suppress(OSError):

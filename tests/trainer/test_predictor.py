@@ -79,7 +79,7 @@ def test_a_folder_runs_no_code(mixed, where):
     for spec in saved["modalities"].values():
         spec[where] = {"class": "os:mkdir", "fields": {"path": "ran"}} if where == "make" else "os:mkdir"
     torch.save(saved, "run/checkpoints/model.pt")
-    with pytest.raises(UserError, match="run names os:mkdir, which is not trusted: give .* or trust the module os"):
+    with pytest.raises(UserError, match="run names os:mkdir, which is not trusted: give .* or trust it .--trust os,"):
         load("run")
     assert not Path("ran").exists()
     assert load("run", dataset=mixed, encoders=dict(zip(mixed.modalities, ["mlp", "cnn", "mlp"], strict=True)))
