@@ -53,7 +53,7 @@ def test_console_script(tmp_path):
     assert f"{read_metrics(tmp_path / 'run')['fused']['test_acc']:.4f}" in out
     process = start(script, "--nonsense")
     out, err = process.communicate()
-    assert process.returncode == 2 and one_line(err).startswith("udi_trainer: ")
+    assert process.returncode == 2 and one_line(err).startswith("udi-train: ")
 
 
 @pytest.mark.parametrize("method", METHODS)
