@@ -18,10 +18,11 @@ from .console import console, say
 from .data import scan
 from .errors import UserError, choose
 from .options import (
+    ExperimentOptions,
     Group,
-    Machine,
+    MachineOptions,
     Options,
-    What,
+    TrainingOptions,
     all_groups,
     as_text,
     fields_of,
@@ -32,7 +33,6 @@ from .options import (
     readers,
     spelled,
 )
-from .options import Training as TrainingOptions
 from .registry import datasets
 from .stop import Stop
 
@@ -114,7 +114,7 @@ def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> 
     parser = Parser(prog=prog, description=text, epilog=end, formatter_class=layout, add_help=False)
     others = [group for group in all_groups() if group not in own]
     sections: dict[str, Any] = {}
-    groups: list[type[Group]] = [What, *own, TrainingOptions, Machine, *others]
+    groups: list[type[Group]] = [ExperimentOptions, *own, TrainingOptions, MachineOptions, *others]
     for group in groups:
         section = sections.setdefault(group.title, None) or parser.add_argument_group(group.title)
         sections[group.title] = section

@@ -201,7 +201,7 @@ def reads(*groups: type[Group]) -> Callable[[F], F]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class What(Group, title="what to train"):
+class ExperimentOptions(Group, title="what to train"):
     method: str = option("udi", text, "method: {methods}; or module:function, a method of your own")
     dataset: str = option(
         "fewdigits", text, "data set: {datasets}; options that they recommend, unless given: {recommended}"
@@ -238,7 +238,7 @@ class What(Group, title="what to train"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Group, title="training"):
+class TrainingOptions(Group, title="training"):
     epochs: int = option(30, number(int, 1), "epochs of each phase")
     patience: int | None = option(
         None, number(int, 1), "end a stage after this many epochs without an improvement on validation"
@@ -266,7 +266,7 @@ class Training(Group, title="training"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Group, title="machine"):
+class MachineOptions(Group, title="machine"):
     device: str = option("auto", text, "device: auto (a GPU if there is one), cpu, cuda or cuda:i", movable=True)
     engine: str = option(
         "auto",
@@ -298,7 +298,7 @@ RESERVED = ("encoders", "help", "progress", "resume", "trust")  # arguments of `
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Machine, Training, What):
+class Options(MachineOptions, TrainingOptions, ExperimentOptions):
     """The options of a run: those that every run reads, and the groups that its method, baselines and data set declare.
 
     ``options.epochs`` is one of the former, ``options.of(UDIOptions).anchor`` one of the latter.
@@ -344,7 +344,13 @@ class Options(Machine, Training, What):
         return cls(groups=tuple(group(**pick(group)) for group in groups), **pick(cls))
 
     @classmethod
-    def make(cls, *, method: str | Callable = What.method, dataset: Any = What.dataset, **given: Any) -> "Options":
+    def make(
+        cls,
+        *,
+        method: str | Callable = ExperimentOptions.method,
+        dataset: Any = ExperimentOptions.dataset,
+        **given: Any,
+    ) -> "Options":
         """Options that the user gives, completed by what the data set recommends.
 
         Args:
@@ -402,7 +408,7 @@ def own_baselines(method: str) -> tuple[str, ...]:
 
 def readers(method: str | Callable, baselines: Any, dataset: Any) -> list[Callable]:
     """The method, its baselines and the data set, as far as they are functions."""
-    chosen = checked(fields_of(What)["baselines"], baselines)
+    chosen = checked(fields_of(ExperimentOptions)["baselines"], baselines)
     names = own_baselines(method) if chosen is None and isinstance(method, str) else chosen or ()
     own = methods.get(method) if isinstance(method, str) else method  # find_method checks its modules
     found = [own or find_method(method), *(methods[choose("baseline", name, methods)] for name in names)]
@@ -544,7 +550,7 @@ def resumed(
     own = {"method": None if method else config["method"], "encoder": config.get("encoder")}
     if isinstance(own["encoder"], dict):
         own["encoder"] = {m: spec for m, spec in own["encoder"].items() if m not in encoders}
-    again = {name: checked(field, given[name]) for name, field in fields_of(What).items() if name in given}
+    again = {name: checked(field, given[name]) for name, field in fields_of(ExperimentOptions).items() if name in given}
     for module in own_modules(own):
         check_trusted(f"{folder}/config.json", module, [*trust, *own_modules(again)], "give it again")
     try:

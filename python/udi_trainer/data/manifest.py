@@ -24,7 +24,7 @@ from ..registry import datasets
 from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
-from .kinds import STATISTICS_SAMPLES, Augmentation, Cell, Column, Kind, Pictures, Sound
+from .kinds import STATISTICS_SAMPLES, AugmentationOptions, Cell, Column, Kind, PictureOptions, SoundOptions
 
 RESERVED = ("label", "split", "group", "id")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -67,7 +67,7 @@ class Columns(Group, title="data of your own"):
     )
 
 
-BUILD = (Columns, CacheOptions, Pictures, Sound, Augmentation)  # what `build` reads
+BUILD = (Columns, CacheOptions, PictureOptions, SoundOptions, AugmentationOptions)  # what `build` reads
 
 
 @dataclass
