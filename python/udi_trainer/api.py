@@ -199,7 +199,7 @@ class Training:
         options = self.options
         with self.settings():
             config = options.flat() | environment(self.device) | {"fingerprint": self.fingerprint}
-        label = f"{options.dataset}-{options.method}-seed{options.seed}"
+        label = f"{options.dataset}-{options.method}-seed{options.seed}".replace(":", ".")  # of module:function
         return distributed.on_first(lambda: new_folder(options.out, label, config))
 
     def run(self, folder: Path | None, stop: Stop | None = None) -> Result:

@@ -18,10 +18,11 @@ from .console import console, say
 from .data import scan
 from .errors import UserError, choose
 from .options import (
+    ExperimentOptions,
     Group,
-    Machine,
+    MachineOptions,
     Options,
-    What,
+    TrainingOptions,
     all_groups,
     as_text,
     fields_of,
@@ -32,7 +33,6 @@ from .options import (
     readers,
     spelled,
 )
-from .options import Training as TrainingOptions
 from .registry import datasets
 from .stop import Stop
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         return 128 + number
     command = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
     command += f" {sys.argv[0]}" if prog == "train.py" else " -m udi_trainer"
-    resume = f"; go on with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
+    resume = f"; continue with: {command} --resume {shlex.quote(str(folder))}" if folder else ""
     if folder and options and (own := own_modules(options.flat())):
         resume += f" --trust {','.join(own)}"
     with contextlib.suppress(OSError):
@@ -82,10 +82,11 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     first.add_argument("-h", "--help", nargs="?", const="chosen")
     chosen, _ = first.parse_known_args(argv)
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where modules of one's own are; as with python -m
+        sys.path.append(os.getcwd())  # for the user's own modules, as with python -m
     own = groups_of(readers(chosen.method, chosen.baselines, chosen.dataset))
     if chosen.help:
-        choose("help", chosen.help, ("chosen", "all"))
+        if chosen.help not in ("chosen", "all"):
+            raise UserError(f"unknown help {chosen.help!r}: use --help or --help all")
         full_parser(prog, own, hidden=chosen.help != "all").print_help()
         sys.exit(0)
     given = vars(full_parser(prog, own).parse_args(argv))
@@ -106,14 +107,14 @@ def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> 
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
     text = (
-        "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. The word manifest instead of"
-        " options writes a manifest of a folder's files: manifest --help."
+        "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. To write a manifest of a"
+        f" folder's files, see: {prog} manifest --help."
     )
     end = "Options of other methods and data sets: --help all." if hidden else None
     parser = Parser(prog=prog, description=text, epilog=end, formatter_class=layout, add_help=False)
     others = [group for group in all_groups() if group not in own]
     sections: dict[str, Any] = {}
-    groups: list[type[Group]] = [What, *own, TrainingOptions, Machine, *others]
+    groups: list[type[Group]] = [ExperimentOptions, *own, TrainingOptions, MachineOptions, *others]
     for group in groups:
         section = sections.setdefault(group.title, None) or parser.add_argument_group(group.title)
         sections[group.title] = section
@@ -132,8 +133,8 @@ def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> 
             if field.name == "amp":
                 kind |= {"nargs": "?", "const": "bf16"}
             section.add_argument(spelled(field.name), **kind)
-    more = parser.add_argument_group("further")
-    more.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its options")
+    more = parser.add_argument_group("resuming and help")
+    more.add_argument("--resume", metavar="DIR", help="continue the run in this folder, with its options")
     more.add_argument(
         "--trust",
         type=argument(names),
@@ -141,7 +142,7 @@ def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> 
         default=(),
         help="modules of your own that may be imported because the folder to resume names them",
     )
-    text = "show this; with all, the options of all methods and data sets"
+    text = "show this help; with all, the options of all methods and data sets"
     more.add_argument("-h", "--help", nargs="?", metavar="all", default=argparse.SUPPRESS, help=text)
     return parser
 

@@ -46,7 +46,7 @@ def number(
 
 
 def pair(what: str, *kinds: Callable) -> Callable:
-    """Two values, each of a kind of its own; in text separated by a comma."""
+    """Two values, each of its own kind; in text separated by a comma."""
 
     def parse(x):
         parts = x.split(",") if isinstance(x, str) else x
@@ -201,16 +201,16 @@ def reads(*groups: type[Group]) -> Callable[[F], F]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class What(Group, title="what to train"):
-    method: str = option("udi", text, "what to train: {methods}; or module:function, a method of your own")
+class ExperimentOptions(Group, title="what to train"):
+    method: str = option("udi", text, "method: {methods}; or module:function, a method of your own")
     dataset: str = option(
-        "fewdigits", text, "on what: {datasets}; what they recommend counts unless given: {recommended}"
+        "fewdigits", text, "data set: {datasets}; options that they recommend, unless given: {recommended}"
     )
     noise: tuple[float, float] | None = option(
         None,
         pair("amounts INPUT,LABEL", number(float, 0), number(float, 0, below=1)),
         "corrupt the training split (not validation, not test): add Gaussian noise of this standard deviation to"
-        " inputs (a fraction of pixels' range), make this fraction of labels wrong; the same for all seeds",
+        " inputs (a fraction of pixels' range), and make this fraction of labels wrong; the same for all seeds",
         "INPUT,LABEL",
     )
     labels: int | float | None = option(
@@ -232,40 +232,42 @@ class What(Group, title="what to train"):
         "MODALITY=NAME,...",
     )
     encoder_weights: dict[str, str] | None = option(
-        None, assignments, "files of weights that encoders start from, such as torchvision's", "MODALITY=FILE,..."
+        None, assignments, "files of initial weights for encoders, such as torchvision's", "MODALITY=FILE,..."
     )
     features: int = option(64, number(int, 1), "width of the encoders' features")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Group, title="training"):
+class TrainingOptions(Group, title="training"):
     epochs: int = option(30, number(int, 1), "epochs of each phase")
     patience: int | None = option(
-        None, number(int, 1), "end a training after this many epochs without a better one on validation"
+        None, number(int, 1), "end a stage after this many epochs without an improvement on validation"
     )
-    batch_size: int = option(64, number(int, 1), "samples of a step")
-    optimizer: str = option("adamw", one_of("adamw", "sgd"), "adamw or sgd")
+    batch_size: int = option(64, number(int, 1), "samples per step")
+    optimizer: str = option("adamw", one_of("adamw", "sgd"), "optimizer: adamw or sgd")
     lr: float = option(3e-3, number(float, above=0), "initial learning rate")
     schedule: str = option(
         "cosine",
         one_of("cosine", "step", "constant"),
-        "of the learning rate, epoch by epoch: cosine (to 0), step (see --lr-step) or constant",
+        "learning rate schedule, by epoch: cosine (to 0), step (see --lr-step) or constant",
     )
     lr_step: tuple[int, float] = option(
         (70, 0.1),
         pair("numbers EPOCHS,FACTOR", number(int, 1), number(float, above=0)),
-        "of --schedule step: multiply the learning rate by FACTOR every EPOCHS epochs",
+        "with --schedule step: multiply the learning rate by FACTOR every EPOCHS epochs",
         "EPOCHS,FACTOR",
         needs={"schedule": "step"},
     )
-    momentum: float = option(0.9, number(float, 0, below=1), "of sgd", needs={"optimizer": "sgd"})
+    momentum: float = option(0.9, number(float, 0, below=1), "momentum of sgd", needs={"optimizer": "sgd"})
     weight_decay: float | None = option(None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd")
-    seed: int = option(0, number(int, 0), "of initial weights and order of samples; all see the same data set")
+    seed: int = option(
+        0, number(int, 0), "seed of initial weights and of the order of samples; also of --labels and --resplit"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Group, title="machine"):
-    device: str = option("auto", text, "auto (a GPU if there is one), cpu, cuda or cuda:i", movable=True)
+class MachineOptions(Group, title="machine"):
+    device: str = option("auto", text, "device: auto (a GPU if there is one), cpu, cuda or cuda:i", movable=True)
     engine: str = option(
         "auto",
         one_of("auto", "eager", "graph"),
@@ -280,7 +282,7 @@ class Machine(Group, title="machine"):
     )
     amp: str = option("none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
     tf32: bool = option(False, flag, "float32 convolutions and matrix products in TF32 on a GPU")
-    tensorboard: bool = option(False, flag, "write metrics as TensorBoard events, too, to the run folder", movable=True)
+    tensorboard: bool = option(False, flag, "also write metrics to the run folder as TensorBoard events", movable=True)
     shard: bool = option(
         False,
         flag,
@@ -289,14 +291,14 @@ class Machine(Group, title="machine"):
         movable=True,
     )
     compile: bool = option(False, flag, "compile encoders with torch.compile", movable=True)
-    out: str | None = option(None, pathname, "the run folder to make", "DIR", "a new one under runs/; from Python none")
+    out: str | None = option(None, pathname, "run folder to create", "DIR", "a new one under runs/; none from Python")
 
 
 RESERVED = ("encoders", "help", "progress", "resume", "trust")  # arguments of `train` and flags of the command
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Machine, Training, What):
+class Options(MachineOptions, TrainingOptions, ExperimentOptions):
     """The options of a run: those that every run reads, and the groups that its method, baselines and data set declare.
 
     ``options.epochs`` is one of the former, ``options.of(UDIOptions).anchor`` one of the latter.
@@ -342,7 +344,13 @@ class Options(Machine, Training, What):
         return cls(groups=tuple(group(**pick(group)) for group in groups), **pick(cls))
 
     @classmethod
-    def make(cls, *, method: str | Callable = What.method, dataset: Any = What.dataset, **given: Any) -> "Options":
+    def make(
+        cls,
+        *,
+        method: str | Callable = ExperimentOptions.method,
+        dataset: Any = ExperimentOptions.dataset,
+        **given: Any,
+    ) -> "Options":
         """Options that the user gives, completed by what the data set recommends.
 
         Args:
@@ -400,9 +408,9 @@ def own_baselines(method: str) -> tuple[str, ...]:
 
 def readers(method: str | Callable, baselines: Any, dataset: Any) -> list[Callable]:
     """The method, its baselines and the data set, as far as they are functions."""
-    chosen = checked(fields_of(What)["baselines"], baselines)
+    chosen = checked(fields_of(ExperimentOptions)["baselines"], baselines)
     names = own_baselines(method) if chosen is None and isinstance(method, str) else chosen or ()
-    own = methods.get(method) if isinstance(method, str) else method  # whether its modules are there is asked later
+    own = methods.get(method) if isinstance(method, str) else method  # find_method checks its modules
     found = [own or find_method(method), *(methods[choose("baseline", name, methods)] for name in names)]
     return [*found, *([datasets[dataset]] if isinstance(dataset, str) and dataset in datasets else [])]
 
@@ -507,7 +515,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_modules(values: dict[str, Any]) -> list[str]:
-    """The modules of one's own that options name: of a method, of encoders."""
+    """The user's own modules that options name: of a method, of encoders."""
     encoder = values.get("encoder")
     specs = [values.get("method"), *(encoder.values() if isinstance(encoder, dict) else ())]
     return sorted({spec.partition(":")[0] for spec in specs if isinstance(spec, str) and ":" in spec})
@@ -542,7 +550,7 @@ def resumed(
     own = {"method": None if method else config["method"], "encoder": config.get("encoder")}
     if isinstance(own["encoder"], dict):
         own["encoder"] = {m: spec for m, spec in own["encoder"].items() if m not in encoders}
-    again = {name: checked(field, given[name]) for name, field in fields_of(What).items() if name in given}
+    again = {name: checked(field, given[name]) for name, field in fields_of(ExperimentOptions).items() if name in given}
     for module in own_modules(own):
         check_trusted(f"{folder}/config.json", module, [*trust, *own_modules(again)], "give it again")
     try:

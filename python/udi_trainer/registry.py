@@ -62,11 +62,13 @@ def imported(where: str, remedy: str) -> Any:
 def check_trusted(folder: object, where: str, trust: Collection[str], again: str) -> None:
     """Raises UserError if a run folder names an object of a module that the user does not trust.
 
-    Importing a module runs it, and a run folder may come from anybody.
+    Importing a module runs it, and the run folder may come from an untrusted source.
     """
     module = where.partition(":")[0]
     if module not in trust:
-        raise UserError(f"{folder} names {where}, which is not trusted: {again}, or trust the module {module}")
+        raise UserError(
+            f"{folder} names {where}, which is not trusted: {again}, or trust it (--trust {module}, trust=[{module!r}])"
+        )
 
 
 methods = Registry("method")

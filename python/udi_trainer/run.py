@@ -45,9 +45,8 @@ class Run:
             raise UserError(
                 f"--batch-size: {self.batch_size} samples have no equal parts for {distributed.world()} processes"
             )
-        self.steps = (
-            len(data.train) // self.batch_size
-        )  # per epoch: full batches only; the remaining samples are others in each epoch
+        # Per epoch: full batches only. The samples left out differ between epochs.
+        self.steps = len(data.train) // self.batch_size
         self.history: dict[str, list[dict]] = {}  # stage: its lines of metrics.jsonl
         self.began = time.perf_counter()
         self.board = event_writer(folder) if options.tensorboard and distributed.first() else None

@@ -53,7 +53,7 @@ def test_console_script(tmp_path):
     assert f"{read_metrics(tmp_path / 'run')['fused']['test_acc']:.4f}" in out
     process = start(script, "--nonsense")
     out, err = process.communicate()
-    assert process.returncode == 2 and one_line(err).startswith("udi_trainer: ")
+    assert process.returncode == 2 and one_line(err).startswith("udi-train: ")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -239,7 +239,7 @@ def help_of(argv, capsys):
 def test_help_shows_what_belongs_to_the_chosen_method(capsys):
     headings, flags, text = help_of([], capsys)
     followers = "UDI: the followers' losses"
-    assert headings == ["what to train", "UDI", followers, "fusion", "data", "training", "machine", "further"]
+    assert headings == ["what to train", "UDI", followers, "fusion", "data", "training", "machine", "resuming and help"]
     assert {"--q-width", "--anchor", "--resplit", "--epochs"} <= flags and "default: 30" in text
     assert not {"--contrast-weight", "--frames", "--rho"} & flags and "--help all" in text
     headings, flags, _ = help_of(["--method", "ogm-ge", "--dataset", "cremad", "--baselines", "self-training"], capsys)

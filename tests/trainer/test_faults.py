@@ -286,7 +286,7 @@ def test_signal_saves_and_says_how_to_go_on(number):
     asked = time.monotonic()
     out, err = process.communicate()
     assert process.returncode == 128 + number and time.monotonic() - asked < 30
-    assert one_line(err.lstrip()).endswith(f"interrupted; go on with: python {TRAIN} --resume cut")
+    assert one_line(err.lstrip()).endswith(f"interrupted; continue with: python {TRAIN} --resume cut")
     steps = [torch.load(path, weights_only=True)["under_way"][0] for path in Path("cut/checkpoints").glob("*.pt")]
     assert any(steps) and not Path("cut/metrics.json").exists()
     assert main(["--resume", "cut"]) == 0

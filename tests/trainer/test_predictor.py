@@ -13,6 +13,7 @@ from udi_trainer import Modality, Options, Outcome, Split, UserError, load, trai
 from udi_trainer.command import main
 from udi_trainer.methods.unimodal import train_alone
 from udi_trainer.registry import datasets
+from udi_trainer.run_folder import SEAL, serialized
 
 from .helpers import run_python
 
@@ -73,13 +74,14 @@ def test_the_same_probabilities_in_another_process(mixed, mine):
 
 @pytest.mark.parametrize("where", ["make", "encoder"])
 def test_a_folder_runs_no_code(mixed, where):
-    """It may come from anybody: what it names is imported if the caller trusts the module."""
+    """It may come from a stranger, who seals it anew: what it names is imported if the caller trusts the module."""
     train(mixed, "ensemble", epochs=1, baselines=[], out="run", progress=False)
     saved = torch.load("run/checkpoints/model.pt", weights_only=True)
     for spec in saved["modalities"].values():
         spec[where] = {"class": "os:mkdir", "fields": {"path": "ran"}} if where == "make" else "os:mkdir"
-    torch.save(saved, "run/checkpoints/model.pt")
-    with pytest.raises(UserError, match="run names os:mkdir, which is not trusted: give .* or trust the module os"):
+    del saved[SEAL]
+    Path("run/checkpoints/model.pt").write_bytes(serialized(saved))
+    with pytest.raises(UserError, match="run names os:mkdir, which is not trusted: give .* or trust it .--trust os,"):
         load("run")
     assert not Path("ran").exists()
     assert load("run", dataset=mixed, encoders=dict(zip(mixed.modalities, ["mlp", "cnn", "mlp"], strict=True)))

@@ -39,17 +39,17 @@ Cell = Any  # a list of paths, a text, or a list of numbers, as its kind takes i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures(Group, title="pictures and sound"):
+class PictureOptions(Group, title="pictures and sound"):
     image_size: int | None = option(
         None, number(int, 4), "pixels that images and frames are resized to", "N", "64 or as small as they are"
     )
-    frames: int = option(3, number(int, 1), "frames of a clip: random ones in training, else fixed ones")
+    frames: int = option(3, number(int, 1), "frames per clip: random ones in training, otherwise fixed ones")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sound(Group, title="pictures and sound"):
+class SoundOptions(Group, title="pictures and sound"):
     sample_rate: int | None = option(
-        None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest there, 22050 at most"
+        None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest in the data, at most 22050"
     )
     audio_length: float | None = option(
         None,
@@ -67,7 +67,7 @@ class Sound(Group, title="pictures and sound"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmentation(Group, title="pictures and sound"):
+class AugmentationOptions(Group, title="pictures and sound"):
     augment: tuple[str, ...] = option(
         (),
         some_of("crop", "flip", "spec"),
@@ -105,8 +105,9 @@ class Kind:
     shape: tuple[int, ...]  # of a stored sample, set by `configure`
 
     def __init__(self, column: Column) -> None:
-        self.column, self.pictures, self.sound = column, column.options.of(Pictures), column.options.of(Sound)
-        self.augment = column.options.of(Augmentation).augment
+        self.column, options = column, column.options
+        self.pictures, self.sound = options.of(PictureOptions), options.of(SoundOptions)
+        self.augment = options.of(AugmentationOptions).augment
 
     def paths(self, cell: Cell) -> list[Path]:
         """The files that a cell refers to."""

@@ -18,7 +18,7 @@ from ..options import Options, reads
 from ..registry import datasets
 from .cache import CacheOptions
 from .dataset import DataRoot, Dataset, Fold
-from .kinds import Augmentation, Pictures, Sound
+from .kinds import AugmentationOptions, PictureOptions, SoundOptions
 from .manifest import Columns, Rows, build
 from .pipelines import Features
 
@@ -78,7 +78,7 @@ def build_dataset(root: Path, rows: list[dict[str, str]], options: Options, **de
 
 
 @datasets.register("cremad", needs=("PIL", "soundfile"), extra="data")
-@reads(*FILES, Fold, Pictures, Sound, Augmentation)
+@reads(*FILES, Fold, PictureOptions, SoundOptions, AugmentationOptions)
 def cremad(options: Options) -> Dataset:
     """CREMA-D: faces and voices of 91 actors, six emotions.
 
@@ -106,7 +106,7 @@ def cremad(options: Options) -> Dataset:
 
 
 @datasets.register("kinetics-sounds", needs=("PIL", "soundfile"), extra="data")
-@reads(*FILES, Pictures, Sound, Augmentation)
+@reads(*FILES, PictureOptions, SoundOptions, AugmentationOptions)
 def kinetics_sounds(options: Options) -> Dataset:
     """Kinetics-Sounds: 31 actions that can be seen and heard.
 
@@ -128,7 +128,7 @@ def kinetics_sounds(options: Options) -> Dataset:
 
 
 @datasets.register("ave", needs=("PIL", "soundfile"), extra="data")
-@reads(*FILES, Pictures, Sound, Augmentation)
+@reads(*FILES, PictureOptions, SoundOptions, AugmentationOptions)
 def ave(options: Options) -> Dataset:
     """AVE: 28 events that can be seen and heard (Tian et al. 2018, arXiv 1803.08842).
 
@@ -149,7 +149,7 @@ def ave(options: Options) -> Dataset:
 
 
 @datasets.register("ucf101", needs=("PIL",), extra="data")
-@reads(*FILES, Fold, Pictures, Augmentation)
+@reads(*FILES, Fold, PictureOptions, AugmentationOptions)
 def ucf101(options: Options) -> Dataset:
     """UCF101: actions as images and optical flow, as distributed by feichtenhofer/twostreamfusion.
 
@@ -174,7 +174,7 @@ def ucf101(options: Options) -> Dataset:
 
 
 @datasets.register("modelnet40", needs=("PIL",), extra="data")
-@reads(*FILES, Pictures, Augmentation)
+@reads(*FILES, PictureOptions, AugmentationOptions)
 def modelnet40(options: Options) -> Dataset:
     """ModelNet40: views 1 and 7 of MVCNN's 12 images per object (<class>/{train,test}/<object>_001.png)."""
     root = need_root("modelnet40", options)

@@ -24,7 +24,7 @@ from ..registry import datasets
 from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
-from .kinds import STATISTICS_SAMPLES, Augmentation, Cell, Column, Kind, Pictures, Sound
+from .kinds import STATISTICS_SAMPLES, AugmentationOptions, Cell, Column, Kind, PictureOptions, SoundOptions
 
 RESERVED = ("label", "split", "group", "id")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -40,7 +40,7 @@ class ManifestFile(Group, title="data of your own"):
     manifest: str | None = option(
         None,
         pathname,
-        "CSV of --dataset manifest: a column a modality, and label, split, group, id",
+        "CSV file of --dataset manifest: one column per modality, and label, split, group, id",
         "FILE",
         movable=True,
     )
@@ -57,15 +57,17 @@ class Columns(Group, title="data of your own"):
     tables: dict[str, str] | None = option(
         None,
         assignments,
-        "columns of numbers that are a modality each, by name",
+        "modalities of several columns of numbers, by name",
         "NAME=COLUMN+COLUMN,...",
         "one modality of them all, called table",
     )
     skip_bad: bool = option(False, flag, "leave out samples that cannot be read, and list them")
-    allow_missing: bool = option(False, flag, "train on samples with empty cells, too: on the modalities they have")
+    allow_missing: bool = option(
+        False, flag, "keep samples with empty cells, and train on the modalities that they have"
+    )
 
 
-BUILD = (Columns, CacheOptions, Pictures, Sound, Augmentation)  # what `build` reads
+BUILD = (Columns, CacheOptions, PictureOptions, SoundOptions, AugmentationOptions)  # what `build` reads
 
 
 @dataclass

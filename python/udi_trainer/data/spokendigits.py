@@ -19,7 +19,7 @@ from ..registry import datasets
 from .cache import Cache, CacheOptions
 from .dataset import DataRoot, Dataset, Fold, Modality, Split
 from .digits import mnist
-from .kinds import Audio, Augmentation, Column, Sound
+from .kinds import Audio, AugmentationOptions, Column, SoundOptions
 from .manifest import load_column
 from .noise import add_noise
 from .pipelines import Features
@@ -34,7 +34,7 @@ class SpokenDigits(Group, title="data"):
 
 
 @datasets.register("spokendigits", needs=("soundfile",), extra="data")
-@reads(DataRoot, Fold, SpokenDigits, CacheOptions, Sound, Augmentation)
+@reads(DataRoot, Fold, SpokenDigits, CacheOptions, SoundOptions, AugmentationOptions)
 def spokendigits(options: Options) -> Dataset:
     """Spoken digits of the Free Spoken Digit Dataset, and written ones of MNIST."""
     data_root, own, fold = options.of(DataRoot).data_root, options.of(SpokenDigits), options.of(Fold).fold or 0

@@ -57,12 +57,12 @@ class DIMMLOptions(Group, title="DI-MML"):
         one_of("duc", "full"),
         "contrastive loss between modalities: duc (one way, on complementary dimensions) or full (both ways, on all)",
     )
-    contrast_weight: float = option(1.0, number(float, 0), "its weight")
-    contrast_temperature: float = option(10.0, number(float, above=0), "its temperature")
+    contrast_weight: float = option(1.0, number(float, 0), "weight of the contrastive loss")
+    contrast_temperature: float = option(10.0, number(float, above=0), "temperature of the contrastive loss")
     contrast_warmup: float = option(
         20 / 150,
         number(float, 0),
-        "fraction of the epochs before it counts; then the effective dimensions are found",
+        "fraction of the epochs before the contrastive loss counts; the effective dimensions are then found",
         shown="20 of 150",
     )
     fusion_epochs: int = option(20, number(int, 1), "epochs of the fusion head")

@@ -44,7 +44,7 @@ class FollowerOptions(Group, title="UDI: the followers' losses"):
     alpha: tuple[float, float] | None = option(
         None,
         pair("weights CON,COM", number(float, 0), number(float, 0)),
-        "the two weights of the static controller",
+        "weights of L_con and L_com under the static controller",
         "CON,COM",
         "1,1",
         needs={"controller": "static"},
@@ -52,7 +52,7 @@ class FollowerOptions(Group, title="UDI: the followers' losses"):
     align_every: str | int = option(
         "epoch",
         steps_or_epoch,
-        "when the dynamic controller measures: every epoch, or every N steps",
+        "how often the dynamic controller measures the gradients: every epoch, or every N steps",
         "epoch|N",
         needs={"controller": "dynamic"},
     )
@@ -68,13 +68,13 @@ class FollowerOptions(Group, title="UDI: the followers' losses"):
         "normalisation of CLUB's inputs: layer (LayerNorm without parameters) or none",
     )
     q_depth: int = option(1, number(int, 0), "hidden layers of q, the network that CLUB fits")
-    q_width: int = option(128, number(int, 1), "units of each")
+    q_width: int = option(128, number(int, 1), "units of each hidden layer of q")
     q_lr: float = option(1.0, number(float, above=0), "q's learning rate, as a multiple of --lr")
     q_steps: int = option(1, number(int, 1), "steps of q on each batch")
     q_warmup: int | None = option(
         None,
         number(int, 0),
-        "steps that only fit q, before its bound counts",
+        "steps that only fit q, before L_com counts",
         shown="100, or a quarter of a shorter follower phase",
     )
 

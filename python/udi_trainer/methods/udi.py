@@ -37,13 +37,13 @@ class UDIOptions(Group, title="UDI"):
     anchor: str = option(
         "auto",
         text,
-        "modality to freeze as the anchor, the only one then to be trained alone; or auto: the best on validation",
+        "modality to freeze as the anchor; only this one is then trained alone. auto: the best on validation",
         needs={"teacher": "anchor"},
     )
     race: float | None = option(
         None,
         number(float, above=0, below=1),
-        "choose the anchor after this fraction of its epochs, and train no other modality to the end",
+        "choose the anchor after this fraction of the anchor phase, and stop training the other modalities alone",
         "F",
         needs={"anchor": "auto", "teacher": "anchor"},
     )
@@ -61,7 +61,7 @@ class UDIOptions(Group, title="UDI"):
     rounds: int = option(
         1,
         number(int, 1),
-        "of --teacher fused: how often followers are trained, each time from the last ones",
+        "with --teacher fused: how often followers are trained, each time from the previous ones",
         needs={"teacher": "fused"},
     )
 

@@ -29,9 +29,8 @@ class Eager:
             index = feed.device.index
             self.generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
         self.names: list[str] = []
-        self.totals = self.finite = torch.empty(
-            0
-        )  # for each scalar: its sum, and the number of steps with a finite sum
+        # For each scalar: its sum, and the number of steps with a finite sum.
+        self.totals = self.finite = torch.empty(0)
         self.steps = 0
 
     def step(self, batch: Batch, number: int) -> None:

@@ -36,14 +36,14 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
         stage.restore()
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     parallel = len(stages) > 1 and cores > 1 and distributed.world() == 1  # threads would reorder messages
-    share = max(1, cores // len(stages)) if parallel else None
+    threads = max(1, cores // len(stages)) if parallel else None
     total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # a resumed stage may lag behind
             began = time.perf_counter()
             try:
-                train_epoch(active, share, progress)
+                train_epoch(active, threads, progress)
                 for stage in active:
                     with stage.on_stream():
                         stage.end(began, len(active))

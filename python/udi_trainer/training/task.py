@@ -37,9 +37,8 @@ class Task:
         self.run, self.modality = run, modality
         self.phase = self.key  # its name in the log
         self.name = self.name_of(modality)
-        self.reads = (
-            tuple(run.data.modalities) if modality is None else (modality,)
-        )  # modalities that it needs as input
+        # The modalities that it needs as input.
+        self.reads = tuple(run.data.modalities) if modality is None else (modality,)
 
     @classmethod
     def name_of(cls, modality: str | None) -> str:
