@@ -1,9 +1,11 @@
 """Inner products and weighted sums of gradients, each a list of one tensor per parameter, without concatenation."""
 
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from operator import itemgetter
 from types import NoneType
 from typing import Any
 
@@ -84,7 +86,8 @@ def weighted_sum(
     Args:
         grads, stacked: as for :func:`gramian`.
         weights: (K,) tensor on the gradients' device.
-        out: P tensors to write to, in the layout of the gradients; may be one of the lists itself.
+        out: P tensors to write to, in the layout of the gradients. Each may be one of its parameter's gradients, and
+            overlap no other memory that is read or written.
 
     Returns:
         list of P tensors in the gradients' dtype (``out`` if given); None where all K gradients are None and no
@@ -137,7 +140,7 @@ class GradientPlan:
         return self._gramian()
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
-        """Writes ``out`` and returns it, the same list at each call; see :func:`weighted_sum`."""
+        """Writes ``out`` in place and returns it, the same list at each call; see :func:`weighted_sum`."""
         if not isinstance(weights, Tensor):
             not_a_tensor("GradientPlan", "weights", weights)
         if self.out is None:
@@ -339,6 +342,29 @@ def _check_out(op: str, out: Sequence[Tensor], g: _Lists) -> None:
         _check_alike(op, f"out[{p}]", t, t.contiguous() if like is None else like)
 
 
+def _check_overlap(op: str, out: Sequence[Tensor], g: _Lists) -> None:
+    """No output shares memory with another output, or with a gradient that it is not itself."""
+    plain = all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in out)
+    if is_compiling() or not plain or any(t.device.type not in ("cpu", "cuda") for t in out):
+        return
+    written = sorted((*_memory(t), p) for p, t in enumerate(out) if t.numel())
+    for (_, end, q), (begin, _, p) in pairwise(written):
+        if begin < end:
+            raise ValueError(f"{op}: out[{p}] must not overlap out[{q}]; call .clone() on one of them")
+    for i, row in enumerate(g.lists):
+        for p, t in enumerate(row):
+            if t is None or not t.numel() or not _dense(t) or _strides(t) != _strides(out[p]):  # csrc copies those
+                continue
+            begin, end = _memory(t)
+            n = bisect_right(written, begin, key=itemgetter(1))  # the first output that ends beyond
+            if n < len(written) and written[n][0] < end and written[n] != (begin, end, p):
+                raise ValueError(f"{op}: out[{written[n][2]}] must not overlap grads[{i}][{p}]; call .clone() on one")
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t.data_ptr() + t.nbytes
+
+
 class _ReferencePlan:
     """What csrc's GradientPlan does, in plain torch."""
 
@@ -346,6 +372,7 @@ class _ReferencePlan:
         self.op, self.grads = op, _checked(op, tensors, k, may_copy)
         if out is not None:
             _check_out(op, out, self.grads)
+            _check_overlap(op, out, self.grads)
         self.out = out
 
     @classmethod

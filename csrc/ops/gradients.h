@@ -266,6 +266,41 @@ MaybeTensors maybe(const std::vector<Tensor>& tensors) {
   return list;
 }
 
+// Refuses an output that shares memory with another output, or with a gradient that it is not itself: kernels would
+// read what they have written. Addresses decide, because storages may overlap too.
+void check_overlap(const Lists& g, const std::vector<Tensor>& out) {
+  if (!g.any.is_cpu() && !g.any.is_cuda()) return;  // the reference serves, which writes last
+  struct Range {
+    const char *begin, *end;
+    int64_t p;
+  };
+  std::vector<Range> written;
+  written.reserve(out.size());
+  for (int64_t p = 0; p < g.params; ++p) {
+    const auto* begin = static_cast<const char*>(out[p].const_data_ptr());
+    if (out[p].numel()) written.push_back({begin, begin + out[p].nbytes(), p});
+  }
+  std::sort(written.begin(), written.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t n = 1; n < written.size(); ++n)
+    TORCH_CHECK_VALUE(written[n - 1].end <= written[n].begin, g.op, ": out[", written[n].p, "] must not overlap out[",
+                      written[n - 1].p, "]; call .clone() on one of them");
+  for (int64_t p = 0; p < g.params; ++p) {
+    for (int64_t i = 0; i < g.k; ++i) {
+      const Tensor& t = g.at(i, p);
+      if (!t.defined() || !t.numel()) continue;
+      const auto* begin = static_cast<const char*>(t.const_data_ptr());
+      if (g.stacked) begin += i * t.stride(0) * static_cast<int64_t>(t.element_size());
+      const char* end = begin + (g.stacked ? t.nbytes() / g.k : t.nbytes());
+      const auto met = std::upper_bound(written.begin(), written.end(), begin,
+                                        [](const char* begin, const Range& range) { return begin < range.end; });
+      if (met == written.end() || met->begin >= end) continue;
+      TORCH_CHECK_VALUE(met->p == p && met->begin == begin && met->end == end, g.op, ": out[", met->p,
+                        "] must not overlap ", g.name(i, p),
+                        ", unless it is the same gradient; call .clone() on one of them");
+    }
+  }
+}
+
 std::optional<int64_t> count(const Lists& g) { return g.stacked ? std::nullopt : std::optional(g.k); }
 
 // plan: null where the reference serves. wide: the result is float64 in any case.
@@ -291,6 +326,23 @@ void compute_weighted_sum(const Lists& g, const Plan* plan, const Tensor& weight
   const auto sums = reference.call(maybe(g.tensors), count(g), weights);
   for (size_t p = 0; p < out.size(); ++p)
     if (out[p].defined()) sums[p].numel() == out[p].numel() ? out[p].copy_(sums[p]) : out[p].zero_();
+}
+
+// The weights, copied if `out` overwrites them: kernels read them while they write.
+Tensor apart(const Tensor& weights, const std::vector<Tensor>& out) {
+  const auto* address = static_cast<const char*>(weights.const_data_ptr());
+  for (const Tensor& t : out) {
+    if (!t.defined()) continue;
+    const auto* begin = static_cast<const char*>(t.const_data_ptr());
+    if (address < begin + t.nbytes() && begin < address + weights.nbytes()) return weights.clone();
+  }
+  return weights;
+}
+
+// So that autograd refuses a backward pass through what the tensors held.
+void bump_versions(const std::vector<Tensor>& out) {
+  for (const Tensor& t : out)
+    if (t.defined()) torch::autograd::impl::bump_version(t);
 }
 
 std::unique_ptr<const Plan> plan_for(const Lists& g, const std::vector<Tensor>* out) {
@@ -319,8 +371,9 @@ void weighted_sum_out(at::TensorList out, const MaybeTensors& grads, std::option
   const Tensor factors = check_weights(g, weights);
   const std::vector<Tensor> to = out.vec();
   check_out(g, to);
-  compute_weighted_sum(g, plan_for(g, &to).get(), factors, to);
-  for (const auto& t : to) torch::autograd::impl::bump_version(t);
+  check_overlap(g, to);
+  bump_versions(to);
+  compute_weighted_sum(g, plan_for(g, &to).get(), apart(factors, to), to);
 }
 
 // A caller's buffer, and its memory, dtype and layout when the plan was made.
@@ -344,6 +397,7 @@ struct GradientPlan : torch::CustomClassHolder {
       : lists_(parse("GradientPlan", grads, k, false)) {
     if (out) {
       check_out(lists_, *out);
+      check_overlap(lists_, *out);
       out_ = std::move(*out);
     }
     prepare();
@@ -366,7 +420,9 @@ struct GradientPlan : torch::CustomClassHolder {
 
   void weighted_sum(const Tensor& weights) const {
     check();
-    compute_weighted_sum(lists_, plan_.get(), check_weights(lists_, weights), out_);
+    const Tensor factors = check_weights(lists_, weights);
+    bump_versions(out_);
+    compute_weighted_sum(lists_, plan_.get(), apart(factors, out_), out_);
   }
 
  private:

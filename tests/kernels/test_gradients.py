@@ -135,6 +135,73 @@ def test_out_may_be_one_of_the_lists(k, device):
         assert all(map(torch.equal, GradientPlan(grads, out=grads[i]).weighted_sum(weights), want))
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_out_may_be_any_gradient_of_its_parameter(planned, backend):
+    """Of another list for each parameter, a slice of a stack, or next to a gradient in the same memory."""
+    grads = draw(3)
+    weights = torch.randn(3)
+    want = weighted_sum(grads, weights)
+    written = [row[p] for p, row in enumerate((grads * 3)[: len(SHAPES)])]
+    sums = GradientPlan(grads, out=written).weighted_sum if planned else lambda w: weighted_sum(grads, w, out=written)
+    torch.testing.assert_close(sums(weights), want)
+
+    stacked = torch.randn(3, 5)
+    want = weighted_sum([stacked], weights, stacked=True)
+    out = [stacked[1]]
+    if planned:
+        GradientPlan([stacked], out=out, stacked=True).weighted_sum(weights)
+    else:
+        weighted_sum([stacked], weights, out=out, stacked=True)
+    torch.testing.assert_close([stacked[1]], want)
+
+    memory = torch.randn(12)
+    neighbours = [[memory[:4]], [memory[8:]]]
+    want = weighted_sum(neighbours, weights[:2])
+    if planned:
+        GradientPlan(neighbours, out=[memory[4:8]]).weighted_sum(weights[:2])
+    else:
+        weighted_sum(neighbours, weights[:2], out=[memory[4:8]])
+    torch.testing.assert_close([memory[4:8]], want)
+
+
+def test_weights_in_the_memory_of_out(device):
+    grads = [[torch.randn(100_000, device=device)] for _ in range(3)]
+    out = torch.randn(100_000, device=device)
+    for place in (0, 70_000):
+        weights = out[place : place + 3]
+        want = weighted_sum(grads, weights.clone())[0]
+        assert torch.equal(weighted_sum(grads, weights, out=[out])[0], want)
+        plan = GradientPlan(grads, out=[out])
+        want = weighted_sum(grads, weights.clone())[0]
+        assert torch.equal(plan.weighted_sum(weights)[0], want)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_autograd_notices_what_is_written(planned, backend):
+    grads, weights = draw(2, shapes=[(4,), (3, 2)]), torch.ones(2)
+    out = [torch.ones(4), torch.ones(3, 2)]
+    sums = GradientPlan(grads, out=out).weighted_sum if planned else lambda w: weighted_sum(grads, w, out=out)
+    versions, read = [t._version for t in out], [t._version for row in grads for t in row]
+    x = torch.ones(4, requires_grad=True)
+    y = (x * out[0]).sum()
+    sums(weights)
+    assert all(t._version > version for t, version in zip(out, versions, strict=True))
+    assert [t._version for row in grads for t in row] == read
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_autograd_notices_a_plan_s_own_output(backend):
+    plan = GradientPlan(draw(2, shapes=[(4,)]))
+    x = torch.ones(4, requires_grad=True)
+    y = (x * plan.weighted_sum(torch.ones(2))[0]).sum()
+    plan.gramian()
+    y.backward(retain_graph=True)  # gramian writes to none of the plan's tensors
+    plan.weighted_sum(torch.ones(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_plan_sees_new_contents(device):
     grads = draw(3, device=device)
     plan = GradientPlan(grads)

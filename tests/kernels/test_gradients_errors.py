@@ -90,3 +90,27 @@ def test_plan_refuses_what_it_would_have_to_copy(refused):
 def test_alignment_weights_bad_input(gram, anchor, error, message):
     with pytest.raises(error, match=f"^alignment_weights: {message}"):
         alignment_weights(gram, anchor=anchor)
+
+
+def overlaps():
+    """For each overlap: gradients, out, and what is named."""
+    memory = torch.zeros(40)
+    g = [[memory[4 * i :][:4], memory[20 + 4 * i :][:4]] for i in range(2)]
+    free = [torch.zeros(4), torch.zeros(4)]
+    stack = memory[:8].view(2, 4)
+    return {
+        "shifted": (g, [memory[1:5], free[1]], {}, r"out\[0\] must not overlap grads\[0\]\[0\]"),
+        "the end of one and the next": (g, [memory[2:6], free[1]], {}, r"out\[0\] must not overlap grads\[[01]\]\[0\]"),
+        "another parameter's gradient": (g, [g[0][1], free[1]], {}, r"out\[0\] must not overlap grads\[0\]\[1\]"),
+        "another list's and parameter's": (g, [free[0], g[1][0]], {}, r"out\[1\] must not overlap grads\[1\]\[0\]"),
+        "the same output twice": (g, [free[0], free[0]], {}, r"out\[[01]\] must not overlap out\[[01]\]"),
+        "shifted outputs": (g, [memory[30:34], memory[31:35]], {}, r"out\[1\] must not overlap out\[0\]"),
+        "stacked": ([stack], [memory[2:6]], {"stacked": True}, r"out\[0\] must not overlap grads\[0\]"),
+    }
+
+
+@pytest.mark.parametrize("how", overlaps())
+def test_overlap(how, refused):
+    grads, out, options, words = overlaps()[how]
+    refused(lambda: weighted_sum(grads, w, out=out, **options), f"^weighted_sum: {words}", ValueError)
+    refused(lambda: GradientPlan(grads, out=out, **options), f"^GradientPlan: {words}", ValueError)
