@@ -28,6 +28,12 @@ TORCH_LIBRARY_IMPL(udi_kernels, CompositeExplicitAutograd, m) {
   m.impl("weighted_sum_out", weighted_sum_out);
 }
 
+// The ops on gradients record nothing; torch's fallback would look at each tensor to say so.
+TORCH_LIBRARY_IMPL(udi_kernels, Autograd, m) {
+  for (const char* name : {"gramian", "weighted_sum", "weighted_sum_out"})
+    m.impl(name, torch::CppFunction::makeFallthrough());
+}
+
 TORCH_LIBRARY_FRAGMENT(udi_kernels, m) {
   m.class_<GradientPlan>("GradientPlan")
       .def(torch::init<MaybeTensors, std::optional<int64_t>, std::optional<std::vector<Tensor>>>())

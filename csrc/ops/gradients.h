@@ -266,34 +266,53 @@ MaybeTensors maybe(const std::vector<Tensor>& tensors) {
   return list;
 }
 
+// Addresses.
+struct Range {
+  const char *begin, *end;
+};
+
+// From the first byte that is written to the last.
+Range span(const std::vector<Tensor>& out) {
+  Range all{reinterpret_cast<const char*>(UINTPTR_MAX), nullptr};
+  for (const Tensor& t : out) {
+    if (!t.defined() || !t.numel()) continue;
+    const auto* begin = static_cast<const char*>(t.const_data_ptr());
+    all = {std::min(all.begin, begin), std::max(all.end, begin + t.nbytes())};
+  }
+  return all;
+}
+
 // Refuses an output that shares memory with another output, or with a gradient that it is not itself: kernels would
 // read what they have written. Addresses decide, because storages may overlap too.
 void check_overlap(const Lists& g, const std::vector<Tensor>& out) {
   if (!g.any.is_cpu() && !g.any.is_cuda()) return;  // the reference serves, which writes last
-  struct Range {
-    const char *begin, *end;
+  struct Output : Range {
     int64_t p;
   };
-  std::vector<Range> written;
+  std::vector<Output> written;
   written.reserve(out.size());
   for (int64_t p = 0; p < g.params; ++p) {
     const auto* begin = static_cast<const char*>(out[p].const_data_ptr());
-    if (out[p].numel()) written.push_back({begin, begin + out[p].nbytes(), p});
+    if (out[p].numel()) written.push_back({{begin, begin + out[p].nbytes()}, p});
   }
-  std::sort(written.begin(), written.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  std::sort(written.begin(), written.end(), [](const Output& a, const Output& b) { return a.begin < b.begin; });
   for (size_t n = 1; n < written.size(); ++n)
     TORCH_CHECK_VALUE(written[n - 1].end <= written[n].begin, g.op, ": out[", written[n].p, "] must not overlap out[",
                       written[n - 1].p, "]; call .clone() on one of them");
-  for (int64_t p = 0; p < g.params; ++p) {
-    for (int64_t i = 0; i < g.k; ++i) {
+  const char* const last = reinterpret_cast<const char*>(UINTPTR_MAX);
+  Range gap{last, last};  // between two outputs; most gradients lie in that of the gradient before
+  for (int64_t i = 0; i < g.k; ++i) {
+    for (int64_t p = 0; p < g.params; ++p) {
       const Tensor& t = g.at(i, p);
       if (!t.defined() || !t.numel()) continue;
       const auto* begin = static_cast<const char*>(t.const_data_ptr());
       if (g.stacked) begin += i * t.stride(0) * static_cast<int64_t>(t.element_size());
       const char* end = begin + (g.stacked ? t.nbytes() / g.k : t.nbytes());
+      if (gap.begin <= begin && end <= gap.end) continue;
       const auto met = std::upper_bound(written.begin(), written.end(), begin,
-                                        [](const char* begin, const Range& range) { return begin < range.end; });
-      if (met == written.end() || met->begin >= end) continue;
+                                        [](const char* begin, const Output& to) { return begin < to.end; });
+      gap = {met == written.begin() ? nullptr : (met - 1)->end, met == written.end() ? last : met->begin};
+      if (end <= gap.end) continue;
       TORCH_CHECK_VALUE(met->p == p && met->begin == begin && met->end == end, g.op, ": out[", met->p,
                         "] must not overlap ", g.name(i, p),
                         ", unless it is the same gradient; call .clone() on one of them");
@@ -328,21 +347,16 @@ void compute_weighted_sum(const Lists& g, const Plan* plan, const Tensor& weight
     if (out[p].defined()) sums[p].numel() == out[p].numel() ? out[p].copy_(sums[p]) : out[p].zero_();
 }
 
-// The weights, copied if `out` overwrites them: kernels read them while they write.
-Tensor apart(const Tensor& weights, const std::vector<Tensor>& out) {
-  const auto* address = static_cast<const char*>(weights.const_data_ptr());
-  for (const Tensor& t : out) {
-    if (!t.defined()) continue;
-    const auto* begin = static_cast<const char*>(t.const_data_ptr());
-    if (address < begin + t.nbytes() && begin < address + weights.nbytes()) return weights.clone();
-  }
-  return weights;
+// The weights, copied if they may lie in memory that is written: kernels read them meanwhile.
+Tensor apart(const Tensor& weights, const Range& written) {
+  const auto* begin = static_cast<const char*>(weights.const_data_ptr());
+  return begin < written.end && written.begin < begin + weights.nbytes() ? weights.clone() : weights;
 }
 
 // So that autograd refuses a backward pass through what the tensors held.
 void bump_versions(const std::vector<Tensor>& out) {
   for (const Tensor& t : out)
-    if (t.defined()) torch::autograd::impl::bump_version(t);
+    if (t.defined()) t.unsafeGetTensorImpl()->bump_version();
 }
 
 std::unique_ptr<const Plan> plan_for(const Lists& g, const std::vector<Tensor>* out) {
@@ -373,7 +387,7 @@ void weighted_sum_out(at::TensorList out, const MaybeTensors& grads, std::option
   check_out(g, to);
   check_overlap(g, to);
   bump_versions(to);
-  compute_weighted_sum(g, plan_for(g, &to).get(), apart(factors, to), to);
+  compute_weighted_sum(g, plan_for(g, &to).get(), apart(factors, span(to)), to);
 }
 
 // A caller's buffer, and its memory, dtype and layout when the plan was made.
@@ -422,7 +436,7 @@ struct GradientPlan : torch::CustomClassHolder {
     check();
     const Tensor factors = check_weights(lists_, weights);
     bump_versions(out_);
-    compute_weighted_sum(lists_, plan_.get(), apart(factors, out_), out_);
+    compute_weighted_sum(lists_, plan_.get(), apart(factors, written_), out_);
   }
 
  private:
@@ -430,8 +444,10 @@ struct GradientPlan : torch::CustomClassHolder {
   std::vector<Tensor> out_;
   std::vector<Buffer> buffers_;  // of the gradients that are not None, then of `out`
   std::unique_ptr<const Plan> plan_;
+  Range written_;
 
   void prepare() {
+    written_ = span(out_);
     plan_ = plan_for(lists_, out_.empty() ? nullptr : &out_);
     buffers_.clear();
     for (const auto* tensors : {&lists_.tensors, &out_})
