@@ -33,7 +33,9 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
     Returns:
         (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. Repeated calls give the same
         bits: on a CPU the order of summation depends on the shapes only, on a GPU also on the alignment of the
-        addresses and on the GPU model. Not differentiable.
+        addresses and on the GPU model. Not differentiable. On a CPU no product overflows or underflows, and entries
+        are rounded once. On a GPU, products of gradients narrower than float64 are float32: elements between 1e-16
+        and 1e16 in magnitude are safe; scale others, or pass float64.
 
     DTensors give the Gram matrix of the whole gradients, on every rank: each rank multiplies its own shards, and one
     all-reduce, in float64, adds up. Other tensor subclasses are supported through dispatch.
@@ -74,6 +76,9 @@ def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) ->
         row = torch.where((norm > 0) & (norm[anchor] > 0), row / norm / norm[anchor], 0)
     others = torch.arange(len(gram), device=gram.device) != anchor
     gain = torch.where(others, row.relu(), 0)
+    # Gains whose sum could overflow are scaled, by a power of two.
+    finfo, top = torch.finfo(gram.dtype), gain.detach().amax()
+    gain = gain * torch.where(top > finfo.max / (2 * len(gram)), finfo.tiny**0.5, torch.ones_like(top))
     total = gain.sum()
     return torch.where(others, gain / torch.where(total == 0, 1, total), 1)
 

@@ -234,6 +234,43 @@ def test_nan_and_infinity_show(device):
     assert weighted_sum(grads, torch.tensor([1.0, 0.0], device=device))[0][2999].isnan()
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [3, 1000, 9001])
+@pytest.mark.parametrize("scales", [(1e-25, 1e-25), (1e25, 1e25), (1e25, 1e-25), (1e-22, 1e15), (1e30, 0)], ids=str)
+def test_no_product_overflows_or_underflows(scales, n, dtype, stacked, backend):
+    """Beside a float64 gradient the result is float64, so it can hold such products."""
+    rows = [(s * torch.randn(n)).to(dtype) for s in scales]
+    wide = [torch.full((5,), s, dtype=torch.float64) for s in scales]
+    truth = torch.stack([torch.cat([r.double(), w]) for r, w in zip(rows, wide, strict=True)])
+    truth = truth @ truth.T
+    lists = stack([[r, w] for r, w in zip(rows, wide, strict=True)]) if stacked else list(zip(rows, wide, strict=True))
+    torch.testing.assert_close(gramian(lists, stacked=stacked), truth, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(GradientPlan(lists, stacked=stacked).gramian(), truth, rtol=1e-12, atol=1e-300)
+
+
+def test_large_products_that_cancel(backend):
+    a, b = torch.full((3000,), 1e25), torch.full((3000,), 1e25)
+    b[1::2] = -1e25
+    assert gramian([[a], [b]]).tolist() == [[math.inf, 0], [0, math.inf]]
+    a[1] = 1  # 2e25 and more remain of 3e53
+    truth = (a.double() @ b.double()).item()
+    lists = [[a, torch.zeros(1, dtype=torch.float64)], [b, torch.zeros(1, dtype=torch.float64)]]
+    assert gramian(lists)[0, 1].item() == pytest.approx(truth, rel=1e-12)
+
+
+def test_tiny_products_among_others(backend):
+    """Blocks are multiplied each in its own type, and rows of zeros beside tiny ones change nothing."""
+    a, b = torch.randn(2, 5000)
+    a[1024:2048] *= 1e-25
+    b[:1024] = b[2048:] = 0
+    zero = torch.zeros(1, dtype=torch.float64)
+    rows = torch.stack([a, b, torch.zeros(5000)]).double()
+    got = gramian([[a, zero], [b, zero], [torch.zeros(5000), zero], [None, zero]])
+    torch.testing.assert_close(got[:3, :3], rows @ rows.T, rtol=1e-6, atol=1e-35)
+    assert got[0, 1] != 0 and got[2].eq(0).all() and got[3].eq(0).all()
+
+
 @pytest.mark.parametrize("k", [3, 12])
 def test_threads_do_not_change_a_bit(k):
     grads = draw(k, shapes=[(100_003,), (64, 64, 3, 3), (10,)])
@@ -337,6 +374,33 @@ def test_alignment_weights(device):
     assert alignment_weights(opposed).tolist() == [1, 0]
     assert alignment_weights(torch.zeros(3, 3, device=device), cosine=True).tolist() == [1, 0, 0]
     assert alignment_weights(torch.ones(1, 1, dtype=torch.float64, device=device)).tolist() == [1]
+
+
+def test_alignment_weights_at_the_ends_of_the_range(device):
+    vectors = torch.tensor([[1.0, 2, 3], [2, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    plain, cosines = (alignment_weights(vectors @ vectors.T, cosine=cosine) for cosine in (False, True))
+    ends = {torch.float32: (4e18, 3e-20), torch.bfloat16: (4e18, 3e-20), torch.float64: (3e153, 1e-154)}
+    for dtype, scales in ends.items():
+        for scale in scales:
+            gram = (scale * vectors) @ (scale * vectors).T
+            for cosine, want in ((False, plain), (True, cosines)):
+                got = alignment_weights(gram.to(dtype).to(device), cosine=cosine)
+                tolerance = {"rtol": 0.02, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 0}
+                torch.testing.assert_close(got.double().cpu(), want, **tolerance)
+    large = torch.full((64, 64), 3e38, device=device)
+    assert alignment_weights(large)[1:].tolist() == pytest.approx([1 / 63] * 63)
+    assert alignment_weights(torch.full((64, 64), 6e4, dtype=torch.float16, device=device)).isfinite().all()
+    mixed = torch.tensor([[1.0, 3e38, 1e-38, 3e38]] * 4, device=device)
+    assert alignment_weights(mixed).tolist() == [1, 0.5, 0, 0.5]
+
+
+def test_cosine_is_free_of_scales(device):
+    vectors = torch.tensor([[1.0, 2, 3], [2, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    want = alignment_weights(vectors @ vectors.T, cosine=True).float()
+    for scales in ((1e18, 1e-18, 1), (1e-18, 1e18, 1e18), (1e-18, 1e-18, 1e18), (1e-19, 4e18, 4e18)):
+        scaled = vectors * torch.tensor(scales, dtype=torch.float64)[:, None]
+        gram = (scaled @ scaled.T).float().to(device)
+        torch.testing.assert_close(alignment_weights(gram, cosine=True).cpu(), want)
 
 
 def test_alignment_weights_can_be_differentiated():
