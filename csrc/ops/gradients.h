@@ -1,4 +1,5 @@
-// gramian, weighted_sum and GradientPlan: their checks, copies of gradients that are not dense, calls of kernels.
+// gramian, weighted_sum and GradientPlan: their checks, copies of gradients that are not dense or differ in layout,
+// calls of kernels.
 #pragma once
 
 #include <algorithm>
@@ -83,11 +84,17 @@ struct Lists {
   }
 };
 
+template <class Name>
+void check_strided(const char* op, const Tensor& t, Name name) {
+  TORCH_CHECK_VALUE(!t.is_nested(), op, ": ", name(), " must be dense, got a nested tensor; call .to_padded_tensor(0)");
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name(), " must be dense, got ", python(t.layout()),
+                    "; call .to_dense()");
+}
+
 // Checks a tensor by itself. This runs for every tensor, so `name` is called for an error only.
 template <class Name>
 void admit(const char* op, const Tensor& t, const Tensor& like, Name name) {
-  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name(), " must be dense, got ", python(t.layout()),
-                    "; call .to_dense()");
+  check_strided(op, t, name);
   TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name(), " must be float16, bfloat16, float32 or float64, got ",
                    python(t.scalar_type()));
   TORCH_CHECK_VALUE(!t.requires_grad() || !at::GradMode::is_enabled(), op, ": ", name(),
@@ -111,23 +118,26 @@ void check_like(const char* op, const std::string& name, const Tensor& t, at::Sc
                     " as ", other, " has, got ", python(t.sym_sizes()));
 }
 
-// Checks the K gradients of a parameter, and copies those that are not dense to the layout of those that are.
-void align(Lists& g, int64_t p, bool may_copy) {
-  int64_t first = -1, first_dense = -1;
+// Checks the K gradients of a parameter, and copies those that are not dense or have another layout than the first
+// dense one. `preferred` is a layout that comes first if a gradient has it.
+void align(Lists& g, int64_t p, bool may_copy, const Tensor* preferred) {
+  const auto is_preferred = [&](const Tensor& t) {
+    return preferred && preferred->layout() == at::kStrided && Layout(t, false) == Layout(*preferred, false);
+  };
+  int64_t first = -1, chosen = -1;
   for (int64_t i = 0; i < g.k; ++i) {
     const Tensor& t = g.at(i, p);
     if (!t.defined()) continue;
     if (first < 0) first = i;
     check_like(g.op, g.name(i, p), t, g.at(first, p).scalar_type(), g.at(first, p).sizes(), g.name(first, p));
     if (!dense(t, false)) continue;
-    if (first_dense < 0) first_dense = i;
-    check_layout(g.op, g.name(i, p), {t, false}, {g.at(first_dense, p), false}, g.name(first_dense, p));
+    if (chosen < 0 || (is_preferred(t) && !is_preferred(g.at(chosen, p)))) chosen = i;
+    if (!may_copy) check_layout(g.op, g.name(i, p), {t, false}, {g.at(chosen, p), false}, g.name(chosen, p));
   }
-  const Tensor like =
-      first_dense < 0 ? at::empty_like(g.at(first, p), at::MemoryFormat::Contiguous) : g.at(first_dense, p);
+  const Tensor like = chosen < 0 ? at::empty_like(g.at(first, p), at::MemoryFormat::Contiguous) : g.at(chosen, p);
   for (int64_t i = 0; i < g.k; ++i) {
     Tensor& t = g.at(i, p);
-    if (!t.defined() || dense(t, false)) continue;
+    if (!t.defined() || (dense(t, false) && Layout(t, false) == Layout(like, false))) continue;
     TORCH_CHECK_VALUE(may_copy, g.op, ": ", g.name(i, p), " must be dense, got shape ", python(t.sym_sizes()),
                       " with strides ", python(t.sym_strides()), t.is_neg() ? " and a pending negation" : "",
                       "; call .clone() and keep that");
@@ -136,7 +146,9 @@ void align(Lists& g, int64_t p, bool may_copy) {
 }
 
 // Checks gradients; afterwards those of a parameter are dense and have one layout. k: how many lists; none: stacked.
-Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k, bool may_copy) {
+// preferred: see `align`; one per parameter.
+Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k, bool may_copy,
+            at::TensorList preferred = {}) {
   Lists g{op, !k, k.value_or(0), 0, {}, {}, at::kFloat};
   g.tensors.reserve(grads.size());
   for (size_t n = 0; n < grads.size(); ++n) {
@@ -177,7 +189,7 @@ Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k,
     }
     if (alike) continue;
     if (!g.stacked) {
-      align(g, p, may_copy);
+      align(g, p, may_copy, p < static_cast<int64_t>(preferred.size()) ? &preferred[p] : nullptr);
       continue;
     }
     Tensor& t = g.at(0, p);
@@ -218,6 +230,23 @@ void check_out(const Lists& g, const std::vector<Tensor>& out) {
     check_like(g.op, name(), t, want.scalar_type(), want.sizes(), other);
     check_layout(g.op, name(), {t, false}, {want, false}, other);
   }
+}
+
+// The same, laid out as the parameters are.
+std::vector<Tensor> allocate_like(const Lists& g, const std::vector<Tensor>& like) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(like.size()) == g.params, g.op, ": like must have length ", g.params,
+                    ", one per parameter, got ", like.size());
+  std::vector<Tensor> out(g.params);
+  for (int64_t p = 0; p < g.params; ++p) {
+    const Tensor t = single(g, p);
+    if (!t.defined()) continue;
+    const auto name = [&] { return "like[" + std::to_string(p) + "]"; };
+    check_strided(g.op, like[p], name);
+    TORCH_CHECK_VALUE(like[p].sizes() == t.sizes(), g.op, ": ", name(), " must have shape ", python(t.sym_sizes()),
+                      " as parameter ", p, "'s gradient has, got ", python(like[p].sym_sizes()));
+    out[p] = at::empty_like(like[p], t.options());
+  }
+  return out;
 }
 
 // Checks the weights, and returns them as kernels take them.
@@ -369,19 +398,28 @@ Tensor gramian(const MaybeTensors& grads, std::optional<int64_t> k, bool wide) {
   return compute_gramian(g, plan_for(g, nullptr).get(), wide);
 }
 
-// One tensor per parameter; where it has no gradient, one without elements.
-std::vector<Tensor> weighted_sum(const MaybeTensors& grads, std::optional<int64_t> k, const Tensor& weights) {
-  const Lists g = parse("weighted_sum", grads, k, true);
+// One tensor per parameter; where it has no gradient, one without elements. like: the parameters, or none.
+std::vector<Tensor> weighted_sum(const MaybeTensors& grads, std::optional<int64_t> k, const Tensor& weights,
+                                 const std::optional<std::vector<Tensor>>& like) {
+  const Lists g = parse("weighted_sum", grads, k, true, like ? at::TensorList(*like) : at::TensorList());
   const Tensor factors = check_weights(g, weights);
-  std::vector<Tensor> out = allocate(g);
-  compute_weighted_sum(g, plan_for(g, &out).get(), factors, out);
-  for (auto& t : out)
-    if (!t.defined()) t = at::empty({0}, g.any.options());
+  std::vector<Tensor> out = like ? allocate_like(g, *like) : allocate(g);
+  std::vector<Tensor> sums = out;  // in the layout of the gradients
+  for (int64_t p = 0; like && p < g.params; ++p)
+    if (const Tensor t = single(g, p); t.defined() && !(Layout(t, false) == Layout(out[p], false)))
+      sums[p] = at::empty_like(t);
+  compute_weighted_sum(g, plan_for(g, &sums).get(), factors, sums);
+  for (int64_t p = 0; p < g.params; ++p) {
+    if (!out[p].defined())
+      out[p] = at::empty({0}, g.any.options());
+    else if (!out[p].is_same(sums[p]))
+      out[p].copy_(sums[p]);
+  }
   return out;
 }
 
 void weighted_sum_out(at::TensorList out, const MaybeTensors& grads, std::optional<int64_t> k, const Tensor& weights) {
-  const Lists g = parse("weighted_sum", grads, k, true);
+  const Lists g = parse("weighted_sum", grads, k, true, out);
   const Tensor factors = check_weights(g, weights);
   const std::vector<Tensor> to = out.vec();
   check_out(g, to);
