@@ -21,11 +21,24 @@ TORCH_LIBRARY_IMPL(udi_kernels, CompositeImplicitAutograd, m) {
   m.impl("certainty_fusion", certainty_fusion);
 }
 
-TORCH_LIBRARY_IMPL(udi_kernels, CompositeExplicitAutograd, m) {
-  m.impl("effective_dims", effective_dims);
+void gradients(torch::Library& m) {
   m.impl("gramian", gramian);
   m.impl("weighted_sum", weighted_sum);
   m.impl("weighted_sum_out", weighted_sum_out);
+}
+
+TORCH_LIBRARY_IMPL(udi_kernels, CompositeExplicitAutograd, m) {
+  m.impl("effective_dims", effective_dims);
+  gradients(m);
+}
+
+// They refuse nested tensors in words.
+TORCH_LIBRARY_IMPL(udi_kernels, CompositeImplicitAutogradNestedTensor, m) { gradients(m); }
+
+// The ops on gradients record nothing, even where `like` requires a gradient.
+TORCH_LIBRARY_IMPL(udi_kernels, Autograd, m) {
+  for (const char* name : {"gramian", "weighted_sum", "weighted_sum_out"})
+    m.impl(name, torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_FRAGMENT(udi_kernels, m) {

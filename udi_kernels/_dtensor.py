@@ -41,7 +41,12 @@ def gramian(compute: Callable, tensors: Sequence[Tensor | None], k: int | None) 
 
 
 def weighted_sum(
-    compute: Callable, tensors: Sequence[Tensor | None], k: int | None, weights: Tensor, out: list[Any] | None
+    compute: Callable,
+    tensors: Sequence[Tensor | None],
+    k: int | None,
+    weights: Tensor,
+    out: list[Any] | None,
+    parameters: list[Any] | None,
 ) -> list[Any]:
     """Shard by shard, without communication; the sums have the gradients' placements."""
     _, likes = _checked("weighted_sum", tensors, k)
@@ -53,11 +58,17 @@ def weighted_sum(
             _check_placed("weighted_sum", f"out[{p}]", t, t if like is None else like, f"parameter {p}'s gradient")
         compute(shards, k, weights, [_local(t) for t in out])
         return out
+    if parameters is not None:
+        for p, (t, like) in enumerate(zip(parameters, likes, strict=False)):
+            _check_placed("weighted_sum", f"like[{p}]", t, t if like is None else like, f"parameter {p}'s gradient")
+    laid_out = None if parameters is None else [_local(t.detach()) for t in parameters]
     return [
-        DTensor.from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+        DTensor.from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=strided.stride())
         if isinstance(like, DTensor)
         else t
-        for t, like in zip(compute(shards, k, weights, None), likes, strict=True)
+        for t, like, strided in zip(
+            compute(shards, k, weights, None, laid_out), likes, parameters or likes, strict=True
+        )
     ]
 
 

@@ -1,11 +1,14 @@
 """Inner products and weighted sums of gradients, each a list of one tensor per parameter, without concatenation."""
 
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from numbers import Integral
+from operator import itemgetter
 from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,8 +26,8 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
 
     Args:
         grads: K sequences of P tensors or None (a zero gradient), the same P parameters in each. float16, bfloat16,
-            float32 or float64, on one device. A parameter's gradients share shape, dtype and memory layout; those that
-            are not dense are copied first. Parameters may differ.
+            float32 or float64, on one device. A parameter's gradients share shape and dtype; those that are not dense,
+            or have another memory layout than the first dense one, are copied first. Parameters may differ.
         stacked: grads is one sequence of P tensors or None instead, each of shape ``(K, *shape)``: the K gradients of a
             parameter.
 
@@ -32,6 +35,11 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
         (K, K), symmetric, float32 (float64 if a gradient is); accumulated in float64. Repeated calls give the same
         bits: on a CPU the order of summation depends on the shapes only, on a GPU also on the alignment of the
         addresses and on the GPU model. Not differentiable.
+
+    An entry that its dtype cannot hold is 0 or infinite. On a CPU the products behind it are not limited: those that
+    float32 cannot hold are made in float64. On a GPU all products of narrower gradients are made in float32: elements
+    above 1e16 can give infinity or NaN, and those below 1e-16 count as less than they are. Scale such gradients, or
+    pass them in float64.
 
     DTensors give the Gram matrix of the whole gradients, on every rank: each rank multiplies its own shards, and one
     all-reduce, in float64, adds up. Other tensor subclasses are supported through dispatch.
@@ -58,33 +66,49 @@ def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) ->
 
     Returns:
         (K,), dtype and device of ``gram``; does not synchronise.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit.
     """
     if not isinstance(gram, Tensor):
         not_a_tensor("alignment_weights", "gram", gram)
-    _check_tensor("alignment_weights", "gram", gram.detach(), gram)
+    _check_tensor("alignment_weights", "gram", gram.detach() if gram.requires_grad else gram, gram)
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"alignment_weights: gram must have shape (K, K), got {tuple(gram.shape)}")
-    if not 0 <= anchor < len(gram):
-        raise ValueError(f"alignment_weights: anchor must lie in [0, {len(gram)}), got {anchor}")
-    row = gram[anchor]
+    k = len(gram)
+    if isinstance(anchor, bool) or not isinstance(anchor, Integral):
+        raise TypeError(f"alignment_weights: anchor must be an int, got {type(anchor).__name__}")
+    if not 0 <= anchor < k:
+        raise ValueError(f"alignment_weights: anchor must lie in [0, {k}), got {anchor}")
+    row = gram.select(0, int(anchor))
     if cosine:
         norm = gram.diagonal().sqrt()
-        row = torch.where((norm > 0) & (norm[anchor] > 0), row / norm / norm[anchor], 0)
-    others = torch.arange(len(gram), device=gram.device) != anchor
-    gain = torch.where(others, row.relu(), 0)
+        own = norm.select(0, int(anchor))
+        row = torch.where((norm > 0) & (own > 0), row / norm / own, 0)
+    is_anchor = torch.arange(k, device=gram.device) == anchor
+    # Scaled by a power of two, which changes no digit, so that the sum of K - 1 gains does not overflow.
+    gain = (row.relu() * 0.5 ** (k - 2).bit_length()).masked_fill(is_anchor, 0)
     total = gain.sum()
-    return torch.where(others, gain / torch.where(total == 0, 1, total), 1)
+    return (gain / total.masked_fill(total == 0, 1)).masked_fill(is_anchor, 1)
 
 
 def weighted_sum(
-    grads: Gradients, weights: Tensor, *, out: Sequence[Tensor] | None = None, stacked: bool = False
+    grads: Gradients,
+    weights: Tensor,
+    *,
+    out: Sequence[Tensor] | None = None,
+    like: Iterable[Tensor] | None = None,
+    stacked: bool = False,
 ) -> list[Tensor | None]:
     r"""``sum_k weights[k] * grads[k][p]`` for every parameter p, in one pass over the gradients.
 
     Args:
         grads, stacked: as for :func:`gramian`.
         weights: (K,) tensor on the gradients' device.
-        out: P tensors to write to, in the layout of the gradients; may be one of the lists itself.
+        out: P tensors to write to, each in the memory layout of a dense gradient of its parameter. Each may be one of
+            its parameter's gradients; no other memory that is read or written may overlap it.
+        like: the P parameters, instead of ``out``: the sums get their memory layouts. Pass it if ``.grad`` is set for
+            a fused optimizer (``fused=True``), which reads a gradient's memory in the order of the parameter's.
 
     Returns:
         list of P tensors in the gradients' dtype (``out`` if given); None where all K gradients are None and no
@@ -96,10 +120,13 @@ def weighted_sum(
     tensors, k, plain = _flatten("weighted_sum", grads, stacked)
     if not isinstance(weights, Tensor):
         not_a_tensor("weighted_sum", "weights", weights)
+    if not (out is None or like is None):
+        raise ValueError("weighted_sum: like must be None if out is given, whose layouts the sums have")
     written = None if out is None else _output_list("weighted_sum", out)
+    parameters = None if like is None else _tensor_list("weighted_sum", "like", like)
     if not plain and (dtensor := _dtensor(tensors)):
-        return dtensor.weighted_sum(_weighted_sum, tensors, k, weights, written)
-    return _weighted_sum(tensors, k, weights, written)
+        return dtensor.weighted_sum(_weighted_sum, tensors, k, weights, written, parameters)
+    return _weighted_sum(tensors, k, weights, written, parameters)
 
 
 class GradientPlan:
@@ -132,12 +159,18 @@ class GradientPlan:
         self._plan = plan(self._tensors, k, self.out)
         self._gramian, self._weighted_sum = self._plan.gramian, self._plan.weighted_sum  # 2 us to look up
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "GradientPlan: a plan holds addresses of its buffers and cannot be copied or pickled; "
+            "make a new plan of the copied gradients"
+        )
+
     def gramian(self) -> Tensor:
         """(K, K), a new tensor; see :func:`gramian`."""
         return self._gramian()
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
-        """Writes ``out`` and returns it, the same list at each call; see :func:`weighted_sum`."""
+        """Writes ``out`` in place and returns it, the same list at each call; see :func:`weighted_sum`."""
         if not isinstance(weights, Tensor):
             not_a_tensor("GradientPlan", "weights", weights)
         if self.out is None:
@@ -153,12 +186,15 @@ def _gramian(tensors: list[Tensor | None], k: int | None, wide: bool = False) ->
 
 
 def _weighted_sum(
-    tensors: list[Tensor | None], k: int | None, weights: Tensor, out: list[Any] | None
+    tensors: list[Tensor | None], k: int | None, weights: Tensor, out: list[Any] | None, like: list[Any] | None = None
 ) -> list[Tensor | None]:
     if not _served(tensors):
-        return _ReferencePlan("weighted_sum", tensors, k, out).weighted_sum(weights)
+        plan = _ReferencePlan("weighted_sum", tensors, k, out)
+        if like is not None:
+            plan.out = _allocate_like("weighted_sum", like, plan.grads)
+        return plan.weighted_sum(weights)
     if out is None:
-        return _with_none(ops.weighted_sum.default(tensors, k, weights), tensors)
+        return _with_none(ops.weighted_sum.default(tensors, k, weights, like), tensors)
     ops.weighted_sum_out.default(out, tensors, k, weights)
     return out
 
@@ -183,10 +219,12 @@ def _flatten(op: str, grads: Gradients, stacked: bool) -> tuple[list[Tensor | No
                 raise ValueError(f"{op}: grads[{i}] must have length {len(rows[0])} as grads[0] has, got {len(row)}")
         tensors, k = list(chain.from_iterable(rows)), len(rows)
     plain = {*map(type, tensors)} <= {Tensor, torch.nn.Parameter, NoneType}
-    if not plain:
+    if not plain:  # which jagged tensors are not either
         for name, t in zip(_names(len(tensors), k), tensors, strict=True):
             if not (t is None or isinstance(t, Tensor)):
                 raise TypeError(f"{op}: {name} must be a tensor or None, got {type(t).__name__}")
+            if t is not None and t.is_nested:
+                raise ValueError(f"{op}: {name} must be dense, got a nested tensor; call .to_padded_tensor(0)")
     if all(t is None for t in tensors):
         raise ValueError(f"{op}: grads must hold at least one tensor, got none")
     return tensors, k, plain
@@ -209,15 +247,21 @@ def _row(op: str, i: int, row: object) -> Sequence[Tensor | None]:
     return list(row)
 
 
-def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
-    if isinstance(out, Tensor) or not isinstance(out, Iterable):
-        raise TypeError(f"{op}: out must be a sequence of tensors, got {type(out).__name__}")
-    for p, t in enumerate(out := list(out)):
+def _tensor_list(op: str, name: str, value: Iterable[Tensor]) -> list[Any]:
+    if isinstance(value, Tensor) or not isinstance(value, Iterable):
+        raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(value).__name__}")
+    for p, t in enumerate(tensors := list(value)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: out[{p}] must be a tensor, got {'None' if t is None else type(t).__name__}")
+            raise TypeError(f"{op}: {name}[{p}] must be a tensor, got {'None' if t is None else type(t).__name__}")
+    return tensors
+
+
+def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
+    tensors = _tensor_list(op, "out", out)
+    for p, t in enumerate(tensors):
         if not is_compiling() and t.is_neg():
             raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
-    return out
+    return tensors
 
 
 def _dtensor(tensors: list[Tensor | None]) -> Any:
@@ -265,7 +309,14 @@ class _Lists:
     sum_dtype: torch.dtype
 
 
-def _checked(op: str, tensors: Sequence[Tensor | None], k: int | None, may_copy: bool = True) -> _Lists:
+def _checked(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    k: int | None,
+    may_copy: bool = True,
+    preferred: Sequence[Tensor] | None = None,
+) -> _Lists:
+    """preferred: a tensor for each parameter, whose layout results have if a dense gradient has it."""
     first = next(t for t in tensors if t is not None)
     for name, t in zip(_names(len(tensors), k), tensors, strict=True):
         if t is None:
@@ -286,17 +337,20 @@ def _checked(op: str, tensors: Sequence[Tensor | None], k: int | None, may_copy:
         if not present:
             like.append(None)
             continue
-        best = next(filter(_dense, present.values()), None)
-        best = next(iter(present.values())).contiguous() if best is None else best
+        dense = list(filter(_dense, present.values())) or [next(iter(present.values())).contiguous()]
+        if preferred is not None and p < len(preferred):
+            dense.sort(key=lambda t: _strides(t) != _strides(preferred[p]))
         for name, t in present.items():
-            _check_alike(op, name, t, best, strides=_dense(t))
-        like.append(best)
+            _check_alike(op, name, t, dense[0], strides=not may_copy)
+        like.append(dense[0])
     return _Lists(lists, like, reference.accumulation_dtype(*(t.dtype for t in tensors if t is not None)))
 
 
 def _check_tensor(op: str, name: str, t: Tensor, other: Tensor) -> None:
     if t.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be of a floating-point dtype, got {t.dtype}")
+    if t.is_nested:
+        raise ValueError(f"{op}: {name} must be dense, got a nested tensor")
     if t.layout != torch.strided or t.device != other.device:
         raise ValueError(f"{op}: {name} must be dense and on {other.device}, got {t.layout} on {t.device}")
     if t.requires_grad and torch.is_grad_enabled():
@@ -339,13 +393,50 @@ def _check_out(op: str, out: Sequence[Tensor], g: _Lists) -> None:
         _check_alike(op, f"out[{p}]", t, t.contiguous() if like is None else like)
 
 
+def _check_overlap(op: str, out: Sequence[Tensor], g: _Lists) -> None:
+    """No output shares memory with another output, or with a gradient that it is not itself."""
+    plain = all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in out)
+    if is_compiling() or not plain or any(t.device.type not in ("cpu", "cuda") for t in out):
+        return
+    written = sorted((*_memory(t), p) for p, t in enumerate(out) if t.numel())
+    for (_, end, q), (begin, _, p) in pairwise(written):
+        if begin < end:
+            raise ValueError(f"{op}: out[{p}] must not overlap out[{q}]; call .clone() on one of them")
+    for i, row in enumerate(g.lists):
+        for p, t in enumerate(row):
+            if t is None or not t.numel() or not _dense(t) or _strides(t) != _strides(out[p]):  # csrc copies those
+                continue
+            begin, end = _memory(t)
+            n = bisect_right(written, begin, key=itemgetter(1))  # the first output that ends beyond
+            if n < len(written) and written[n][0] < end and written[n] != (begin, end, p):
+                raise ValueError(f"{op}: out[{written[n][2]}] must not overlap grads[{i}][{p}]; call .clone() on one")
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t.data_ptr() + t.nbytes
+
+
+def _allocate_like(op: str, like: Sequence[Tensor], g: _Lists) -> list[Tensor | None]:
+    """A tensor in the layout of each parameter that has a gradient."""
+    if len(like) != len(g.like):
+        raise ValueError(f"{op}: like must have length {len(g.like)}, got {len(like)}")
+    out: list[Tensor | None] = []
+    for p, (t, grad) in enumerate(zip(like, g.like, strict=True)):
+        if grad is not None and (t.layout != torch.strided or t.is_nested or t.shape != grad.shape):
+            got = "a nested tensor" if t.is_nested else f"{t.layout}, {tuple(t.shape)}"
+            raise ValueError(f"{op}: like[{p}] must be dense, of shape {tuple(grad.shape)}, got {got}")
+        out.append(None if grad is None else torch.empty_like(t, dtype=grad.dtype, device=grad.device))
+    return out
+
+
 class _ReferencePlan:
     """What csrc's GradientPlan does, in plain torch."""
 
     def __init__(self, op: str, tensors: list, k: int | None, out: list | None, may_copy: bool = True) -> None:
-        self.op, self.grads = op, _checked(op, tensors, k, may_copy)
+        self.op, self.grads = op, _checked(op, tensors, k, may_copy, out)
         if out is not None:
             _check_out(op, out, self.grads)
+            _check_overlap(op, out, self.grads)
         self.out = out
 
     @classmethod
@@ -373,7 +464,7 @@ class _ReferencePlan:
 # wide: a float64 result in any case. Where a parameter has no gradient, its sum is a tensor without elements.
 LIBRARY.define("gramian(Tensor?[] grads, int? k, bool wide) -> Tensor")
 LIBRARY.define("gramian_reference(Tensor?[] grads, int? k, bool wide) -> Tensor")
-LIBRARY.define("weighted_sum(Tensor?[] grads, int? k, Tensor weights) -> Tensor[]")
+LIBRARY.define("weighted_sum(Tensor?[] grads, int? k, Tensor weights, Tensor[]? like=None) -> Tensor[]")
 LIBRARY.define("weighted_sum_reference(Tensor?[] grads, int? k, Tensor weights) -> Tensor[]")
 LIBRARY.define("weighted_sum_out(Tensor(a!)[] out, Tensor?[] grads, int? k, Tensor weights) -> ()")
 
@@ -386,15 +477,16 @@ def _(grads, k, wide):
 
 
 @register_fake("udi_kernels::weighted_sum", lib=LIBRARY)
-def _(grads, k, weights):
+def _(grads, k, weights, like=None):
     g = _checked("weighted_sum", grads, k)
     _check_weights("weighted_sum", weights, g)
-    return [weights.new_empty(0) if t is None else torch.empty_like(t) for t in g.like]
+    out = g.like if like is None else _allocate_like("weighted_sum", like, g)
+    return [weights.new_empty(0) if t is None else torch.empty_like(t) for t in out]
 
 
 @register_fake("udi_kernels::weighted_sum_out", lib=LIBRARY)
 def _(out, grads, k, weights):
-    g = _checked("weighted_sum", grads, k)
+    g = _checked("weighted_sum", grads, k, preferred=out)
     _check_weights("weighted_sum", weights, g)
     _check_out("weighted_sum", out, g)
 

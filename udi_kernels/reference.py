@@ -180,7 +180,7 @@ def gramian(grads: Lists, dtype: torch.dtype | None = None) -> Tensor:
     for column in zip(*grads, strict=True):  # the K gradients of one parameter
         like = next((g for g in column if g is not None), None)
         if like is not None:
-            rows = torch.stack([(torch.zeros_like(like) if g is None else g).flatten() for g in column]).to(dtype)
+            rows = torch.stack([(torch.zeros_like(like) if g is None else g).flatten() for g in column]).double()
             gram += rows @ rows.T
     return gram.to(dtype)
 

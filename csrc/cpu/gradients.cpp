@@ -89,41 +89,86 @@ void add_products(const S* const* rows, int64_t k, int64_t n, double* gram) {
   }
 }
 
-// n elements in the compute type: in place where possible, else in `copy`, with zeros up to a full vector. They may be
-// in another order than in memory, the same for all rows.
-template <class T>
-const compute_t<T>* widened(const T* from, int64_t n, compute_t<T>* copy) {
-  if constexpr (sizeof(T) > 2)
-    if (n % kLanes == 0) return from;
-  int64_t e = 0;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; e + 2 * kLanes <= n; e += 2 * kLanes) {  // even elements, then odd ones: one instruction each
-      Int pairs;
-      std::memcpy(&pairs, from + e, sizeof pairs);
-      store(copy + e, bits<Floats>(pairs << 16));
-      store(copy + e + kLanes, bits<Floats>(pairs >> 16 << 16));
+// n elements as S: in place where possible, else in `copy`, with zeros up to a full vector. They may be in another
+// order than in memory, the same for all rows.
+template <class S, class T>
+const S* widened(const T* from, int64_t n, S* copy) {
+  if constexpr (!std::is_same_v<S, compute_t<T>>) {
+    for (int64_t e = 0; e < n; ++e) copy[e] = static_cast<float>(from[e]);
+    std::fill(copy + n, copy + (n + kLanes - 1) / kLanes * kLanes, 0);
+  } else {
+    if constexpr (sizeof(T) > 2)
+      if (n % kLanes == 0) return from;
+    int64_t e = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      for (; e + 2 * kLanes <= n; e += 2 * kLanes) {  // even elements, then odd ones: one instruction each
+        Int pairs;
+        std::memcpy(&pairs, from + e, sizeof pairs);
+        store(copy + e, bits<Floats>(pairs << 16));
+        store(copy + e + kLanes, bits<Floats>(pairs >> 16 << 16));
+      }
     }
+    for (; e + kLanes <= n; e += kLanes) store(copy + e, load(from + e));
+    if (e < n) store(copy + e, load(from + e, n - e, 0));
   }
-  for (; e + kLanes <= n; e += kLanes) store(copy + e, load(from + e));
-  if (e < n) store(copy + e, load(from + e, n - e, 0));
   return copy;
 }
 
-// gram += products of elements [begin, end) of a parameter's gradients.
-template <class T>
-void add_chunk(const void* const* data, int64_t k, int64_t begin, int64_t end, double* gram) {
-  using S = compute_t<T>;
+// gram += products of n <= kBlock elements from `begin` on, multiplied as S.
+template <class S, class T>
+void add_block(const void* const* data, int64_t k, int64_t begin, int64_t n, double* gram) {
   constexpr int64_t kStride = kBlock + kLanes;  // rows a power of two apart compete for the same cache lines
   static constexpr S zeros[kBlock] = {};
   thread_local std::vector<const S*> rows;
   thread_local std::vector<S> copies;
   rows.resize(k);
   copies.resize(k * kStride);
+  for (int64_t i = 0; i < k; ++i)
+    rows[i] = data[i] ? widened(static_cast<const T*>(data[i]) + begin, n, &copies[i * kStride]) : zeros;
+  add_products(rows.data(), k, (n + kLanes - 1) / kLanes * kLanes, gram);
+}
+
+template <class T>
+bool is_zero(const T* from, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  Bits any = 0;
+  for (int64_t e = 0; e < n; ++e) {
+    Bits bits;
+    std::memcpy(&bits, from + e, sizeof bits);
+    any |= static_cast<Bits>(bits << 1);  // without the sign
+  }
+  return !any;
+}
+
+// Whether float could hold the products that gave `gram`: every sum of squares is finite, which bounds all other sums,
+// and large beside what may have underflowed, or its gradient is 0.
+template <class T>
+bool in_range(const void* const* data, int64_t k, int64_t begin, int64_t n, const double* gram) {
+  for (int64_t i = 0; i < k; ++i) {
+    const double squares = gram[i * k + i];
+    if (squares >= 0x1p-80 && squares < 0x1p126) continue;
+    if (data[i] && !(squares < 1 && is_zero(static_cast<const T*>(data[i]) + begin, n))) return false;
+  }
+  return true;
+}
+
+// gram += products of elements [begin, end) of a parameter's gradients: in the compute type, and in double for blocks
+// whose products float cannot hold. sums: room for another (k, k).
+template <class T>
+void add_chunk(const void* const* data, int64_t k, int64_t begin, int64_t end, double* gram, double* sums) {
   for (; begin < end; begin += kBlock) {
     const int64_t n = std::min(kBlock, end - begin);
-    for (int64_t i = 0; i < k; ++i)
-      rows[i] = data[i] ? widened(static_cast<const T*>(data[i]) + begin, n, &copies[i * kStride]) : zeros;
-    add_products(rows.data(), k, (n + kLanes - 1) / kLanes * kLanes, gram);
+    if constexpr (std::is_same_v<T, double>) {
+      add_block<double, T>(data, k, begin, n, gram);
+    } else {
+      std::fill_n(sums, k * k, 0.);
+      add_block<float, T>(data, k, begin, n, sums);
+      if (!in_range<T>(data, k, begin, n, sums)) {
+        std::fill_n(sums, k * k, 0.);
+        add_block<double, T>(data, k, begin, n, sums);
+      }
+      for (int64_t pair = 0; pair < k * k; ++pair) gram[pair] += sums[pair];
+    }
   }
 }
 
@@ -197,12 +242,13 @@ class CPUPlan final : public Plan, Gradients {
 
   void gramian(double* scratch, void* gram, bool wide) const override {
     torch::stable::parallel_for(0, slots_, grain(slots_), [&](int64_t begin, int64_t end) {
+      std::vector<double> block(k * k);
       for (int64_t slot = begin; slot < end; ++slot) {
         double* sums = scratch + slot * k * k;
         std::fill_n(sums, k * k, 0.);
         const int64_t first = slot * chunks() / slots_, last = (slot + 1) * chunks() / slots_;
         for_chunks(first, last, [&](auto& p, auto data, auto from, auto to) {
-          dispatch(p.dtype, [&](auto type) { add_chunk<decltype(type)>(data, k, from, to, sums); });
+          dispatch(p.dtype, [&](auto type) { add_chunk<decltype(type)>(data, k, from, to, sums, block.data()); });
         });
       }
     });

@@ -51,6 +51,8 @@ std::string python(at::Layout layout) {
       return "torch.sparse_coo";
     case at::kSparseCsr:
       return "torch.sparse_csr";
+    case at::kSparseCsc:
+      return "torch.sparse_csc";
     case at::kMkldnn:
       return "torch._mkldnn";
     default:

@@ -1,4 +1,5 @@
-// gramian, weighted_sum and GradientPlan: their checks, copies of gradients that are not dense, calls of kernels.
+// gramian, weighted_sum and GradientPlan: their checks, copies of gradients that are not dense or differ in layout,
+// calls of kernels.
 #pragma once
 
 #include <algorithm>
@@ -83,11 +84,17 @@ struct Lists {
   }
 };
 
+template <class Name>
+void check_strided(const char* op, const Tensor& t, Name name) {
+  TORCH_CHECK_VALUE(!t.is_nested(), op, ": ", name(), " must be dense, got a nested tensor; call .to_padded_tensor(0)");
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name(), " must be dense, got ", python(t.layout()),
+                    "; call .to_dense()");
+}
+
 // Checks a tensor by itself. This runs for every tensor, so `name` is called for an error only.
 template <class Name>
 void admit(const char* op, const Tensor& t, const Tensor& like, Name name) {
-  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name(), " must be dense, got ", python(t.layout()),
-                    "; call .to_dense()");
+  check_strided(op, t, name);
   TORCH_CHECK_TYPE(floating(t.scalar_type()), op, ": ", name(), " must be float16, bfloat16, float32 or float64, got ",
                    python(t.scalar_type()));
   TORCH_CHECK_VALUE(!t.requires_grad() || !at::GradMode::is_enabled(), op, ": ", name(),
@@ -111,23 +118,26 @@ void check_like(const char* op, const std::string& name, const Tensor& t, at::Sc
                     " as ", other, " has, got ", python(t.sym_sizes()));
 }
 
-// Checks the K gradients of a parameter, and copies those that are not dense to the layout of those that are.
-void align(Lists& g, int64_t p, bool may_copy) {
-  int64_t first = -1, first_dense = -1;
+// Checks the K gradients of a parameter, and copies those that are not dense or have another layout than the first
+// dense one. `preferred` is a layout that comes first if a gradient has it.
+void align(Lists& g, int64_t p, bool may_copy, const Tensor* preferred) {
+  const auto is_preferred = [&](const Tensor& t) {
+    return preferred && preferred->layout() == at::kStrided && Layout(t, false) == Layout(*preferred, false);
+  };
+  int64_t first = -1, chosen = -1;
   for (int64_t i = 0; i < g.k; ++i) {
     const Tensor& t = g.at(i, p);
     if (!t.defined()) continue;
     if (first < 0) first = i;
     check_like(g.op, g.name(i, p), t, g.at(first, p).scalar_type(), g.at(first, p).sizes(), g.name(first, p));
     if (!dense(t, false)) continue;
-    if (first_dense < 0) first_dense = i;
-    check_layout(g.op, g.name(i, p), {t, false}, {g.at(first_dense, p), false}, g.name(first_dense, p));
+    if (chosen < 0 || (is_preferred(t) && !is_preferred(g.at(chosen, p)))) chosen = i;
+    if (!may_copy) check_layout(g.op, g.name(i, p), {t, false}, {g.at(chosen, p), false}, g.name(chosen, p));
   }
-  const Tensor like =
-      first_dense < 0 ? at::empty_like(g.at(first, p), at::MemoryFormat::Contiguous) : g.at(first_dense, p);
+  const Tensor like = chosen < 0 ? at::empty_like(g.at(first, p), at::MemoryFormat::Contiguous) : g.at(chosen, p);
   for (int64_t i = 0; i < g.k; ++i) {
     Tensor& t = g.at(i, p);
-    if (!t.defined() || dense(t, false)) continue;
+    if (!t.defined() || (dense(t, false) && Layout(t, false) == Layout(like, false))) continue;
     TORCH_CHECK_VALUE(may_copy, g.op, ": ", g.name(i, p), " must be dense, got shape ", python(t.sym_sizes()),
                       " with strides ", python(t.sym_strides()), t.is_neg() ? " and a pending negation" : "",
                       "; call .clone() and keep that");
@@ -136,7 +146,9 @@ void align(Lists& g, int64_t p, bool may_copy) {
 }
 
 // Checks gradients; afterwards those of a parameter are dense and have one layout. k: how many lists; none: stacked.
-Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k, bool may_copy) {
+// preferred: see `align`; one per parameter.
+Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k, bool may_copy,
+            at::TensorList preferred = {}) {
   Lists g{op, !k, k.value_or(0), 0, {}, {}, at::kFloat};
   g.tensors.reserve(grads.size());
   for (size_t n = 0; n < grads.size(); ++n) {
@@ -177,7 +189,7 @@ Lists parse(const char* op, const MaybeTensors& grads, std::optional<int64_t> k,
     }
     if (alike) continue;
     if (!g.stacked) {
-      align(g, p, may_copy);
+      align(g, p, may_copy, p < static_cast<int64_t>(preferred.size()) ? &preferred[p] : nullptr);
       continue;
     }
     Tensor& t = g.at(0, p);
@@ -218,6 +230,23 @@ void check_out(const Lists& g, const std::vector<Tensor>& out) {
     check_like(g.op, name(), t, want.scalar_type(), want.sizes(), other);
     check_layout(g.op, name(), {t, false}, {want, false}, other);
   }
+}
+
+// The same, laid out as the parameters are.
+std::vector<Tensor> allocate_like(const Lists& g, const std::vector<Tensor>& like) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(like.size()) == g.params, g.op, ": like must have length ", g.params,
+                    ", one per parameter, got ", like.size());
+  std::vector<Tensor> out(g.params);
+  for (int64_t p = 0; p < g.params; ++p) {
+    const Tensor t = single(g, p);
+    if (!t.defined()) continue;
+    const auto name = [&] { return "like[" + std::to_string(p) + "]"; };
+    check_strided(g.op, like[p], name);
+    TORCH_CHECK_VALUE(like[p].sizes() == t.sizes(), g.op, ": ", name(), " must have shape ", python(t.sym_sizes()),
+                      " as parameter ", p, "'s gradient has, got ", python(like[p].sym_sizes()));
+    out[p] = at::empty_like(like[p], t.options());
+  }
+  return out;
 }
 
 // Checks the weights, and returns them as kernels take them.
@@ -266,6 +295,60 @@ MaybeTensors maybe(const std::vector<Tensor>& tensors) {
   return list;
 }
 
+// Addresses.
+struct Range {
+  const char *begin, *end;
+};
+
+// From the first byte that is written to the last.
+Range span(const std::vector<Tensor>& out) {
+  Range all{reinterpret_cast<const char*>(UINTPTR_MAX), nullptr};
+  for (const Tensor& t : out) {
+    if (!t.defined() || !t.numel()) continue;
+    const auto* begin = static_cast<const char*>(t.const_data_ptr());
+    all = {std::min(all.begin, begin), std::max(all.end, begin + t.nbytes())};
+  }
+  return all;
+}
+
+// Refuses an output that shares memory with another output, or with a gradient that it is not itself: kernels would
+// read what they have written. Addresses decide, because storages may overlap too.
+void check_overlap(const Lists& g, const std::vector<Tensor>& out) {
+  if (!g.any.is_cpu() && !g.any.is_cuda()) return;  // the reference serves, which writes last
+  struct Output : Range {
+    int64_t p;
+  };
+  std::vector<Output> written;
+  written.reserve(out.size());
+  for (int64_t p = 0; p < g.params; ++p) {
+    const auto* begin = static_cast<const char*>(out[p].const_data_ptr());
+    if (out[p].numel()) written.push_back({{begin, begin + out[p].nbytes()}, p});
+  }
+  std::sort(written.begin(), written.end(), [](const Output& a, const Output& b) { return a.begin < b.begin; });
+  for (size_t n = 1; n < written.size(); ++n)
+    TORCH_CHECK_VALUE(written[n - 1].end <= written[n].begin, g.op, ": out[", written[n].p, "] must not overlap out[",
+                      written[n - 1].p, "]; call .clone() on one of them");
+  const char* const last = reinterpret_cast<const char*>(UINTPTR_MAX);
+  Range gap{last, last};  // between two outputs; most gradients lie in that of the gradient before
+  for (int64_t i = 0; i < g.k; ++i) {
+    for (int64_t p = 0; p < g.params; ++p) {
+      const Tensor& t = g.at(i, p);
+      if (!t.defined() || !t.numel()) continue;
+      const auto* begin = static_cast<const char*>(t.const_data_ptr());
+      if (g.stacked) begin += i * t.stride(0) * static_cast<int64_t>(t.element_size());
+      const char* end = begin + (g.stacked ? t.nbytes() / g.k : t.nbytes());
+      if (gap.begin <= begin && end <= gap.end) continue;
+      const auto met = std::upper_bound(written.begin(), written.end(), begin,
+                                        [](const char* begin, const Output& to) { return begin < to.end; });
+      gap = {met == written.begin() ? nullptr : (met - 1)->end, met == written.end() ? last : met->begin};
+      if (end <= gap.end) continue;
+      TORCH_CHECK_VALUE(met->p == p && met->begin == begin && met->end == end, g.op, ": out[", met->p,
+                        "] must not overlap ", g.name(i, p),
+                        ", unless it is the same gradient; call .clone() on one of them");
+    }
+  }
+}
+
 std::optional<int64_t> count(const Lists& g) { return g.stacked ? std::nullopt : std::optional(g.k); }
 
 // plan: null where the reference serves. wide: the result is float64 in any case.
@@ -293,6 +376,18 @@ void compute_weighted_sum(const Lists& g, const Plan* plan, const Tensor& weight
     if (out[p].defined()) sums[p].numel() == out[p].numel() ? out[p].copy_(sums[p]) : out[p].zero_();
 }
 
+// The weights, copied if they may lie in memory that is written: kernels read them meanwhile.
+Tensor apart(const Tensor& weights, const Range& written) {
+  const auto* begin = static_cast<const char*>(weights.const_data_ptr());
+  return begin < written.end && written.begin < begin + weights.nbytes() ? weights.clone() : weights;
+}
+
+// So that autograd refuses a backward pass through what the tensors held.
+void bump_versions(const std::vector<Tensor>& out) {
+  for (const Tensor& t : out)
+    if (t.defined()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 std::unique_ptr<const Plan> plan_for(const Lists& g, const std::vector<Tensor>* out) {
   const MakePlan make = plan_maker(g.any);
   return make ? make(addresses(g, out)) : nullptr;
@@ -303,24 +398,34 @@ Tensor gramian(const MaybeTensors& grads, std::optional<int64_t> k, bool wide) {
   return compute_gramian(g, plan_for(g, nullptr).get(), wide);
 }
 
-// One tensor per parameter; where it has no gradient, one without elements.
-std::vector<Tensor> weighted_sum(const MaybeTensors& grads, std::optional<int64_t> k, const Tensor& weights) {
-  const Lists g = parse("weighted_sum", grads, k, true);
+// One tensor per parameter; where it has no gradient, one without elements. like: the parameters, or none.
+std::vector<Tensor> weighted_sum(const MaybeTensors& grads, std::optional<int64_t> k, const Tensor& weights,
+                                 const std::optional<std::vector<Tensor>>& like) {
+  const Lists g = parse("weighted_sum", grads, k, true, like ? at::TensorList(*like) : at::TensorList());
   const Tensor factors = check_weights(g, weights);
-  std::vector<Tensor> out = allocate(g);
-  compute_weighted_sum(g, plan_for(g, &out).get(), factors, out);
-  for (auto& t : out)
-    if (!t.defined()) t = at::empty({0}, g.any.options());
+  std::vector<Tensor> out = like ? allocate_like(g, *like) : allocate(g);
+  std::vector<Tensor> sums = out;  // in the layout of the gradients
+  for (int64_t p = 0; like && p < g.params; ++p)
+    if (const Tensor t = single(g, p); t.defined() && !(Layout(t, false) == Layout(out[p], false)))
+      sums[p] = at::empty_like(t);
+  compute_weighted_sum(g, plan_for(g, &sums).get(), factors, sums);
+  for (int64_t p = 0; p < g.params; ++p) {
+    if (!out[p].defined())
+      out[p] = at::empty({0}, g.any.options());
+    else if (!out[p].is_same(sums[p]))
+      out[p].copy_(sums[p]);
+  }
   return out;
 }
 
 void weighted_sum_out(at::TensorList out, const MaybeTensors& grads, std::optional<int64_t> k, const Tensor& weights) {
-  const Lists g = parse("weighted_sum", grads, k, true);
+  const Lists g = parse("weighted_sum", grads, k, true, out);
   const Tensor factors = check_weights(g, weights);
   const std::vector<Tensor> to = out.vec();
   check_out(g, to);
-  compute_weighted_sum(g, plan_for(g, &to).get(), factors, to);
-  for (const auto& t : to) torch::autograd::impl::bump_version(t);
+  check_overlap(g, to);
+  bump_versions(to);
+  compute_weighted_sum(g, plan_for(g, &to).get(), apart(factors, span(to)), to);
 }
 
 // A caller's buffer, and its memory, dtype and layout when the plan was made.
@@ -344,6 +449,7 @@ struct GradientPlan : torch::CustomClassHolder {
       : lists_(parse("GradientPlan", grads, k, false)) {
     if (out) {
       check_out(lists_, *out);
+      check_overlap(lists_, *out);
       out_ = std::move(*out);
     }
     prepare();
@@ -366,7 +472,9 @@ struct GradientPlan : torch::CustomClassHolder {
 
   void weighted_sum(const Tensor& weights) const {
     check();
-    compute_weighted_sum(lists_, plan_.get(), check_weights(lists_, weights), out_);
+    const Tensor factors = check_weights(lists_, weights);
+    bump_versions(out_);
+    compute_weighted_sum(lists_, plan_.get(), apart(factors, written_), out_);
   }
 
  private:
@@ -374,8 +482,10 @@ struct GradientPlan : torch::CustomClassHolder {
   std::vector<Tensor> out_;
   std::vector<Buffer> buffers_;  // of the gradients that are not None, then of `out`
   std::unique_ptr<const Plan> plan_;
+  Range written_;
 
   void prepare() {
+    written_ = span(out_);
     plan_ = plan_for(lists_, out_.empty() ? nullptr : &out_);
     buffers_.clear();
     for (const auto* tensors : {&lists_.tensors, &out_})

@@ -50,6 +50,12 @@ for sums in (weighted_sum(grads, weights), weighted_sum(grads, weights, out=out)
     for s, t, g in zip(sums, want, grads[0]):
         assert s.placements == g.placements and s.shape == g.shape and torch.equal(s.full_tensor(), t)
 
+turned = [distribute_tensor(t.t().contiguous(), mesh, [p]) for t, p in zip(whole[0][:2], (Shard(1), Shard(0)))]
+like = [turned[0].t(), turned[1].t(), *grads[0][2:]]  # transposed parameters, sharded as the gradients
+for s, t, p in zip(weighted_sum(grads, weights, like=like), want, like):
+    assert s.stride() == p.stride() and s.to_local().stride() == p.to_local().stride()
+    assert torch.equal(s.full_tensor(), t)
+
 mixed = [[row[0], whole[i][1]] for i, row in enumerate(grads)]  # beside plain tensors, which all ranks have
 truth = gramian([row[:2] for row in whole])
 torch.testing.assert_close(gramian(mixed), truth)
@@ -69,6 +75,8 @@ other = [[distribute_tensor(row[0], mesh, [p])] for row, p in zip(whole, (Shard(
 refused(ValueError, "gramian: grads[1][0] must have placements (Shard(dim=0),) as grads[0][0]", lambda: gramian(other))
 part = [[DTensor.from_local(row[0], mesh, [Partial()])] for row in whole]
 refused(ValueError, "a sum that is not made yet; call .redistribute()", lambda: gramian(part))
+refused(ValueError, "weighted_sum: like[0] must have placements (Shard(dim=0),) as parameter 0's gradient",
+        lambda: weighted_sum([row[:1] for row in grads], weights, like=[whole[0][0]]))
 refused(ValueError, "must be lists where they are DTensors", lambda: gramian(grads[0][:2], stacked=True))
 
 model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
@@ -85,7 +93,8 @@ for i in range(3):
     lists.append([p.grad.clone() for p in model.parameters()])
     model.zero_grad()
 torch.testing.assert_close(gramian(lists), gramian(plain))
-for p, g in zip(model.parameters(), weighted_sum(lists, weights)):
+for p, g in zip(model.parameters(), weighted_sum(lists, weights, like=model.parameters())):
+    assert type(g) is DTensor and not g.requires_grad and g.placements == p.placements
     p.grad = g
 torch.optim.SGD(model.parameters(), lr=0.1).step()
 

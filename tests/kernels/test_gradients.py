@@ -119,6 +119,96 @@ def test_layouts(device):
     assert torch.equal(gramian([[ones], [ones.as_strided((1, 3, 1), (77, 1, 99))]]), gramian([[ones], [ones]]))
 
 
+def layouts(device):
+    """The gradients of two losses in one weight, laid out differently, and the weight, as autograd makes them."""
+    x = torch.randn(3, 6, device=device)
+    weight = torch.randn(4, 6, device=device, requires_grad=True)
+    losses = ((x @ weight.T).sin().sum(), torch.einsum("oi,bi->bo", weight, x).square().sum())
+    yield "einsum", [torch.autograd.grad(loss, [weight]) for loss in losses], weight
+    kernel = torch.randn(8, 3, 3, 3, device=device, requires_grad=True)
+    images = torch.randn(4, 3, 9, 9, device=device)
+    lists = []
+    for x in (images, images.to(memory_format=torch.channels_last)):
+        (grad,) = torch.autograd.grad(torch.nn.functional.conv2d(x, kernel).square().mean(), [kernel])
+        lists.append([grad])
+    yield "channels last", [[lists[0][0]], [lists[1][0].contiguous(memory_format=torch.channels_last)]], kernel
+    decay = torch.autograd.grad(weight.sum(), [weight])
+    yield "expanded", [[torch.randn(6, 4, device=device).t()], decay], weight
+    yield "all expanded", [decay, decay], weight
+
+
+def test_one_weight_in_two_layouts(device):
+    weights = torch.tensor([0.3, -2.0], device=device)
+    for name, grads, parameter in layouts(device):
+        plain = [[g.contiguous() for g in row] for row in grads]
+        assert name == "all expanded" or grads[0][0].stride() != grads[1][0].stride()
+        for lists, same in ((grads, plain), (grads[::-1], plain[::-1])):
+            torch.testing.assert_close(gramian(lists), gramian(same))
+            want = weighted_sum(same, weights)
+            torch.testing.assert_close(weighted_sum(lists, weights), want)
+            assert all(t.requires_grad is False for t in weighted_sum(lists, weights, like=[parameter]))
+            for layout in (parameter, parameter.detach().transpose(0, 1).contiguous().transpose(0, 1)):
+                (result,) = weighted_sum(lists, weights, like=[layout])
+                assert result.stride() == layout.stride()
+                torch.testing.assert_close([result], want)
+            for row in lists:  # out may have the layout of any dense gradient
+                if row[0].numel() == row[0].untyped_storage().nbytes() // row[0].element_size():
+                    out = [torch.empty_like(row[0])]
+                    torch.testing.assert_close(weighted_sum(lists, weights, out=out), want)
+
+
+def test_out_is_one_of_two_layouts(device, request):
+    weights = torch.tensor([0.3, -2.0], device=device)
+    for without_csrc in (False, True):
+        if without_csrc:
+            request.getfixturevalue("no_csrc")
+        for i in (0, 1):
+            grads = [[torch.randn(5, 5, device=device)], [torch.randn(5, 5, device=device).t()]]
+            want = weighted_sum([[g.contiguous() for g in row] for row in grads], weights)
+            torch.testing.assert_close(weighted_sum(grads, weights, out=grads[i]), want)
+        square = torch.randn(5, 5, device=device)
+        want = 0.3 * square - 2 * square.t()
+        torch.testing.assert_close(weighted_sum([[square], [square.t()]], weights, out=[square])[0], want)
+
+
+def test_like(backend):
+    grads = draw(3)
+    for row in grads:
+        row[4] = None
+    weights = torch.randn(3)
+    parameters = [torch.nn.Parameter(torch.zeros(s)) for s in SHAPES]
+    parameters[1].data = parameters[1].data.to(memory_format=torch.channels_last)
+    parameters[5].data = parameters[5].data.double()
+    want, got = weighted_sum(grads, weights), weighted_sum(grads, weights, like=iter(parameters))
+    torch.testing.assert_close(got, want)
+    assert got[4] is None and got[5].dtype == torch.float32
+    assert all(t.stride() == p.stride() for t, p in zip(got, parameters, strict=True) if t is not None)
+    stacked = stack(grads := draw(3, shapes=[(4, 5)]))
+    (got,) = weighted_sum(stacked, weights, like=[torch.empty(5, 4).t()], stacked=True)
+    assert got.stride() == (1, 4)
+    torch.testing.assert_close([got], weighted_sum(grads, weights))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_like_trains_with_a_fused_optimizer(name):
+    """It steps as the optimizer that is not fused, which takes a gradient by its indices."""
+    torch.manual_seed(0)
+    x, start = torch.randn(3, 6), torch.randn(4, 6)
+    steps = []
+    for fused in (False, True):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = getattr(torch.optim, name)([weight], lr=0.1, fused=fused)
+        outputs = torch.einsum("oi,bi->bo", weight, x)
+        grads = [
+            torch.autograd.grad(loss, [weight], retain_graph=True) for loss in (outputs.square().sum(), outputs.sum())
+        ]
+        assert not grads[0][0].is_contiguous()
+        (weight.grad,) = weighted_sum(grads, torch.tensor([1.0, 0.5]), like=[weight])
+        optimizer.step()
+        steps.append(weight.detach())
+    torch.testing.assert_close(*steps)
+
+
 @pytest.mark.parametrize("k", [3, 9])
 def test_out_may_be_one_of_the_lists(k, device):
     weights = torch.randn(k, device=device)
@@ -133,6 +223,73 @@ def test_out_may_be_one_of_the_lists(k, device):
         grads = draw(k, device=device)
         want = weighted_sum(grads, weights)
         assert all(map(torch.equal, GradientPlan(grads, out=grads[i]).weighted_sum(weights), want))
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_out_may_be_any_gradient_of_its_parameter(planned, backend):
+    """Of another list for each parameter, a slice of a stack, or next to a gradient in the same memory."""
+    grads = draw(3)
+    weights = torch.randn(3)
+    want = weighted_sum(grads, weights)
+    written = [row[p] for p, row in enumerate((grads * 3)[: len(SHAPES)])]
+    sums = GradientPlan(grads, out=written).weighted_sum if planned else lambda w: weighted_sum(grads, w, out=written)
+    torch.testing.assert_close(sums(weights), want)
+
+    stacked = torch.randn(3, 5)
+    want = weighted_sum([stacked], weights, stacked=True)
+    out = [stacked[1]]
+    if planned:
+        GradientPlan([stacked], out=out, stacked=True).weighted_sum(weights)
+    else:
+        weighted_sum([stacked], weights, out=out, stacked=True)
+    torch.testing.assert_close([stacked[1]], want)
+
+    memory = torch.randn(12)
+    neighbours = [[memory[:4]], [memory[8:]]]
+    want = weighted_sum(neighbours, weights[:2])
+    if planned:
+        GradientPlan(neighbours, out=[memory[4:8]]).weighted_sum(weights[:2])
+    else:
+        weighted_sum(neighbours, weights[:2], out=[memory[4:8]])
+    torch.testing.assert_close([memory[4:8]], want)
+
+
+def test_weights_in_the_memory_of_out(device):
+    grads = [[torch.randn(100_000, device=device)] for _ in range(3)]
+    out = torch.randn(100_000, device=device)
+    for place in (0, 70_000):
+        weights = out[place : place + 3]
+        want = weighted_sum(grads, weights.clone())[0]
+        assert torch.equal(weighted_sum(grads, weights, out=[out])[0], want)
+        plan = GradientPlan(grads, out=[out])
+        want = weighted_sum(grads, weights.clone())[0]
+        assert torch.equal(plan.weighted_sum(weights)[0], want)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_autograd_notices_what_is_written(planned, backend):
+    grads, weights = draw(2, shapes=[(4,), (3, 2)]), torch.ones(2)
+    out = [torch.ones(4), torch.ones(3, 2)]
+    sums = GradientPlan(grads, out=out).weighted_sum if planned else lambda w: weighted_sum(grads, w, out=out)
+    versions, read = [t._version for t in out], [t._version for row in grads for t in row]
+    x = torch.ones(4, requires_grad=True)
+    y = (x * out[0]).sum()
+    sums(weights)
+    assert all(t._version > version for t, version in zip(out, versions, strict=True))
+    assert [t._version for row in grads for t in row] == read
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_autograd_notices_a_plan_s_own_output(backend):
+    plan = GradientPlan(draw(2, shapes=[(4,)]))
+    x = torch.ones(4, requires_grad=True)
+    y = (x * plan.weighted_sum(torch.ones(2))[0]).sum()
+    plan.gramian()
+    y.backward(retain_graph=True)  # gramian writes to none of the plan's tensors
+    plan.weighted_sum(torch.ones(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_plan_sees_new_contents(device):
@@ -165,6 +322,43 @@ def test_nan_and_infinity_show(device):
     grads[1][0][2999] = math.inf
     assert gramian(grads)[1, 1] == math.inf
     assert weighted_sum(grads, torch.tensor([1.0, 0.0], device=device))[0][2999].isnan()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [3, 1000, 9001])
+@pytest.mark.parametrize("scales", [(1e-25, 1e-25), (1e25, 1e25), (1e25, 1e-25), (1e-22, 1e15), (1e30, 0)], ids=str)
+def test_no_product_overflows_or_underflows(scales, n, dtype, stacked, backend):
+    """Beside a float64 gradient the result is float64, so it can hold such products."""
+    rows = [(s * torch.randn(n)).to(dtype) for s in scales]
+    wide = [torch.full((5,), s, dtype=torch.float64) for s in scales]
+    truth = torch.stack([torch.cat([r.double(), w]) for r, w in zip(rows, wide, strict=True)])
+    truth = truth @ truth.T
+    lists = stack([[r, w] for r, w in zip(rows, wide, strict=True)]) if stacked else list(zip(rows, wide, strict=True))
+    torch.testing.assert_close(gramian(lists, stacked=stacked), truth, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(GradientPlan(lists, stacked=stacked).gramian(), truth, rtol=1e-12, atol=1e-300)
+
+
+def test_large_products_that_cancel(backend):
+    a, b = torch.full((3000,), 1e25), torch.full((3000,), 1e25)
+    b[1::2] = -1e25
+    assert gramian([[a], [b]]).tolist() == [[math.inf, 0], [0, math.inf]]
+    a[1] = 1  # 2e25 and more remain of 3e53
+    truth = (a.double() @ b.double()).item()
+    lists = [[a, torch.zeros(1, dtype=torch.float64)], [b, torch.zeros(1, dtype=torch.float64)]]
+    assert gramian(lists)[0, 1].item() == pytest.approx(truth, rel=1e-12)
+
+
+def test_tiny_products_among_others(backend):
+    """Blocks are multiplied each in its own type, and rows of zeros beside tiny ones change nothing."""
+    a, b = torch.randn(2, 5000)
+    a[1024:2048] *= 1e-25
+    b[:1024] = b[2048:] = 0
+    zero = torch.zeros(1, dtype=torch.float64)
+    rows = torch.stack([a, b, torch.zeros(5000)]).double()
+    got = gramian([[a, zero], [b, zero], [torch.zeros(5000), zero], [None, zero]])
+    torch.testing.assert_close(got[:3, :3], rows @ rows.T, rtol=1e-6, atol=1e-35)
+    assert got[0, 1] != 0 and got[2].eq(0).all() and got[3].eq(0).all()
 
 
 @pytest.mark.parametrize("k", [3, 12])
@@ -219,8 +413,11 @@ def test_opcheck(name, device):
     weights = torch.randn(3, device=device)
     for tensors, k in ((lists, 3), (permuted, 3), (stacked, None)):
         out = [torch.empty_like(t if k else t[0]) for t in (tensors[2:4] if k else tensors)]
+        like = [torch.empty_like(t).requires_grad_() for t in out]
         args = {"gramian": (tensors, k, False), "weighted_sum": (tensors, k, weights)}
         torch.library.opcheck(op, args[name] if name in args else (out, tensors, k, weights))
+        if name == "weighted_sum":
+            torch.library.opcheck(op, (tensors, k, weights, like))
 
 
 def test_compile_in_one_graph(device):
@@ -230,7 +427,8 @@ def test_compile_in_one_graph(device):
     def step(grads, out, **options):
         gram = gramian(grads, **options)
         weights = alignment_weights(gram)
-        return gram, weights, weighted_sum(grads, weights, **options), weighted_sum(grads, weights, out=out, **options)
+        fresh = weighted_sum(grads, weights, like=out, **options)
+        return gram, weights, fresh, weighted_sum(grads, weights, out=out, **options)
 
     compiled = torch.compile(step, fullgraph=True)
     for tensors, options in ((grads, {}), (stack(draw(3, device=device)), {"stacked": True})):
@@ -270,6 +468,33 @@ def test_alignment_weights(device):
     assert alignment_weights(opposed).tolist() == [1, 0]
     assert alignment_weights(torch.zeros(3, 3, device=device), cosine=True).tolist() == [1, 0, 0]
     assert alignment_weights(torch.ones(1, 1, dtype=torch.float64, device=device)).tolist() == [1]
+
+
+def test_alignment_weights_at_the_ends_of_the_range(device):
+    vectors = torch.tensor([[1.0, 2, 3], [2, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    plain, cosines = (alignment_weights(vectors @ vectors.T, cosine=cosine) for cosine in (False, True))
+    ends = {torch.float32: (4e18, 3e-20), torch.bfloat16: (4e18, 3e-19), torch.float64: (3e153, 1e-154)}
+    for dtype, scales in ends.items():
+        for scale in scales:
+            gram = (scale * vectors) @ (scale * vectors).T
+            for cosine, want in ((False, plain), (True, cosines)):
+                got = alignment_weights(gram.to(dtype).to(device), cosine=cosine)
+                tolerance = {"rtol": 0.02, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 0}
+                torch.testing.assert_close(got.double().cpu(), want, **tolerance)
+    large = torch.full((64, 64), 3e38, device=device)
+    assert alignment_weights(large)[1:].tolist() == pytest.approx([1 / 63] * 63)
+    assert alignment_weights(torch.full((64, 64), 6e4, dtype=torch.float16, device=device)).isfinite().all()
+    mixed = torch.tensor([[1.0, 3e38, 1e-38, 3e38]] * 4, device=device)
+    assert alignment_weights(mixed).tolist() == [1, 0.5, 0, 0.5]
+
+
+def test_cosine_is_free_of_scales(device):
+    vectors = torch.tensor([[1.0, 2, 3], [2, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    want = alignment_weights(vectors @ vectors.T, cosine=True).float()
+    for scales in ((1e18, 1e-18, 1), (1e-18, 1e18, 1e18), (1e-18, 1e-18, 1e18), (1e-19, 4e18, 4e18)):
+        scaled = vectors * torch.tensor(scales, dtype=torch.float64)[:, None]
+        gram = (scaled @ scaled.T).float().to(device)
+        torch.testing.assert_close(alignment_weights(gram, cosine=True).cpu(), want)
 
 
 def test_alignment_weights_can_be_differentiated():
