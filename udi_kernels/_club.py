@@ -34,6 +34,9 @@ def club_mi(
 
     which is 0 for the only row of a class. Fit ``q`` on features and one-hot labels, so that it knows the class too.
 
+    Log-variances range from -88 (float64: -680) on. Below, ``exp(-logvar)`` stays at its value there, and a residual of 0
+    still counts 0. Products of it with squared residuals and incoming gradients must not exceed 3e38.
+
     Args:
         mu, logvar, y: shape (N, D), float16, bfloat16, float32 or float64, any strides, one device.
         given: shape (N,), integers, same device: the class of each row, any number from 0 on. A row of a negative class
@@ -63,7 +66,8 @@ def club_mi(
 def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     r"""Negative log-likelihood that fits q, up to factor and constant: ``mean_i sum_d (y-mu)² exp(-logvar) + logvar``.
 
-    Takes the tensors of :func:`club_mi` and returns a scalar. It is ``CLUB.learning_loss`` in the authors' code.
+    Takes the tensors of :func:`club_mi`, with the same range of log-variances, and returns a scalar. It is
+    ``CLUB.learning_loss`` in the authors' code.
     """
     return CLUB_NLL(mu, logvar, y)
 

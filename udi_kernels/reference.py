@@ -62,6 +62,16 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
 
 
+def inverse_variance(logvar: Tensor) -> Tensor:
+    """exp(-logvar), at most e^88 (float64: e^680): an infinite one would make NaN of a residual of 0.
+
+    The gradient is that of the exponential there too.
+    """
+    least = -88 if logvar.dtype == torch.float32 else -680
+    finite = logvar.clamp_min(torch.finfo(logvar.dtype).min)
+    return (-torch.where(finite < least, finite - finite.detach() + least, finite)).exp()
+
+
 def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
@@ -72,7 +82,7 @@ def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, 
         mu, y = mu - shift, y - shift
     mean = y.mean(0)
     negative = (y - mean).square().mean(0) + (mean - mu).square()  # the mean of (y_j - mu_i)^2 over all j
-    rows = 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    rows = 0.5 * ((negative - (y - mu).square()) * inverse_variance(logvar)).sum(-1)
     return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
 
 
@@ -92,7 +102,7 @@ def _club_mi_given(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor, reducti
     centre = mean(y)
     negative = mean((y - centre).square()) + (centre - mu).square()
     others = size / (size - 1).clamp_min(1)  # a row is not among its own negatives
-    rows = 0.5 * (others * (negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    rows = 0.5 * (others * (negative - (y - mu).square()) * inverse_variance(logvar)).sum(-1)
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / labelled.sum().clamp_min(1)
@@ -133,7 +143,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
-    return ((y - mu).square() * (-logvar).exp() + logvar).sum(-1).mean()
+    return ((y - mu).square() * inverse_variance(logvar) + logvar).sum(-1).mean()
 
 
 def duc_loss(

@@ -237,3 +237,32 @@ def test_bad_input(message, f, refused):
 def test_bad_reduction(refused):
     x = torch.zeros(3, 4)
     refused(lambda: club_mi(x, x, x, reduction="avg"), "^club_mi: reduction .* got 'avg'", ValueError)
+
+
+@pytest.mark.parametrize("logvar", [-87.9, -90.0, -800.0, -6e4, -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiny_variances_and_no_residual(dtype, logvar, backend):
+    """Where exp(-logvar) overflows, a residual of 0 still counts 0."""
+    for n in (2, 5, 300):
+        leaves = [torch.full((n, 3), x, dtype=dtype, requires_grad=True) for x in (2.0, logvar, 2.0)]
+        for given in (None, torch.arange(n) // 2, torch.zeros(n, dtype=torch.int64)):
+            # Autograd of the reference adds up the weights of all rows, in float32.
+            for reduction in ("mean", "sum", "none") if backend == "csrc" else ("mean",):
+                value = club_mi(*leaves, given=given, reduction=reduction)
+                assert (value == 0).all()
+                assert all((g == 0).all() for g in torch.autograd.grad(value.sum(), leaves))
+        value = club_nll(*leaves)
+        torch.testing.assert_close(value, 3 * leaves[1][0, 0].to(value.dtype))
+        d_mu, d_logvar, d_y = torch.autograd.grad(value, leaves)
+        assert (d_mu == 0).all() and (d_y == 0).all() and (d_logvar == torch.tensor(1 / n, dtype=dtype)).all()
+
+
+def test_tiny_variances_and_residuals(backend):
+    """Beyond the range the weight of a residual stays e^88, in the gradients too."""
+    mu, y = torch.zeros(4, 1), torch.tensor([0.0, 1e-19, -1e-19, 0.0])[:, None]
+    want = [run(f, [mu, torch.full((4, 1), -88.0), y]) for f in (club_nll, club_mi)]
+    got = [run(f, [mu, torch.full((4, 1), -95.0), y]) for f in (club_nll, club_mi)]
+    torch.testing.assert_close(got[0][0], want[0][0] - 7)
+    torch.testing.assert_close(got[1][0], want[1][0])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a[1:], b[1:])

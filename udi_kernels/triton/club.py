@@ -52,6 +52,8 @@ SUMS = tl.constexpr(5)
 LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
 LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 LN2 = tl.constexpr(math.log(2))
+LEAST = tl.constexpr(-88.0)  # of logvar in exp(-logvar)
+SCALE = tl.constexpr(256.0)  # w is summed over this: e^88 times some rows overflows
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
 PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 or H100
@@ -59,11 +61,13 @@ PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 
 
 @triton.jit
 def _weight(logvar):
-    """exp(-logvar): the hardware's exp2 of logvar times log2(e), corrected for the rounding of that product.
+    """exp(-logvar), at most e^88: an infinite weight would make NaN of a residual of 0.
 
-    Without the correction a digit is lost already at 10.  That of an infinite logvar is NaN, which becomes 1 and does
+    The hardware's exp2 of logvar times log2(e), corrected for the rounding of that product.  Without the correction a
+    digit is lost already at 10.  That of an infinite logvar is NaN, which becomes 1 and does
     not matter beside 0 or inf.
     """
+    logvar = tl.where(logvar < LEAST, LEAST, logvar)  # NaN passes
     exponent = -LOG2E * logvar
     lost = fma(logvar, -LOG2E_LOW, fma(logvar, -LOG2E, -exponent))
     return exp2(exponent) * fma(tl.minimum(lost, 1.0), LN2, 1.0)
@@ -149,6 +153,7 @@ def _columns(
             w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
             if G is not None:
                 w *= tl.load(G + row.to(tl.int64) * g_stride, real, other=0.0).to(tl.float32)[:, None]
+            w *= 1.0 / SCALE
             sum_w += w
             sum_wmu += w * mu
             if MOMENTS:
@@ -159,10 +164,10 @@ def _columns(
         tl.store(PARTS + SUM_Y * D, _column_sum(sum_y), col < D)
         tl.store(PARTS + SUM_YY * D, _column_sum(sum_yy), col < D)
     if WEIGHTS:
-        tl.store(PARTS + SUM_W * D, _column_sum(sum_w), col < D)
-        tl.store(PARTS + SUM_WMU * D, _column_sum(sum_wmu), col < D)
+        tl.store(PARTS + SUM_W * D, _column_sum(sum_w) * SCALE, col < D)
+        tl.store(PARTS + SUM_WMU * D, _column_sum(sum_wmu) * SCALE, col < D)
     if MOMENTS and WEIGHTS:
-        tl.store(PARTS + SUM_CROSS * D, _column_sum(sum_wy), col < D)
+        tl.store(PARTS + SUM_CROSS * D, _column_sum(sum_wy) * SCALE, col < D)
     if part == 0:
         tl.store(STATS + SHIFT * D + col, shift, col < D)
     if tl.program_id(0) + tl.program_id(1) == 0:
@@ -500,12 +505,13 @@ def _class_stats(
         if WEIGHTS:
             w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
             w *= tl.load(G + row * g_stride).to(tl.float32)[:, None]
+            w *= 1.0 / SCALE
             sum_w += w
             sum_wmu += w * (_load(MU, row, mu_stride, V, col, mask, 0.0) - shift)
     share = 1.0 / n.to(tl.float64)
     mean = _column_sum(sum_y) * share
     var = _column_sum(sum_yy) * share - mean * mean
-    mean_w, mean_wmu = _column_sum(sum_w) * share, _column_sum(sum_wmu) * share
+    mean_w, mean_wmu = _column_sum(sum_w) * (SCALE * share), _column_sum(sum_wmu) * (SCALE * share)
     return (
         shift,
         mean.to(tl.float32)[None, :],

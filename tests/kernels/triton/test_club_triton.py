@@ -104,6 +104,17 @@ class TestClub:
         assert torch.isfinite(loss).all() and all(torch.isfinite(g).all() for g in grads)
         assert (loss.cpu()[:5] == 0).all() and (grads[0].cpu()[:5] == 0).all()
 
+    @pytest.mark.parametrize("logvar", [-90.0, -6e4, -torch.inf])
+    @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN], ids=REDUCTION)
+    def test_tiny_variances_and_no_residual(self, reduction, logvar):
+        inputs = [torch.full((2100, 7), x) for x in (2.0, logvar, 2.0)]
+        for given in (torch.arange(2100) // 2, torch.arange(2100) // 700):
+            assert not any(t.any() for t in TestGiven.run(*inputs, given, reduction=reduction))
+        assert not any(t.any() for t in self.run(*inputs, reduction=reduction))
+        value, d_mu, d_logvar, d_y = self.run_nll(*inputs)
+        assert value.item() == pytest.approx(7 * logvar) and not d_mu.any() and not d_y.any()
+        torch.testing.assert_close(d_logvar.cpu(), torch.full((2100, 7), 1 / 2100))
+
     def test_one_row_is_exactly_zero(self):
         for reduction in (NONE, SUM, MEAN):
             loss, *_ = self.run(*self.inputs(1, 77), reduction=reduction)
