@@ -34,8 +34,8 @@ def club_mi(
 
     which is 0 for the only row of a class. Fit ``q`` on features and one-hot labels, so that it knows the class too.
 
-    Log-variances range from -88 (float64: -680) on. Below, ``exp(-logvar)`` stays at its value there, and a residual of 0
-    still counts 0. Products of it with squared residuals and incoming gradients must not exceed 3e38.
+    Log-variances range from -88 (float64: -680) on. Below, ``exp(-logvar)`` stays at its value there, and a residual
+    of 0 still counts 0. Products of it with squared residuals and incoming gradients must not exceed 3e38.
 
     Args:
         mu, logvar, y: shape (N, D), float16, bfloat16, float32 or float64, any strides, one device.

@@ -106,6 +106,16 @@ def test_nan_stays_in_its_rows(device):
     assert duc_loss(student, teacher, dims, reduction="none").isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_temperatures_at_the_ends(dtype, device, backend):
+    student, teacher = (8 * torch.eye(6, 5, device=device, dtype=dtype) for _ in range(2))
+    dims = torch.ones(5, dtype=torch.bool, device=device)
+    for temperature, want in ((1e-320, [0.0] * 5 + [6.0]), (1e308, [6.0] * 6)):  # the last row's products are all 0
+        value, *grads = run(partial(duc_loss, dims=dims, temperature=temperature, reduction="none"), [student, teacher])
+        torch.testing.assert_close(value.exp(), torch.tensor(want, dtype=dtype, device=device).clamp_min(1))
+        assert not any(g[:5].isnan().any() for g in grads)
+
+
 def test_reductions_agree(device):
     inputs, dims = draw(50, 20, torch.float64, device), draw_dims(20, device)
     rows = duc_loss(*inputs, dims, reduction="none")
