@@ -168,7 +168,10 @@ def duc_loss(
 
 
 def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    features = features.double()
+    features, labels = features.double(), labels.long()
+    if num_classes > len(labels):  # those without a sample change nothing
+        _, labels = _sorted_classes(torch.where(labels < num_classes, labels, -1))
+        num_classes = len(labels)
     sums = features.new_zeros(num_classes + 1, features.shape[1])
     rows = torch.where((labels < 0) | (labels >= num_classes), num_classes, labels)  # in a class of their own
     counts = features.new_zeros(num_classes + 1).index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
@@ -179,7 +182,7 @@ def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor
         to_this = (features - centroid).abs()
         nearest = torch.where(to_this < distance, label, nearest)
         distance = torch.where(to_this < distance, to_this, distance)
-    hits = (nearest == labels[:, None]).sum(0)
+    hits = ((nearest == labels[:, None]) & (nearest >= 0)).sum(0)
     return hits * len(hits) > hits.sum()
 
 

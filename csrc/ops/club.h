@@ -76,9 +76,9 @@ at::ScalarType check_gaussian(const char* op, const Tensor& mu, const Tensor& lo
 }
 
 void check_given(const Tensor& given, const Tensor& mu) {
-  const auto type = given.scalar_type();
-  TORCH_CHECK_TYPE(c10::isIntegralType(type, false) && !c10::isBarebonesUnsignedType(type),
-                   "club_mi: given must be of integers, got ", python(type), "; pass given.long()");
+  check_dense("club_mi", "given", given);
+  TORCH_CHECK_TYPE(integers(given.scalar_type()), "club_mi: given must be of integers, got ",
+                   python(given.scalar_type()), "; pass given.long()");
   TORCH_CHECK_VALUE(given.sym_sizes() == mu.sym_sizes().slice(0, 1), "club_mi: given must have shape ",
                     python(mu.sym_sizes().slice(0, 1)), ", one class per row of mu, got ", python(given.sym_sizes()));
   TORCH_CHECK_VALUE(given.device() == mu.device(), "club_mi: given must be on ", mu.device(), " as mu is, got ",

@@ -251,6 +251,7 @@ BAD = {
     r"teacher must have student's shape \(3, 4\), got \(3, 3\)": lambda x: duc_loss(x, x[:, :3], DIMS),
     "teacher must be on cpu as student is, got meta": lambda x: duc_loss(x, x.to("meta"), DIMS),
     "dims must be torch.bool, got torch.int64": lambda x: duc_loss(x, x, DIMS.long()),
+    "dims must be dense, got torch.sparse_coo; call .to_dense": lambda x: duc_loss(x, x, DIMS.to_sparse()),
     r"dims must have shape \(4,\), one per dimension, got \(3,\)": lambda x: duc_loss(x, x, DIMS[:3]),
     "dims must be on cpu as student is, got meta": lambda x: duc_loss(x, x, DIMS.to("meta")),
     "temperature must be positive and finite, got 0": lambda x: duc_loss(x, x, DIMS, temperature=0),
