@@ -146,10 +146,19 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
-def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
+def club_nll(mu: Tensor, logvar: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
-    return ((y - mu).square() * inverse_variance(logvar) + logvar).sum(-1).mean()
+    if weight is not None:
+        mu, logvar, y = (torch.where((weight != 0)[:, None], x, 0) for x in (mu, logvar, y))
+    rows = ((y - mu).square() * inverse_variance(logvar) + logvar).sum(-1)
+    return rows.mean() if weight is None or len(rows) == 0 else (shares(weight, dtype) * rows).sum()
+
+
+def shares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights divided by their sum; all 0 if they are."""
+    wide = weight.double()
+    return (wide / wide.sum()).masked_fill(weight == 0, 0).to(dtype)
 
 
 def duc_loss(

@@ -437,42 +437,53 @@ Tensor club_classes(const Tensor& given) {
   return classes;
 }
 
-Tensor club_nll_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+// `weight`: factors of the rows, whose sum is 1, or all 0. Rows of factor 0 are not read.
+Tensor club_nll_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y, std::optional<Tensor> weight) {
   Tensor loss = empty({}, compute_dtype(mu));
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     Inputs<T> in(mu, logvar, y);
+    const Factor<S> factor = weight ? Factor<S>(*weight) : Factor<S>();
     std::vector<S> rows(in.n);
     for_each_row(in.n, in.d, [&](int64_t r) {
+      if (factor[r] == 0) return;
       Vec<T> row{};
       for_each_lanes(in.d, [&](int64_t c, int lanes) {  // lanes beyond the end hold 0
         Vec<T> error = load_some(in.y[r] + c, lanes) - load_some(in.mu[r] + c, lanes);
         Vec<T> lv = load_some(in.logvar[r] + c, lanes);
         row += error * error * weight_of(lv) + lv;
       });
-      rows[r] = sum(row);
+      rows[r] = factor[r] * sum(row);
     });
     double total = 0;
     for (S row : rows) total += row;
-    *static_cast<S*>(loss.data_ptr()) = S(total / in.n);
+    *static_cast<S*>(loss.data_ptr()) = S(total / (weight && in.n ? 1 : in.n));
   });
   return loss;
 }
 
 // d y = 2 w (y - mu)/N = -d mu,  d logvar = (1 - w (y - mu)^2)/N.
 std::tuple<Tensor, Tensor, Tensor> club_nll_bwd(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                                const Tensor& y, bool need_mu, bool need_logvar, bool need_y) {
+                                                const Tensor& y, std::optional<Tensor> weight, bool need_mu,
+                                                bool need_logvar, bool need_y) {
   Tensor grad_mu = empty_grad(mu, need_mu), grad_logvar = empty_grad(logvar, need_logvar);
   Tensor grad_y = empty_grad(y, need_y);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     Inputs<T> in(mu, logvar, y);
-    S g = Factor<S>(grad)[0] / in.n;
+    const Factor<S> factor = weight ? Factor<S>(*weight) : Factor<S>();
+    const S all = Factor<S>(grad)[0] / (weight ? 1 : in.n);
     Rows<T> out_mu = need_mu ? Rows<T>(grad_mu) : Rows<T>(), out_y = need_y ? Rows<T>(grad_y) : Rows<T>();
     Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
     for_each_row(in.n, in.d, [&](int64_t r) {
+      const S g = all * factor[r];
+      if (factor[r] == 0) {
+        for (T* to : {out_mu[r], out_logvar[r], out_y[r]})
+          if (to) std::fill_n(to, in.d, T(0));
+        return;
+      }
       for_each_lanes(in.d, [&](int64_t c, int lanes) {
         Vec<T> error = load_some(in.y[r] + c, lanes) - load_some(in.mu[r] + c, lanes);
         Vec<T> weighted = error * weight_of(load_some(in.logvar[r] + c, lanes));
