@@ -87,8 +87,8 @@ def cases():
                 for needs in ((False, False, True), (True, True, True)):
                     backward = club.club_mi_bwd, grad, *inputs, given, stats, reduction, *needs
                     yield case("club_mi", shape, words, *backward)
-            yield case("club_nll", shape, "", club.club_nll_fwd, *inputs)
-            yield case("club_nll", shape, "", club.club_nll_bwd, scalar, *inputs, True, True, False)
+            yield case("club_nll", shape, "", club.club_nll_fwd, *inputs, None)
+            yield case("club_nll", shape, "", club.club_nll_bwd, scalar, *inputs, None, True, True, False)
         student, teacher = torch.empty(1024, 512, **new), torch.empty(1024, 512, **new)
         dims, features = torch.empty(512, dtype=torch.bool, device="meta"), torch.empty(10000, 512, **new)
         labels, logits = torch.empty(10000, dtype=torch.int64, device="meta"), torch.empty(3, 8192, 101, **new)

@@ -16,11 +16,13 @@ def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         w_i = softmax_m(s_mi / T)        fused_i = sum_m w_mi logits_mi
 
     A certainty lies between 0 and 1, so at T = 1 no head weighs more than e times another. The weights are
-    differentiated too; equal largest logits share the gradient.
+    differentiated too; equal largest logits share the gradient. A class is impossible where a head's logit is -inf: its
+    fused logit is -inf, and no gradient flows through it.
 
     Args:
         logits: shape (M, N, C), one (N, C) per head, float16, bfloat16, float32 or float64, any strides.
-        temperature: T > 0 of the weights. The authors' code uses 1 or 3, depending on the data set.
+        temperature: T > 0 of the weights; the smaller, the more the surest heads count. The authors' code uses 1 or 3,
+            depending on the data set. Those below 1e-38 count as 1e-38, those above 8e37 as 8e37.
 
     Returns:
         shape (N, C), the logits' dtype; computed in float32 (float64 for float64).

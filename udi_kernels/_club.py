@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.library import register_fake
 
 from . import _distributed, reference
-from ._ops import INTEGERS, LIBRARY, Argument, Op, define, reduction_code
+from ._ops import FLOATING, INTEGERS, LIBRARY, Argument, Op, define, reduction_code
 
 SMALL_CLASS = 48  # kSmallClass in csrc/enums.h
 
@@ -34,10 +34,14 @@ def club_mi(
 
     which is 0 for the only row of a class. Fit ``q`` on features and one-hot labels, so that it knows the class too.
 
+    Log-variances range from -88 (float64: -680) on. Below, ``exp(-logvar)`` stays at its value there, and a residual
+    of 0 still counts 0. Products of it with squared residuals and incoming gradients must not exceed 3e38.
+
     Args:
         mu, logvar, y: shape (N, D), float16, bfloat16, float32 or float64, any strides, one device.
         given: shape (N,), integers, same device: the class of each row, any number from 0 on. A row of a negative class
-            (-1: unlabelled) has value 0, is not among the negatives, and does not count in the mean.
+            (-1: unlabelled) has value 0, is not among the negatives, and does not count in the mean, whatever it holds.
+            So ``given=torch.where(mask, 0, -1)`` masks rows: the value is that of the others, all in one class.
         reduction: ``"mean"`` over rows (with ``given``, over the rows that have a class; 0 if none has), ``"sum"`` or
             ``"none"``.
         process_group: treats the rows of all its processes as one batch. The value is the bound of the whole batch. The
@@ -60,12 +64,17 @@ def club_mi(
     return _distributed.club_mi(mu, logvar, y, given, process_group, reduction=reduction)
 
 
-def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
+def club_nll(mu: Tensor, logvar: Tensor, y: Tensor, *, weight: Tensor | None = None) -> Tensor:
     r"""Negative log-likelihood that fits q, up to factor and constant: ``mean_i sum_d (y-mu)² exp(-logvar) + logvar``.
 
-    Takes the tensors of :func:`club_mi` and returns a scalar. It is ``CLUB.learning_loss`` in the authors' code.
+    Takes the tensors of :func:`club_mi`, with the same range of log-variances, and returns a scalar. It is
+    ``CLUB.learning_loss`` in the authors' code.
+
+    With ``weight``, shape (N,), floating-point, bool or integers, the mean over rows is ``sum_i weight_i row_i / sum_i
+    weight_i``. Rows of weight 0 do not count, whatever they hold. If all weights are 0, so are value and gradients. The
+    weights get no gradient. With the classes that :func:`club_mi` takes, a mask is ``weight=given >= 0``.
     """
-    return CLUB_NLL(mu, logvar, y)
+    return CLUB_NLL(mu, logvar, y, weight)
 
 
 class CLUB(nn.Module):
@@ -76,6 +85,9 @@ class CLUB(nn.Module):
         hidden_size: each of the two networks (mean, log-variance) has one hidden layer of ``hidden_size // 2`` units.
 
     Methods take x_samples (N, x_dim) and y_samples (N, y_dim).
+
+    The bound must change the samples alone: fix q by ``requires_grad_(False)`` while it is minimised. Otherwise its
+    gradient also changes q, as in the authors' code, which makes q worse and the value less than the bound.
     """
 
     __module__ = "udi_kernels"  # pickles name the public place
@@ -91,16 +103,19 @@ class CLUB(nn.Module):
         return self.p_mu(x_samples), self.p_logvar(x_samples)
 
     def forward(self, x_samples: Tensor, y_samples: Tensor, given: Tensor | None = None) -> Tensor:
-        """The upper bound of I(X; Y), or with classes (N,) of I(X; Y | given), a scalar in nats: :func:`club_mi`."""
+        """The upper bound of I(X; Y), or with classes (N,) of I(X; Y | given), a scalar in nats: :func:`club_mi`.
+
+        Its gradient reaches q too, unless ``requires_grad_(False)`` fixes q.
+        """
         return club_mi(*self.get_mu_logvar(x_samples), y_samples, given=given)
 
     def loglikeli(self, x_samples: Tensor, y_samples: Tensor) -> Tensor:
         """Mean log-likelihood of q up to factor and constant, a scalar."""
         return -self.learning_loss(x_samples, y_samples)
 
-    def learning_loss(self, x_samples: Tensor, y_samples: Tensor) -> Tensor:
-        """The loss that fits q, a scalar: :func:`club_nll`."""
-        return club_nll(*self.get_mu_logvar(x_samples), y_samples)
+    def learning_loss(self, x_samples: Tensor, y_samples: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss that fits q, a scalar; with weights (N,), a weighted mean: :func:`club_nll`."""
+        return club_nll(*self.get_mu_logvar(x_samples), y_samples, weight=weight)
 
 
 def _stats(mu: Tensor, given: Tensor | None, **_: object) -> tuple[int, ...]:
@@ -125,7 +140,13 @@ CLUB_MI = Op(
     original={"given": lambda classes: classes[1, :-1]},
     triton="club",
 )
-CLUB_NLL = Op("club_nll", *GAUSSIAN, reference=reference.club_nll, triton="club")
+CLUB_NLL = Op(
+    "club_nll",
+    *GAUSSIAN,
+    Argument("Tensor? weight", "N", (*FLOATING, *INTEGERS, torch.bool)),  # for kernels, divided by their sum
+    reference=reference.club_nll,
+    triton="club",
+)
 
 define("club_classes", ["Tensor given"])  # of int64; see `reference.club_classes`
 LIBRARY.impl("club_classes", reference.club_classes, "CUDA")

@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .reference import accumulation_dtype, add_rows, take_rows
+from .reference import accumulation_dtype, add_rows, inverse_variance, take_rows
+
+SCALE = 2.0**16  # w is summed over this, so that no sum of weights overflows
 
 
 def club_mi(
@@ -51,13 +53,13 @@ def club_mi(
     if given is not None:
         real = of_rows(count) > 1
         mu, logvar, y = (torch.where(real, x, 0) for x in (mu, logvar, y))
-    w = (-logvar).exp()
+    w = inverse_variance(logvar) / SCALE
     local = torch.stack([sums(x) for x in (y, y * y, w, w * mu, w * y * (2 * mu - y))])
     everywhere = local.detach().clone()
     dist.all_reduce(everywhere, group=process_group)
     # The value is that of all rows; the gradient is in the local rows, times the number of processes.
     y, yy, w, wmu, wyy = (everywhere + dist.get_world_size(process_group) * (local - local.detach())) / count
-    values = (count * (w * yy - 2 * y * wmu + wyy)).sum(1, keepdim=True) / 2
+    values = (count * (w * yy - 2 * y * wmu + wyy)).sum(1, keepdim=True) * (SCALE / 2)
     if given is None:
         return values.sum() if reduction == "sum" else (values / count).sum()
     value = (values * count / (count - 1).clamp_min(1)).sum()  # a row is not among its own negatives

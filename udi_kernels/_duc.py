@@ -37,7 +37,7 @@ def duc_loss(
         teacher: same shape and device; gets a gradient too if it requires one. Detach it to train the student alone.
         dims: shape (D,), bool: the chosen dimensions. The others are not read into the result, even if they hold NaN.
             If none is chosen, all dot products are 0 and the loss is log N.
-        temperature: T > 0.
+        temperature: T > 0. Those below 1e-38 count as 1e-38, those above 8e37 as 8e37.
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``.
 
     Returns:

@@ -17,6 +17,12 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def inverse(temperature: float, dtype: torch.dtype) -> float:
+    """1/T, kept within the normal numbers: beyond, 0 times infinity would make NaN."""
+    least = torch.finfo(dtype).tiny
+    return 1 / min(max(temperature, least), 1 / least)
+
+
 def js_div(
     input: Tensor,
     target: Tensor,
@@ -62,6 +68,16 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
 
 
+def inverse_variance(logvar: Tensor) -> Tensor:
+    """exp(-logvar), at most e^88 (float64: e^680): an infinite one would make NaN of a residual of 0.
+
+    The gradient is that of the exponential there too.
+    """
+    least = -88 if logvar.dtype == torch.float32 else -680
+    finite = logvar.clamp_min(torch.finfo(logvar.dtype).min)
+    return (-torch.where(finite < least, finite - finite.detach() + least, finite)).exp()
+
+
 def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
@@ -72,7 +88,7 @@ def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, 
         mu, y = mu - shift, y - shift
     mean = y.mean(0)
     negative = (y - mean).square().mean(0) + (mean - mu).square()  # the mean of (y_j - mu_i)^2 over all j
-    rows = 0.5 * ((negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    rows = 0.5 * ((negative - (y - mu).square()) * inverse_variance(logvar)).sum(-1)
     return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
 
 
@@ -92,7 +108,7 @@ def _club_mi_given(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor, reducti
     centre = mean(y)
     negative = mean((y - centre).square()) + (centre - mu).square()
     others = size / (size - 1).clamp_min(1)  # a row is not among its own negatives
-    rows = 0.5 * (others * (negative - (y - mu).square()) * (-logvar).exp()).sum(-1)
+    rows = 0.5 * (others * (negative - (y - mu).square()) * inverse_variance(logvar)).sum(-1)
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / labelled.sum().clamp_min(1)
@@ -130,10 +146,19 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
-def club_nll(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
+def club_nll(mu: Tensor, logvar: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar, y = mu.to(dtype), logvar.to(dtype), y.to(dtype)
-    return ((y - mu).square() * (-logvar).exp() + logvar).sum(-1).mean()
+    if weight is not None:
+        mu, logvar, y = (torch.where((weight != 0)[:, None], x, 0) for x in (mu, logvar, y))
+    rows = ((y - mu).square() * inverse_variance(logvar) + logvar).sum(-1)
+    return rows.mean() if weight is None or len(rows) == 0 else (shares(weight, dtype) * rows).sum()
+
+
+def shares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights divided by their sum; all 0 if they are."""
+    wide = weight.double()
+    return (wide / wide.sum()).masked_fill(weight == 0, 0).to(dtype)
 
 
 def duc_loss(
@@ -143,7 +168,7 @@ def duc_loss(
     student, teacher = (torch.where(dims, x.to(dtype), 0) for x in (student, teacher))
     z = student @ teacher.T
     # Less each row's own, so that small losses and gradients keep their digits. Padded, since a row may have no other.
-    z = (z - z.diagonal()[:, None]) / temperature
+    z = (z - z.diagonal()[:, None]) * inverse(temperature, dtype)
     top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     others = (z.masked_fill(own, -torch.inf) - top[:, None]).exp().sum(1)
@@ -152,7 +177,10 @@ def duc_loss(
 
 
 def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    features = features.double()
+    features, labels = features.double(), labels.long()
+    if num_classes > len(labels):  # those without a sample change nothing
+        _, labels = _sorted_classes(torch.where(labels < num_classes, labels, -1))
+        num_classes = len(labels)
     sums = features.new_zeros(num_classes + 1, features.shape[1])
     rows = torch.where((labels < 0) | (labels >= num_classes), num_classes, labels)  # in a class of their own
     counts = features.new_zeros(num_classes + 1).index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
@@ -163,14 +191,18 @@ def effective_dims(features: Tensor, labels: Tensor, num_classes: int) -> Tensor
         to_this = (features - centroid).abs()
         nearest = torch.where(to_this < distance, label, nearest)
         distance = torch.where(to_this < distance, to_this, distance)
-    hits = (nearest == labels[:, None]).sum(0)
+    hits = ((nearest == labels[:, None]) & (nearest >= 0)).sum(0)
     return hits * len(hits) > hits.sum()
 
 
 def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     z = logits.to(accumulation_dtype(logits.dtype))
     certainty = z.softmax(-1).amax(-1, keepdim=True)
-    return ((certainty / temperature).softmax(0) * z).sum(0).to(logits.dtype)
+    # The largest is subtracted first, for 1/T may be large.
+    weights = ((certainty - certainty.detach().amax(0)) * inverse(temperature, z.dtype)).softmax(0)
+    impossible = (z == -torch.inf).any(0)  # whatever the weights, and so without a gradient
+    fused = (weights * z.masked_fill(impossible, 0)).sum(0)
+    return torch.where(impossible, fused - torch.inf, fused).to(logits.dtype)
 
 
 def gramian(grads: Lists, dtype: torch.dtype | None = None) -> Tensor:

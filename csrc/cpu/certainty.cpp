@@ -1,8 +1,11 @@
 // Certainty-weighted fusion of M heads' logits: with s_m the largest probability of head m in a row,
 //   w = softmax(s/T) over the heads, out = sum_m w_m z_m.
+// A class is impossible where a head's logit is -inf: its output is -inf whatever the weights, and nothing has a
+// gradient through it.
 //
 // Backward, with g the row's gradient and a_m = <g, z_m>:
 //   d z_m = w_m g + w_m (a_m - sum_k w_k a_k)/T s_m ([z_m is the largest] - p_m),  divided among equal largest logits.
+#include <cmath>
 #include <functional>
 #include <limits>
 
@@ -74,13 +77,17 @@ Tensor certainty_fusion_fwd(const Tensor& logits, double temperature) {
   dispatch(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
+    constexpr S none = -std::numeric_limits<S>::infinity();
     Heads<const T> z(logits);
     Rows<T> to(out);
     for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S*) {
-      weights(z, r, S(1 / temperature), certainties, weight);
+      weights(z, r, inverse<S>(temperature), certainties, weight);
       for_each_lanes(z.c, [&](int64_t c, int n) {
         Vec<S> sum{};
-        for (int64_t m = 0; m < z.m; ++m) sum += weight[m] * load_some(z.row(m, r) + c, n, S(0));
+        for (int64_t m = 0; m < z.m; ++m) {
+          const Vec<S> x = load_some(z.row(m, r) + c, n, S(0)), w = splat(weight[m]);
+          sum = x == none ? sum + (w + x) : sum + w * x;  // a weight of 0 too leaves -inf
+        }
         store_some(to[r] + c, sum, n);
       });
     });
@@ -100,13 +107,29 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
     Heads<T> to(out);
     Rows<const T> g(grad);
     for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S* pull) {
-      weights(z, r, S(1 / temperature), certainties, weight);
-      S mean = 0;
-      for (int64_t m = 0; m < z.m; ++m) {
-        Vec<S> sum{};
-        for_each_lanes(
-            z.c, [&](int64_t c, int n) { sum += load_some(g[r] + c, n, S(0)) * load_some(z.row(m, r) + c, n, S(0)); });
-        mean += weight[m] * (pull[m] = udi::sum(sum));
+      weights(z, r, inverse<S>(temperature), certainties, weight);
+      const T* own = g[r];
+      auto pulls = [&](S impossible) {  // counts logits of -inf as that
+        S mean = 0;
+        for (int64_t m = 0; m < z.m; ++m) {
+          Vec<S> sum{};
+          for_each_lanes(z.c, [&](int64_t c, int n) {
+            const Vec<S> x = load_some(z.row(m, r) + c, n, S(0));
+            sum += load_some(own + c, n, S(0)) * (x == none ? splat(impossible) : x);
+          });
+          mean += weight[m] * (pull[m] = udi::sum(sum));
+        }
+        return mean;
+      };
+      S mean = pulls(none);
+      std::vector<T> possible;
+      if (!std::isfinite(mean)) {  // an impossible class, or something worse
+        possible.assign(own, own + z.c);
+        for (int64_t m = 0; m < z.m; ++m)
+          for (int64_t c = 0; c < z.c; ++c)
+            if (S(z.row(m, r)[c]) == none) possible[c] = T(0);
+        own = possible.data();
+        mean = pulls(0);
       }
       for (int64_t m = 0; m < z.m; ++m) {
         const T* from = z.row(m, r);
@@ -114,11 +137,12 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
         Vec<S> largest{};
         for_each_lanes(
             z.c, [&](int64_t c, int n) { largest += load_some(from + c, n, none) == top ? splat(S(1)) : Vec<S>{}; });
-        const S factor = weight[m] * (pull[m] - mean) * S(1 / temperature) * probability, share = 1 / udi::sum(largest);
+        const S factor = weight[m] * (pull[m] - mean) * inverse<S>(temperature) * probability,
+                share = 1 / udi::sum(largest);
         for_each_lanes(z.c, [&](int64_t c, int n) {
           Vec<S> x = load_some(from + c, n, none), p = exp_negative(Vec<S>(x - top)) * probability;
           p = (x == top ? splat(share) : Vec<S>{}) - p;
-          store_some(to.row(m, r) + c, Vec<S>(weight[m] * load_some(g[r] + c, n, S(0)) + factor * p), n);
+          store_some(to.row(m, r) + c, Vec<S>(weight[m] * load_some(own + c, n, S(0)) + factor * p), n);
         });
       }
     });

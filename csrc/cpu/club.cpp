@@ -19,11 +19,15 @@ constexpr int64_t kRowChunks = 16;  // partial sums of a column; fixed, so that 
 constexpr int64_t kMinRows = 64;    // of a chunk
 constexpr int64_t kColumns = 256;   // columns of a task: five accumulators each stay in the first-level cache
 constexpr int64_t kGroup = 8;       // rows summed in one float before they join the double
-constexpr double kScale = 256;      // w is summed over this: e^87 times some rows times mu overflows
+constexpr double kScale = 256;      // w is summed over this: e^88 times some rows times mu overflows
 constexpr int64_t kGrain = 16384;   // fewer elements do not pay for a second thread
 
 using namespace club_stats;  // names of the statistics
 enum Sum { kY, kYY, kSumW, kSumWMu, kCross, kSums };
+
+// w = e^-logvar, at most e^88 or e^680: an infinite w would make NaN of a residual of 0.
+inline Floats weight_of(Floats logvar) { return exp(-logvar > 88.f ? splat(88.f) : -logvar); }  // NaN passes
+inline Doubles weight_of(Doubles logvar) { return exp(-logvar > 680. ? splat(680.) : -logvar); }
 
 // One row of the inputs, by value: the compiler reloads `Inputs` after every store, which might alias it.
 template <class T>
@@ -131,7 +135,7 @@ void column_sums(const Inputs<T>& in, Factor<compute_t<T>> factor, int64_t r0, i
         const int64_t r = in.row(i), next = in.row(i + ahead);
         for (auto* rows : {&in.mu, &in.logvar, &in.y}) __builtin_prefetch((*rows)[next] + c0 + c, 0, 2);
         Vec<T> y = load_some(in.y[r] + c0 + c, lanes) - shift, mu = load_some(in.mu[r] + c0 + c, lanes) - shift;
-        Vec<T> w = compute_t<T>(1. / kScale) * factor[r] * exp(-load_some(in.logvar[r] + c0 + c, lanes));
+        Vec<T> w = compute_t<T>(1. / kScale) * factor[r] * weight_of(load_some(in.logvar[r] + c0 + c, lanes));
         acc[kY] += y;
         acc[kYY] += y * y;
         acc[kSumW] += w;
@@ -227,7 +231,7 @@ struct Element {
     y = load_some(row.y + c, lanes) - shift;
     mu = load_some(row.mu + c, lanes) - shift;
     centred = y - mean;
-    w = exp(-load_some(row.logvar + c, lanes));
+    w = weight_of(load_some(row.logvar + c, lanes));
     value = w * (stat(kVarY) + centred * (2 * (mu - mean) - centred));
   }
 };
@@ -249,7 +253,7 @@ struct Few {
       y[i] = load_some(own[i].y + c, lanes) - shift - mean;
       var += y[i] * y[i];
       mu[i] = load_some(own[i].mu + c, lanes) - shift - mean;
-      w[i] = exp(-load_some(own[i].logvar + c, lanes));
+      w[i] = weight_of(load_some(own[i].logvar + c, lanes));
     }
     var *= share;
   }
@@ -433,45 +437,56 @@ Tensor club_classes(const Tensor& given) {
   return classes;
 }
 
-Tensor club_nll_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+// `weight`: factors of the rows, whose sum is 1, or all 0. Rows of factor 0 are not read.
+Tensor club_nll_fwd(const Tensor& mu, const Tensor& logvar, const Tensor& y, std::optional<Tensor> weight) {
   Tensor loss = empty({}, compute_dtype(mu));
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     Inputs<T> in(mu, logvar, y);
+    const Factor<S> factor = weight ? Factor<S>(*weight) : Factor<S>();
     std::vector<S> rows(in.n);
     for_each_row(in.n, in.d, [&](int64_t r) {
+      if (factor[r] == 0) return;
       Vec<T> row{};
       for_each_lanes(in.d, [&](int64_t c, int lanes) {  // lanes beyond the end hold 0
         Vec<T> error = load_some(in.y[r] + c, lanes) - load_some(in.mu[r] + c, lanes);
         Vec<T> lv = load_some(in.logvar[r] + c, lanes);
-        row += error * error * exp(-lv) + lv;
+        row += error * error * weight_of(lv) + lv;
       });
-      rows[r] = sum(row);
+      rows[r] = factor[r] * sum(row);
     });
     double total = 0;
     for (S row : rows) total += row;
-    *static_cast<S*>(loss.data_ptr()) = S(total / in.n);
+    *static_cast<S*>(loss.data_ptr()) = S(total / (weight && in.n ? 1 : in.n));
   });
   return loss;
 }
 
 // d y = 2 w (y - mu)/N = -d mu,  d logvar = (1 - w (y - mu)^2)/N.
 std::tuple<Tensor, Tensor, Tensor> club_nll_bwd(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                                const Tensor& y, bool need_mu, bool need_logvar, bool need_y) {
+                                                const Tensor& y, std::optional<Tensor> weight, bool need_mu,
+                                                bool need_logvar, bool need_y) {
   Tensor grad_mu = empty_grad(mu, need_mu), grad_logvar = empty_grad(logvar, need_logvar);
   Tensor grad_y = empty_grad(y, need_y);
   dispatch(mu, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     Inputs<T> in(mu, logvar, y);
-    S g = Factor<S>(grad)[0] / in.n;
+    const Factor<S> factor = weight ? Factor<S>(*weight) : Factor<S>();
+    const S all = Factor<S>(grad)[0] / (weight ? 1 : in.n);
     Rows<T> out_mu = need_mu ? Rows<T>(grad_mu) : Rows<T>(), out_y = need_y ? Rows<T>(grad_y) : Rows<T>();
     Rows<T> out_logvar = need_logvar ? Rows<T>(grad_logvar) : Rows<T>();
     for_each_row(in.n, in.d, [&](int64_t r) {
+      const S g = all * factor[r];
+      if (factor[r] == 0) {
+        for (T* to : {out_mu[r], out_logvar[r], out_y[r]})
+          if (to) std::fill_n(to, in.d, T(0));
+        return;
+      }
       for_each_lanes(in.d, [&](int64_t c, int lanes) {
         Vec<T> error = load_some(in.y[r] + c, lanes) - load_some(in.mu[r] + c, lanes);
-        Vec<T> weighted = error * exp(-load_some(in.logvar[r] + c, lanes));
+        Vec<T> weighted = error * weight_of(load_some(in.logvar[r] + c, lanes));
         if (out_mu) store_some(out_mu[r] + c, Vec<T>(-2 * g * weighted), lanes);
         if (out_logvar) store_some(out_logvar[r] + c, Vec<T>(g * (1 - error * weighted)), lanes);
         if (out_y) store_some(out_y[r] + c, Vec<T>(2 * g * weighted), lanes);

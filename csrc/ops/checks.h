@@ -90,6 +90,8 @@ void check_same_shape(const char* op, const Named& like, const Named& t) {
                     "'s shape ", python(like.tensor.sym_sizes()), ", got ", python(t.tensor.sym_sizes()));
 }
 
+bool integers(at::ScalarType type) { return c10::isIntegralType(type, false) && !c10::isBarebonesUnsignedType(type); }
+
 // Whether kernels serve; elsewhere the reference does. C++ nodes support neither function transforms (torch.func) nor
 // forward-mode AD. Triton computes in float32, so the reference serves float64 on a GPU, and all other devices.
 template <class Node>

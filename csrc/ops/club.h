@@ -45,24 +45,28 @@ struct ClubMI : Function<ClubMI> {
 
 struct ClubNLL : Function<ClubNLL> {
   static const auto& fwd() {
-    static const auto fwd = op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("udi_kernels::club_nll_fwd");
+    static const auto fwd =
+        op<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&)>("udi_kernels::club_nll_fwd");
     return fwd;
   }
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const Tensor& y,
+                        const MaybeTensor& weight) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({mu, logvar, y});
-    return fwd().call(mu, logvar, y);
+    ctx->save_for_backward({mu, logvar, y, weight.value_or(Tensor())});
+    return fwd().call(mu, logvar, y, weight);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    static const auto bwd = op<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>("udi_kernels::club_nll_bwd");
+    static const auto bwd =
+        op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                              const MaybeTensor&, bool, bool, bool)>("udi_kernels::club_nll_bwd");
     auto saved = ctx->get_saved_variables();
+    MaybeTensor weight = saved[3].defined() ? MaybeTensor(saved[3]) : std::nullopt;
     BackwardMode mode;
-    auto [mu, logvar, y] = bwd.call(grad[0], saved[0], saved[1], saved[2], ctx->needs_input_grad(0),
+    auto [mu, logvar, y] = bwd.call(grad[0], saved[0], saved[1], saved[2], weight, ctx->needs_input_grad(0),
                                     ctx->needs_input_grad(1), ctx->needs_input_grad(2));
-    return needed(ctx, 3, mu, logvar, y);
+    return needed(ctx, 4, mu, logvar, y);
   }
 };
 
@@ -76,9 +80,9 @@ at::ScalarType check_gaussian(const char* op, const Tensor& mu, const Tensor& lo
 }
 
 void check_given(const Tensor& given, const Tensor& mu) {
-  const auto type = given.scalar_type();
-  TORCH_CHECK_TYPE(c10::isIntegralType(type, false) && !c10::isBarebonesUnsignedType(type),
-                   "club_mi: given must be of integers, got ", python(type), "; pass given.long()");
+  check_dense("club_mi", "given", given);
+  TORCH_CHECK_TYPE(integers(given.scalar_type()), "club_mi: given must be of integers, got ",
+                   python(given.scalar_type()), "; pass given.long()");
   TORCH_CHECK_VALUE(given.sym_sizes() == mu.sym_sizes().slice(0, 1), "club_mi: given must have shape ",
                     python(mu.sym_sizes().slice(0, 1)), ", one class per row of mu, got ", python(given.sym_sizes()));
   TORCH_CHECK_VALUE(given.device() == mu.device(), "club_mi: given must be on ", mu.device(), " as mu is, got ",
@@ -104,15 +108,37 @@ Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, const Ma
                        classes, reduction);
 }
 
-Tensor club_nll(const Tensor& mu, const Tensor& logvar, const Tensor& y) {
+void check_row_weight(const Tensor& weight, const Tensor& mu) {
+  check_dense("club_nll", "weight", weight);
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(floating(type) || integers(type) || type == at::kBool,
+                   "club_nll: weight must be float16, bfloat16, float32, float64, bool or an integer, got ",
+                   python(type));
+  TORCH_CHECK_VALUE(weight.sym_sizes() == mu.sym_sizes().slice(0, 1), "club_nll: weight must have shape ",
+                    python(mu.sym_sizes().slice(0, 1)), ", one per row of mu, got ", python(weight.sym_sizes()));
+  TORCH_CHECK_VALUE(weight.device() == mu.device(), "club_nll: weight must be on ", mu.device(), " as mu is, got ",
+                    weight.device());
+  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(),
+                    "club_nll: weight gets no gradient: pass weight.detach()");
+}
+
+Tensor club_nll(const Tensor& mu, const Tensor& logvar, const Tensor& y, const MaybeTensor& weight) {
   const auto dtype = check_gaussian("club_nll", mu, logvar, y);
+  if (weight) check_row_weight(*weight, mu);
   if (!kernels_serve<ClubNLL>(dtype, {{"mu", mu}, {"logvar", logvar}, {"y", y}})) {
     static const auto reference =
-        op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("udi_kernels::club_nll_reference");
-    return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype));
+        op<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&)>("udi_kernels::club_nll_reference");
+    return reference.call(mu.to(dtype), logvar.to(dtype), y.to(dtype), weight);
   }
   const bool recorded = records({{"mu", mu}, {"logvar", logvar}, {"y", y}});
-  return ClubNLL::apply(matrix(mu, dtype, recorded), matrix(logvar, dtype, recorded), matrix(y, dtype, recorded));
+  MaybeTensor shares;
+  if (weight) {  // in float64, whose sums do not overflow; all 0 if the weights are
+    Tensor wide = weight->to(at::kDouble);
+    shares = wide.div(wide.sum()).masked_fill(wide.eq(0), 0).to(dtype == at::kDouble ? at::kDouble : at::kFloat);
+    shares = keepable(*shares, recorded);
+  }
+  return ClubNLL::apply(matrix(mu, dtype, recorded), matrix(logvar, dtype, recorded), matrix(y, dtype, recorded),
+                        shares);
 }
 
 }  // namespace

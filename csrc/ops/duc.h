@@ -44,6 +44,7 @@ Tensor duc_loss(const Tensor& student, const Tensor& teacher, const Tensor& dims
   auto dtype = check_tensors("duc_loss", {{"student", student}, {"teacher", teacher}});
   TORCH_CHECK_VALUE(student.dim() == 2, "duc_loss: student must have shape (N, D), got ", python(student.sym_sizes()));
   check_same_shape("duc_loss", {"student", student}, {"teacher", teacher});
+  check_dense("duc_loss", "dims", dims);
   TORCH_CHECK_TYPE(dims.scalar_type() == at::kBool, "duc_loss: dims must be torch.bool, got ",
                    python(dims.scalar_type()));
   TORCH_CHECK_VALUE(dims.dim() == 1 && dims.sym_size(0) == student.sym_size(1), "duc_loss: dims must have shape ",

@@ -51,6 +51,47 @@ def test_hostile_logits(device):
     assert certainty_fusion(logits).isnan().all()
 
 
+def with_impossible_classes(dtype=torch.float32, device="cpu"):
+    (logits,) = draw((3, 6, 20), dtype, device)
+    logits[0] *= 20
+    logits[..., 3] = logits[1, 2, 17] = logits[0, 4, 0] = -float("inf")
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-3, 1.0, 1e308])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_impossible_classes(dtype, temperature, device, backend):
+    """Their fused logit is -inf; value and gradient of the others are as if these outputs did not exist."""
+    logits = with_impossible_classes(dtype, device)
+    impossible = (logits == -float("inf")).any(0)
+    f = partial(certainty_fusion, temperature=temperature)
+    for grad in (torch.ones(6, 20, device=device), torch.ones(6, 20, device=device).masked_fill(impossible, 0)):
+        value, found = run(f, [logits], grad=grad)
+        assert (value[impossible] == -float("inf")).all() and value[~impossible].isfinite().all()
+        leaf = logits.double().requires_grad_()
+        s = leaf.softmax(-1).amax(-1, keepdim=True)
+        weights = ((s - s.amax(0).detach()) / min(max(temperature, 1e-300), 1e300)).softmax(0)
+        truth = (weights * leaf.masked_fill(impossible, 0)).sum(0)
+        want = torch.autograd.grad(truth, leaf, grad.masked_fill(impossible, 0).double())[0]
+        tolerance = 2e-2 if dtype.itemsize == 2 else 1e-4 / min(1, temperature * 100) if temperature > 1e-300 else 1e-4
+        torch.testing.assert_close(value[~impossible].double(), truth[~impossible], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found.double(), want, rtol=tolerance, atol=tolerance)
+    loss = torch.nn.functional.cross_entropy(f(logits.float().requires_grad_()), torch.full((6,), 9, device=device))
+    assert loss.isfinite()
+
+
+def test_temperatures_at_the_ends(device, backend):
+    (logits,) = draw((3, 50, 7), device=device)
+    logits[1] = logits[0]
+    surest = logits.softmax(-1).amax(-1)
+    weights = (surest == surest.amax(0)).float()
+    weights /= weights.sum(0)
+    for temperature, w in ((1e-320, weights), (1e308, torch.full_like(weights, 1 / 3))):
+        value, grad = run(partial(certainty_fusion, temperature=temperature), [logits])
+        torch.testing.assert_close(value, (w[..., None] * logits).sum(0))
+        torch.testing.assert_close(grad, w[..., None].expand_as(logits))
+
+
 def test_equal_largest_logits_share_the_gradient(device):
     logits = torch.tensor([[[2.0, 2.0, 1.0]], [[0.0, 3.0, 3.0]]], device=device)
     grad = torch.tensor([[1.0, -1.0, 0.5]], device=device)

@@ -168,7 +168,8 @@ def test_opcheck(device):
     club_mi(*inputs)  # loads the kernels
     every = [(True, True, True), (False, False, True), (True, True, False)]
     leaves = [t.detach().requires_grad_() for t in inputs]
-    torch.library.opcheck(ops.club_nll.default, tuple(leaves))
+    torch.library.opcheck(ops.club_nll.default, (*leaves, None))
+    torch.library.opcheck(ops.club_nll.default, (*leaves, torch.arange(9, device=device)))
     for reduction in range(3):
         torch.library.opcheck(ops.club_mi.default, (*leaves, None, reduction))
         torch.library.opcheck(ops.club_mi_fwd.default, (*inputs, None, reduction))
@@ -176,9 +177,10 @@ def test_opcheck(device):
         for needs in every:
             args = (torch.ones_like(loss), *inputs, None, stats, reduction, *needs)
             torch.library.opcheck(ops.club_mi_bwd.default, args)
-    torch.library.opcheck(ops.club_nll_fwd.default, tuple(inputs))
-    for needs in every:
-        torch.library.opcheck(ops.club_nll_bwd.default, (torch.ones((), device=device), *inputs, *needs))
+    for weight in (None, torch.full((9,), 1 / 9, device=device)):
+        torch.library.opcheck(ops.club_nll_fwd.default, (*inputs, weight))
+        for needs in every:
+            torch.library.opcheck(ops.club_nll_bwd.default, (torch.ones((), device=device), *inputs, weight, *needs))
 
 
 def test_compile_fullgraph(device):
@@ -237,3 +239,131 @@ def test_bad_input(message, f, refused):
 def test_bad_reduction(refused):
     x = torch.zeros(3, 4)
     refused(lambda: club_mi(x, x, x, reduction="avg"), "^club_mi: reduction .* got 'avg'", ValueError)
+
+
+@pytest.mark.parametrize("logvar", [-87.9, -90.0, -800.0, -6e4, -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiny_variances_and_no_residual(dtype, logvar, backend):
+    """Where exp(-logvar) overflows, a residual of 0 still counts 0."""
+    for n in (2, 5, 300):
+        leaves = [torch.full((n, 3), x, dtype=dtype, requires_grad=True) for x in (2.0, logvar, 2.0)]
+        for given in (None, torch.arange(n) // 2, torch.zeros(n, dtype=torch.int64)):
+            # Autograd of the reference adds up the weights of all rows, in float32.
+            for reduction in ("mean", "sum", "none") if backend == "csrc" else ("mean",):
+                value = club_mi(*leaves, given=given, reduction=reduction)
+                assert (value == 0).all()
+                assert all((g == 0).all() for g in torch.autograd.grad(value.sum(), leaves))
+        value = club_nll(*leaves)
+        torch.testing.assert_close(value, 3 * leaves[1][0, 0].to(value.dtype))
+        d_mu, d_logvar, d_y = torch.autograd.grad(value, leaves)
+        assert (d_mu == 0).all() and (d_y == 0).all() and (d_logvar == torch.tensor(1 / n, dtype=dtype)).all()
+
+
+def test_tiny_variances_and_residuals(backend):
+    """Beyond the range the weight of a residual stays e^88, in the gradients too."""
+    mu, y = torch.zeros(4, 1), torch.tensor([0.0, 1e-19, -1e-19, 0.0])[:, None]
+    want = [run(f, [mu, torch.full((4, 1), -88.0), y]) for f in (club_nll, club_mi)]
+    got = [run(f, [mu, torch.full((4, 1), -95.0), y]) for f in (club_nll, club_mi)]
+    torch.testing.assert_close(got[0][0], want[0][0] - 7)
+    torch.testing.assert_close(got[1][0], want[1][0])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a[1:], b[1:])
+
+
+WEIGHTS = {
+    "bool": torch.tensor([True, False, True, True, False]),
+    "int8": torch.tensor([3, 0, -1, 2, 0], dtype=torch.int8),
+    "bfloat16": torch.tensor([0.5, 0.0, 2.0, 1.5, 0.0], dtype=torch.bfloat16),
+    "float32": torch.tensor([0.3, 0.0, 1.7, 1e-30, 0.0]),
+    "float64": torch.tensor([0.3, 0.0, 1.7, 1e-300, 0.0], dtype=torch.float64),
+    "huge": torch.tensor([3e38, 0.0, 3e38, 3e38, 0.0]),
+    "expanded": torch.ones(1).expand(5),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_likelihood(dtype, weight, device, backend):
+    """Value and gradients are those of the rows that count, whatever the others hold."""
+    inputs, weight = draw(5, 21, dtype, device), WEIGHTS[weight].to(device)
+
+    def formula(mu, logvar, y):
+        kept = weight != 0
+        mu, logvar, y = (t.double()[kept] for t in (mu, logvar, y))
+        rows = ((y - mu).square() * (-logvar).exp() + logvar).sum(1)
+        return (rows * weight[kept].double()).sum() / weight.double().sum()
+
+    grad = torch.tensor(0.7, device=device)
+    want = run(formula, inputs, grad=grad)
+    tolerance = {2: 1e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+    for bad in (0.0, float("nan"), float("inf"), -float("inf")):
+        filled = [t.masked_fill((weight == 0)[:, None], bad) for t in inputs]
+        got = run(partial(club_nll, weight=weight), filled, grad=grad)
+        assert not any(g[weight == 0].any() for g in got[1:])
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_mask_of_everything(device, backend):
+    leaves = [torch.full((4, 3), float("nan"), device=device, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(4, dtype=torch.bool, device=device)
+    for value in (club_nll(*leaves, weight=mask), club_mi(*leaves, given=torch.where(mask, 0, -1))):
+        assert value == 0 and not any(g.any() for g in torch.autograd.grad(value, leaves))
+    none = [t[:0] for t in leaves]
+    assert club_nll(*none, weight=mask[:0]).isnan()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mask_of_the_bound(reduction, device, backend):
+    """given=where(mask, 0, -1): the rows that it keeps, as one class."""
+    inputs, mask = draw(60, 21, device=device), torch.rand(60, device=device) < 0.6
+    given = torch.where(mask, 0, -1)
+    want = run(partial(club_mi, given=torch.zeros_like(given[mask]), reduction=reduction), [t[mask] for t in inputs])
+    for bad in (float("nan"), float("inf"), 1e30):
+        filled = [t.masked_fill(~mask[:, None], bad) for t in inputs]
+        value, *grads = run(partial(club_mi, given=given, reduction=reduction), filled)
+        torch.testing.assert_close(value[mask] if reduction == "none" else value, want[0])
+        assert reduction != "none" or not value[~mask].any()
+        for got, kept in zip(grads, want[1:], strict=True):
+            torch.testing.assert_close(got[mask], kept)
+            assert not got[~mask].any()
+
+
+def test_weighted_double_backward_and_compile(device):
+    inputs = [t.requires_grad_() for t in draw(5, 3, torch.float64, device)]
+    f = partial(club_nll, weight=torch.tensor([1, 0, 2, 0, 3], device=device))
+    assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
+    compiled = torch.compile(lambda *x: club_nll(*x, weight=x[0][:, 0] > 0), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, inputs), run(lambda *x: club_nll(*x, weight=x[0][:, 0] > 0), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_bound_leaves_a_fixed_q_alone():
+    q, x, y = CLUB(4, 3, 8), torch.randn(20, 4), torch.randn(20, 3, requires_grad=True)
+    q(x, y).backward()  # the authors' way
+    assert all(p.grad.any() for p in q.p_mu.parameters())
+    want, y.grad = y.grad, None
+    q.zero_grad()
+    q.requires_grad_(False)
+    q(x, y).backward()
+    assert all(p.grad is None for p in q.parameters()) and torch.equal(y.grad, want)
+    q.requires_grad_(True)
+    weight = torch.arange(20) % 2
+    rows = [t[1::2].detach() for t in (x, y)]
+    torch.testing.assert_close(q.learning_loss(x, y, weight), q.learning_loss(*rows))
+
+
+BAD_WEIGHTS = {
+    "weight must be a torch.Tensor, got list": [1, 0, 1],
+    r"weight must have shape \(3,\), one per row of mu, got \(2,\)": torch.ones(2),
+    "weight must be .* bool or an integer, got torch.complex64": torch.ones(3, dtype=torch.complex64),
+    "weight must be on cpu as mu is, got meta": torch.ones(3, device="meta"),
+    "weight must be dense, got torch.sparse_coo; call .to_dense": torch.ones(3).to_sparse(),
+    r"weight gets no gradient: pass weight.detach\(\)": torch.ones(3, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("message", BAD_WEIGHTS)
+def test_bad_weight(message, refused):
+    x = torch.zeros(3, 4)
+    refused(lambda: club_nll(x, x, x, weight=BAD_WEIGHTS[message]), f"^club_nll: {message}")

@@ -106,6 +106,16 @@ def test_nan_stays_in_its_rows(device):
     assert duc_loss(student, teacher, dims, reduction="none").isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_temperatures_at_the_ends(dtype, device, backend):
+    student, teacher = (8 * torch.eye(6, 5, device=device, dtype=dtype) for _ in range(2))
+    dims = torch.ones(5, dtype=torch.bool, device=device)
+    for temperature, want in ((1e-320, [0.0] * 5 + [6.0]), (1e308, [6.0] * 6)):  # the last row's products are all 0
+        value, *grads = run(partial(duc_loss, dims=dims, temperature=temperature, reduction="none"), [student, teacher])
+        torch.testing.assert_close(value.exp(), torch.tensor(want, dtype=dtype, device=device).clamp_min(1))
+        assert not any(g[:5].isnan().any() for g in grads)
+
+
 def test_reductions_agree(device):
     inputs, dims = draw(50, 20, torch.float64, device), draw_dims(20, device)
     rows = duc_loss(*inputs, dims, reduction="none")
@@ -241,6 +251,7 @@ BAD = {
     r"teacher must have student's shape \(3, 4\), got \(3, 3\)": lambda x: duc_loss(x, x[:, :3], DIMS),
     "teacher must be on cpu as student is, got meta": lambda x: duc_loss(x, x.to("meta"), DIMS),
     "dims must be torch.bool, got torch.int64": lambda x: duc_loss(x, x, DIMS.long()),
+    "dims must be dense, got torch.sparse_coo; call .to_dense": lambda x: duc_loss(x, x, DIMS.to_sparse()),
     r"dims must have shape \(4,\), one per dimension, got \(3,\)": lambda x: duc_loss(x, x, DIMS[:3]),
     "dims must be on cpu as student is, got meta": lambda x: duc_loss(x, x, DIMS.to("meta")),
     "temperature must be positive and finite, got 0": lambda x: duc_loss(x, x, DIMS, temperature=0),

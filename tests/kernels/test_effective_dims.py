@@ -67,6 +67,50 @@ def test_not_finite(value, device):
     assert torch.equal(effective_dims(features, labels, 5), reference.effective_dims(features, labels, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_not_finite_anywhere(dtype, device, backend):
+    """Sprinkled over labelled and unlabelled rows: nearest to nothing, as written out here."""
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device)
+    for _ in range(10):
+        features, labels = draw(60, 4, 30, dtype, device)
+        where = torch.rand(60, 30, device=device) < 0.02
+        features = torch.where(where, bad[torch.randint(3, (60, 30), device=device)].to(dtype), features)
+        labels = labels.masked_fill(torch.rand(60, device=device) < 0.2, -1)
+        hits = []
+        for column in features.double().T:
+            means = torch.stack([column[labels == k].mean() for k in range(4)])
+            usable = means.isfinite().nonzero().flatten()
+            own = [
+                len(usable) > 0 and x.isfinite() and usable[(x - means[usable]).abs().argmin()] == k
+                for x, k in zip(column, labels, strict=True)
+            ]
+            hits.append(sum(map(int, own)))
+        hits = torch.tensor(hits, device=device)
+        assert torch.equal(effective_dims(features, labels, 4), hits * 30 > hits.sum())
+
+
+@pytest.mark.parametrize("num_classes", [301, 2**31, 2**62, 2**63 - 1])
+def test_more_classes_than_rows(num_classes, device, backend):
+    """Only those that have a sample take memory, and ties still go to the lower class."""
+    features, labels = draw(300, 7, 20, device=device)
+    features = features.round()
+    names = torch.tensor([0, 3, 100, 101, 102, 200, 299], device=device)
+    names[1:] += num_classes - 300
+    want = definition(features, labels, 7)
+    before = resident()
+    assert torch.equal(effective_dims(features, names[labels], num_classes), want)
+    assert resident("VmHWM") - before < 50e6
+    labels[:50] = names[:1] = -1
+    assert torch.equal(effective_dims(features, labels, num_classes), effective_dims(features, labels, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_integer_labels(dtype, device, backend):
+    features, labels = draw(300, 7, 20, device=device)
+    for num_classes in (7, 300, 1000):
+        assert torch.equal(effective_dims(features, labels.to(dtype), num_classes), effective_dims(features, labels, 7))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
 def test_empty(shape, device):
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
@@ -115,9 +159,15 @@ BAD = {
     "features must be a torch.Tensor, got int": lambda x: effective_dims(1, LABELS, 2),
     "features must be float.*, got torch.int64": lambda x: effective_dims(x.long(), LABELS, 2),
     r"features must have shape \(N, D\), got \(4,\)": lambda x: effective_dims(x[0], LABELS, 2),
-    "labels must be int64 or int32, got torch.float32": lambda x: effective_dims(x, LABELS.float(), 2),
+    "labels must be of integers, got torch.float32; pass labels.long": lambda x: effective_dims(x, LABELS.float(), 2),
     r"labels must have shape \(3,\), one per row, got \(2,\)": lambda x: effective_dims(x, LABELS[:2], 2),
     "labels must be .*on cpu.*, got .*meta": lambda x: effective_dims(x, LABELS.to("meta"), 2),
+    "labels must be dense, got torch.sparse_coo; call .to_dense": lambda x: effective_dims(x, LABELS.to_sparse(), 2),
+    "num_classes must be an integer, got bool": lambda x: effective_dims(x, LABELS, True),
+    "num_classes must be an integer, got float": lambda x: effective_dims(x, LABELS, 2.0),
+    "num_classes must be an integer, got complex": lambda x: effective_dims(x, LABELS, 2j),
+    "num_classes must be an integer, got Tensor": lambda x: effective_dims(x, LABELS, torch.tensor(2)),
+    r"num_classes must be below 2\*\*63": lambda x: effective_dims(x, LABELS, 10**400),
     "num_classes must be positive, got 0": lambda x: effective_dims(x, LABELS, 0),
     r"labels must be below num_classes \(1\), got 1": lambda x: effective_dims(x, LABELS, 1),
 }

@@ -5,14 +5,17 @@ row's gradient g and a_m = <g, z_m>:
 
     d z_m = w_m g + w_m (a_m - sum_k w_k a_k)/T s_m ([z_m is the largest] - p_m)
 
-divided among equal largest logits.  A tile holds all heads of some rows; many classes are read in several parts.
+divided among equal largest logits.  A class is impossible where a head's logit is -inf: its output is -inf whatever
+the weights, and nothing has a gradient through it.
+
+A tile holds all heads of some rows; many classes are read in several parts.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import Launch, cached_launch, cdiv, next_power_of_2, warps
+from . import Launch, cached_launch, cdiv, inverse, next_power_of_2, warps
 
 
 @triton.jit
@@ -23,10 +26,11 @@ def _load(ROW, real_row, col, C):
 
 
 @triton.jit
-def _load_grad(ROW, real_row, col, C):
-    """A tile of the gradient, (1, ROWS, BLOCK)."""
+def _load_grad(ROW, real_row, col, C, z, here):
+    """A tile of the gradient, (1, ROWS, BLOCK), 0 for an impossible class."""
     mask = real_row[:, None] & (col < C)[None, :]
-    return tl.load(ROW[:, None] + col[None, :], mask, other=0.0).to(tl.float32)[None, :, :]
+    impossible = tl.max((here & (z == float("-inf"))).to(tl.int32), 0)
+    return tl.load(ROW[:, None] + col[None, :], mask & (impossible == 0), other=0.0).to(tl.float32)[None, :, :]
 
 
 @triton.jit
@@ -46,8 +50,8 @@ def _certainty(ROW, real_row, C, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 @triton.jit
 def _weights(certainty, m, M, inverse_temperature):
     """Softmax over the heads, (HEADS, ROWS)."""
-    scaled = tl.where((m < M)[:, None], certainty * inverse_temperature, float("-inf"))
-    e = tl.exp(scaled - tl.max(scaled, 0)[None, :])
+    own = tl.where((m < M)[:, None], certainty, float("-inf"))
+    e = tl.exp((own - tl.max(own, 0)[None, :]) * inverse_temperature)
     return e / tl.sum(e, 0)[None, :]
 
 
@@ -73,7 +77,8 @@ def _fwd(
     for start in range(0, C, BLOCK):
         col = start + tl.arange(0, BLOCK)
         z, here = _load(Z, real, col, C)
-        out = tl.sum(tl.where(here, w[:, :, None] * z, 0.0), 0)
+        term = tl.where(z == float("-inf"), w[:, :, None] + z, w[:, :, None] * z)  # a weight of 0 too leaves -inf
+        out = tl.sum(tl.where(here, term, 0.0), 0)
         mask = (row < N)[:, None] & (col < C)[None, :]
         tl.store(OUT + row[:, None] * C + col[None, :], out.to(OUT.dtype.element_ty), mask)
 
@@ -107,7 +112,8 @@ def _bwd(
         col = start + tl.arange(0, BLOCK)
         z, here = _load(Z, real, col, C)
         count += tl.sum((z == top[:, :, None]).to(tl.float32), 2)
-        pull += tl.sum(tl.where(here, z * _load_grad(G, row < N, col, C), 0.0), 2)
+        g = _load_grad(G, row < N, col, C, z, here)
+        pull += tl.sum(tl.where(here & (z != float("-inf")), z * g, 0.0), 2)
     mean = tl.sum(w * pull, 0)
     factor = w * (pull - mean[None, :]) * inverse_temperature * certainty
     for start in range(0, C, BLOCK):
@@ -115,7 +121,7 @@ def _bwd(
         z, here = _load(Z, real, col, C)
         p = tl.exp(z - top[:, :, None]) * certainty[:, :, None]
         largest = tl.where(z == top[:, :, None], (1.0 / count)[:, :, None], 0.0)
-        dz = w[:, :, None] * _load_grad(G, row < N, col, C) + factor[:, :, None] * (largest - p)
+        dz = w[:, :, None] * _load_grad(G, row < N, col, C, z, here) + factor[:, :, None] * (largest - p)
         tl.store(DZ[:, :, None] + col[None, None, :], dz.to(DZ.dtype.scalar.element_ty), here)
 
 
@@ -140,7 +146,7 @@ def _forward(_device, _dtype, size, strides, temperature):
     if size[1] == 0:
         return lambda logits: logits.new_empty(size[1:])
     stride_zm, stride_zn = strides
-    launch = _launch(_fwd, size, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1.0 / temperature)
+    launch = _launch(_fwd, size, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=inverse(temperature))
 
     def run(logits):
         out = logits.new_empty(size[1:])
@@ -163,7 +169,9 @@ def _backward(_device, _dtype, size, strides, stride_gn, temperature, need_logit
     if size[1] == 0 or not need_logits:
         return lambda grad, logits: logits.new_empty(size if need_logits else (0,))
     stride_zm, stride_zn = strides
-    values = dict(stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1.0 / temperature)
+    values = dict(
+        stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=inverse(temperature)
+    )
     launch = _launch(_bwd, size, **values)
 
     def run(grad, logits):

@@ -52,6 +52,8 @@ SUMS = tl.constexpr(5)
 LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
 LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 LN2 = tl.constexpr(math.log(2))
+LEAST = tl.constexpr(-88.0)  # of logvar in exp(-logvar)
+SCALE = tl.constexpr(256.0)  # w is summed over this: e^88 times some rows overflows
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
 PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 or H100
@@ -59,11 +61,13 @@ PROGRAMS = 1024  # of the first stage: eight for each multiprocessor of an A100 
 
 @triton.jit
 def _weight(logvar):
-    """exp(-logvar): the hardware's exp2 of logvar times log2(e), corrected for the rounding of that product.
+    """exp(-logvar), at most e^88: an infinite weight would make NaN of a residual of 0.
 
-    Without the correction a digit is lost already at 10.  That of an infinite logvar is NaN, which becomes 1 and does
+    The hardware's exp2 of logvar times log2(e), corrected for the rounding of that product.  Without the correction a
+    digit is lost already at 10.  That of an infinite logvar is NaN, which becomes 1 and does
     not matter beside 0 or inf.
     """
+    logvar = tl.where(logvar < LEAST, LEAST, logvar)  # NaN passes
     exponent = -LOG2E * logvar
     lost = fma(logvar, -LOG2E_LOW, fma(logvar, -LOG2E, -exponent))
     return exp2(exponent) * fma(tl.minimum(lost, 1.0), LN2, 1.0)
@@ -149,6 +153,7 @@ def _columns(
             w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
             if G is not None:
                 w *= tl.load(G + row.to(tl.int64) * g_stride, real, other=0.0).to(tl.float32)[:, None]
+            w *= 1.0 / SCALE
             sum_w += w
             sum_wmu += w * mu
             if MOMENTS:
@@ -159,10 +164,10 @@ def _columns(
         tl.store(PARTS + SUM_Y * D, _column_sum(sum_y), col < D)
         tl.store(PARTS + SUM_YY * D, _column_sum(sum_yy), col < D)
     if WEIGHTS:
-        tl.store(PARTS + SUM_W * D, _column_sum(sum_w), col < D)
-        tl.store(PARTS + SUM_WMU * D, _column_sum(sum_wmu), col < D)
+        tl.store(PARTS + SUM_W * D, _column_sum(sum_w) * SCALE, col < D)
+        tl.store(PARTS + SUM_WMU * D, _column_sum(sum_wmu) * SCALE, col < D)
     if MOMENTS and WEIGHTS:
-        tl.store(PARTS + SUM_CROSS * D, _column_sum(sum_wy), col < D)
+        tl.store(PARTS + SUM_CROSS * D, _column_sum(sum_wy) * SCALE, col < D)
     if part == 0:
         tl.store(STATS + SHIFT * D + col, shift, col < D)
     if tl.program_id(0) + tl.program_id(1) == 0:
@@ -500,12 +505,13 @@ def _class_stats(
         if WEIGHTS:
             w = _weight(_load(LOGVAR, row, lv_stride, V, col, mask, float("inf")))
             w *= tl.load(G + row * g_stride).to(tl.float32)[:, None]
+            w *= 1.0 / SCALE
             sum_w += w
             sum_wmu += w * (_load(MU, row, mu_stride, V, col, mask, 0.0) - shift)
     share = 1.0 / n.to(tl.float64)
     mean = _column_sum(sum_y) * share
     var = _column_sum(sum_yy) * share - mean * mean
-    mean_w, mean_wmu = _column_sum(sum_w) * share, _column_sum(sum_wmu) * share
+    mean_w, mean_wmu = _column_sum(sum_w) * (SCALE * share), _column_sum(sum_wmu) * (SCALE * share)
     return (
         shift,
         mean.to(tl.float32)[None, :],
@@ -707,6 +713,7 @@ def _nll_fwd(
     MU,  # (N, D)
     LOGVAR,  # (N, D)
     Y,  # (N, D)
+    WEIGHT,  # (N,) float32, or None
     OUT,  # (programs,) float32
     N,
     D,  # in units of V, as the strides are
@@ -714,7 +721,7 @@ def _nll_fwd(
     lv_stride,
     y_stride,
     rows,  # of a part
-    factor,  # 1 / N
+    factor,  # 1 / N, or 1 with WEIGHT
     V: tl.constexpr,  # elements per load
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -725,32 +732,40 @@ def _nll_fwd(
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(part * rows, tl.minimum(part * rows + rows, N), ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)
-        mask = (row < N)[:, None] & (col < D * V)[None, :]
+        real = row < N
+        if WEIGHT is not None:
+            weight = tl.load(WEIGHT + row, real, other=0.0)
+            real = weight != 0  # others are not read
+        mask = real[:, None] & (col < D * V)[None, :]
         r = _load(Y, row, y_stride, V, col, mask, 0.0) - _load(MU, row, mu_stride, V, col, mask, 0.0)
         logvar = _load(LOGVAR, row, lv_stride, V, col, mask, 0.0)
-        acc += r * r * _weight(logvar) + logvar
+        if WEIGHT is not None:
+            acc += weight[:, None] * (r * r * _weight(logvar) + logvar)
+        else:
+            acc += r * r * _weight(logvar) + logvar
     tl.store(OUT + part * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(acc, 1), 0) * factor)
 
 
-def club_nll_fwd(mu, logvar, y):
+def club_nll_fwd(mu, logvar, y, weight):
     with torch.cuda.device_of(mu):
-        return _nll_forward(*_key(mu, logvar, y))(mu, logvar, y)
+        return _nll_forward(*_key(mu, logvar, y), weight is not None)(mu, logvar, y, weight)
 
 
 @cached_launch
-def _nll_forward(_device, dtype, size, strides):
+def _nll_forward(_device, dtype, size, strides, weighted):
     N, D = size
     if N == 0 or D == 0:
         empty = _empty_loss(N, reduction=MEAN)
-        return lambda mu, logvar, y: empty(mu)
+        return lambda mu, logvar, y, weight: empty(mu)
     shape = _Shape(dtype, N, D, *strides)
     parts, rows = shape.parts(shape.rows)
     programs = shape.tiles * parts
-    launch = Launch(_nll_fwd, (shape.tiles, parts), shape.values | dict(rows=rows, factor=1.0 / N), num_warps=4)
+    values = shape.values | dict(rows=rows, factor=1.0 if weighted else 1.0 / N)
+    launch = Launch(_nll_fwd, (shape.tiles, parts), values, num_warps=4)
 
-    def run(mu, logvar, y):
+    def run(mu, logvar, y, weight):
         shares = torch.empty((programs,), dtype=torch.float32, device=mu.device)
-        launch(mu, logvar, y, shares)
+        launch(mu, logvar, y, weight, shares)
         return shares.view(()) if programs == 1 else total(shares)
 
     return run
@@ -762,6 +777,7 @@ def _nll_bwd(
     MU,  # (N, D)
     LOGVAR,  # (N, D)
     Y,  # (N, D)
+    WEIGHT,  # (N,) float32, or None
     DMU,  # (N, D), or None
     DLOGVAR,  # (N, D), or None
     DY,  # (N, D), or None
@@ -770,7 +786,7 @@ def _nll_bwd(
     mu_stride,
     lv_stride,
     y_stride,
-    factor,  # 1 / N
+    factor,  # 1 / N, or 1 with WEIGHT
     V: tl.constexpr,  # elements per load
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -778,8 +794,13 @@ def _nll_bwd(
     """ROWS rows by BLOCK columns."""
     row, col, mask = _tile(D * V, N, ROWS, BLOCK)
     g = tl.load(G).to(tl.float32) * factor
-    r = _load(Y, row, y_stride, V, col, mask) - _load(MU, row, mu_stride, V, col, mask)
-    rw = r * _weight(_load(LOGVAR, row, lv_stride, V, col, mask))
+    read = mask
+    if WEIGHT is not None:
+        weight = tl.load(WEIGHT + row, row < N, other=0.0)
+        read = (weight != 0)[:, None] & mask  # others are not read, and have gradient 0
+        g *= weight[:, None]
+    r = _load(Y, row, y_stride, V, col, read, 0.0) - _load(MU, row, mu_stride, V, col, read, 0.0)
+    rw = r * _weight(_load(LOGVAR, row, lv_stride, V, col, read, 0.0))
     if DMU is not None:
         _store(DMU, row, D, V, col, -2 * g * rw, mask)
     if DLOGVAR is not None:
@@ -788,23 +809,24 @@ def _nll_bwd(
         _store(DY, row, D, V, col, 2 * g * rw, mask)
 
 
-def club_nll_bwd(grad, mu, logvar, y, need_mu, need_logvar, need_y):
-    run = _nll_backward(*_key(mu, logvar, y), grad.dtype, (need_mu, need_logvar, need_y))
+def club_nll_bwd(grad, mu, logvar, y, weight, need_mu, need_logvar, need_y):
+    needs = need_mu, need_logvar, need_y
+    run = _nll_backward(*_key(mu, logvar, y), grad.dtype, weight is not None, needs)
     with torch.cuda.device_of(mu):
-        return run(grad, mu, logvar, y)
+        return run(grad, mu, logvar, y, weight)
 
 
 @cached_launch
-def _nll_backward(_device, dtype, size, strides, _grad_dtype, needs):
+def _nll_backward(_device, dtype, size, strides, _grad_dtype, weighted, needs):
     allocate = gradients(size, needs)
     if 0 in size or not any(needs):
-        return lambda grad, mu, logvar, y: allocate(mu)
+        return lambda grad, mu, logvar, y, weight: allocate(mu)
     shape = _Shape(dtype, *size, *strides)
-    launch = _elementwise(_nll_bwd, shape, factor=1.0 / shape.N)
+    launch = _elementwise(_nll_bwd, shape, factor=1.0 if weighted else 1.0 / shape.N)
 
-    def run(grad, mu, logvar, y):
+    def run(grad, mu, logvar, y, weight):
         grads = allocate(mu)
-        launch(grad, mu, logvar, y, *wanted(grads, needs))
+        launch(grad, mu, logvar, y, weight, *wanted(grads, needs))
         return grads
 
     return run

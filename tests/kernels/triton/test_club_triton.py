@@ -47,9 +47,9 @@ class TestClub:
         return loss, *club.club_mi_bwd(grad, mu, logvar, y, None, stats, reduction, *needs)
 
     @staticmethod
-    def run_nll(mu, logvar, y, *, grad=None, needs=(True, True, True)):
-        mu, logvar, y, grad = on_device(mu, logvar, y, torch.ones(()) if grad is None else grad)
-        return club.club_nll_fwd(mu, logvar, y), *club.club_nll_bwd(grad, mu, logvar, y, *needs)
+    def run_nll(mu, logvar, y, *, weight=None, grad=None, needs=(True, True, True)):
+        mu, logvar, y, weight, grad = on_device(mu, logvar, y, weight, torch.ones(()) if grad is None else grad)
+        return club.club_nll_fwd(mu, logvar, y, weight), *club.club_nll_bwd(grad, mu, logvar, y, weight, *needs)
 
     def check(self, mu, logvar, y, *, reduction=MEAN, grad=None, slack=4):
         inputs, dtype = (mu, logvar, y), mu.dtype
@@ -103,6 +103,35 @@ class TestClub:
         loss, *grads = self.run(mu, logvar, y, reduction=NONE)
         assert torch.isfinite(loss).all() and all(torch.isfinite(g).all() for g in grads)
         assert (loss.cpu()[:5] == 0).all() and (grads[0].cpu()[:5] == 0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("shape", [(64, 512), (7, 41), (301, 3)])
+    def test_weighted_likelihood(self, shape, dtype):
+        inputs, weight, grad = self.inputs(*shape, dtype), torch.rand(shape[0]), torch.tensor(1.7)
+        weight[::3] = 0
+        plain, truth = (
+            autograd(functools.partial(reference.club_nll, weight=weight), inputs, grad, d)
+            for d in (torch.float32, torch.float64)
+        )
+        share = weight / weight.sum()
+        ours = self.run_nll(*inputs, weight=share, grad=grad)
+        for i, (a, b, c) in enumerate(zip(ours, plain, truth, strict=True)):
+            assert_as_good(a, b, c, dtype if i else torch.float32)
+        for t in inputs:
+            t[::3] = torch.nan
+        assert all(map(torch.equal, self.run_nll(*inputs, weight=share, grad=grad), ours))
+        assert not any(t.any() for t in self.run_nll(*inputs, weight=torch.zeros_like(share)))
+
+    @pytest.mark.parametrize("logvar", [-90.0, -6e4, -torch.inf])
+    @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN], ids=REDUCTION)
+    def test_tiny_variances_and_no_residual(self, reduction, logvar):
+        inputs = [torch.full((2100, 7), x) for x in (2.0, logvar, 2.0)]
+        for given in (torch.arange(2100) // 2, torch.arange(2100) // 700):
+            assert not any(t.any() for t in TestGiven.run(*inputs, given, reduction=reduction))
+        assert not any(t.any() for t in self.run(*inputs, reduction=reduction))
+        value, d_mu, d_logvar, d_y = self.run_nll(*inputs)
+        assert value.item() == pytest.approx(7 * logvar) and not d_mu.any() and not d_y.any()
+        torch.testing.assert_close(d_logvar.cpu(), torch.full((2100, 7), 1 / 2100))
 
     def test_one_row_is_exactly_zero(self):
         for reduction in (NONE, SUM, MEAN):

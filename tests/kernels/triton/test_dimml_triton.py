@@ -180,6 +180,24 @@ class TestCertainty:
         self.check(logits)
         self.check(torch.randn(9, 3, 11).transpose(0, 1)[:, :, :7])
 
+    @pytest.mark.parametrize("temperature", [1e-320, 1e-3, 1.0, 1e308])
+    def test_impossible_classes(self, temperature):
+        logits = 3 * torch.randn(3, 6, 20)
+        logits[..., 3] = logits[1, 2, 17] = logits[0, 4, 0] = -torch.inf
+        leaf, grad = logits.double().requires_grad_(), torch.randn(6, 20)
+        value = reference.certainty_fusion(leaf, temperature=temperature)
+        z = logits.to(DEVICE)
+        possible = value.isfinite()
+        ours = certainty.certainty_fusion_fwd(z, temperature).cpu()
+        assert (ours[~possible] == -torch.inf).all()
+        close(ours[possible], value[possible].detach(), torch.float32)
+        ours = certainty.certainty_fusion_bwd(grad.to(DEVICE), z, temperature, True)
+        close(
+            ours,
+            torch.autograd.grad(value, leaf, grad.double())[0],
+            torch.float32 if temperature > 1e-3 else torch.float16,
+        )
+
     def test_empty(self):
         z = torch.empty(3, 0, 5, device=DEVICE)
         assert certainty.certainty_fusion_fwd(z, 1.0).shape == (0, 5)
