@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import FLOATING, INTEGERS, Argument, Op, reduction_code
+from ._ops import FLOATING, INTEGERS, MEAN, Argument, Op, reduction_code
 
 
 def js_div(
@@ -38,19 +38,24 @@ def js_div(
             are copied if the backward pass needs them; those made under ``torch.no_grad()`` are not.
         beta: weight of p in the mixture, a number in [0, 1], not a tensor: it gets no gradient.
         temperature: T > 0, a number. The result is not multiplied by T². To learn T, divide both logits by it.
-        weight: factor of each row, shape (...), floating-point, integer or bool, such as ``labels != -100``. A weight
-            of 0 masks a row out of value and gradients unless the row holds NaN or inf. It gets no gradient.
+        weight: factor of each row, shape (...), floating-point, integer or bool, such as ``labels != -100``. A row of
+            weight 0 is as if it were not there, whatever it holds: it is skipped, and its gradients are 0. The weight
+            gets no gradient.
         reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The mean of no rows, or of rows
-        that are all masked, is NaN, as in ``cross_entropy``.
+        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The divergence of a row is never
+        negative. The mean of rows that are all masked is 0, with gradients of 0; that of no rows is NaN.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``beta`` or ``temperature`` is not a number.
         ValueError: shapes or devices disagree, C is 0, or a number is out of range.
     """
     return JS_DIV(input, target, weight, beta, temperature, reduction_code("js_div", reduction))
+
+
+def _is_weighted_mean(weight: Tensor | None, reduction: int) -> bool:
+    return weight is not None and reduction == MEAN
 
 
 JS_DIV = Op(
@@ -62,6 +67,7 @@ JS_DIV = Op(
     Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
     Argument("int reduction"),
     reference=reference.js_div,
-    saved={"stats": lambda input, **_: (6, input.shape[0])},  # kernels take (R, C)
+    # Kernels take (R, C). For a weighted mean, the last row is each row's share in the sum of the weights.
+    saved={"stats": lambda input, weight, reduction, **_: (6 + _is_weighted_mean(weight, reduction), input.shape[0])},
     triton="js_div",
 )

@@ -27,18 +27,31 @@ def js_div(
     reduction: str = "mean",
 ) -> Tensor:
     dtype = accumulation_dtype(input.dtype)
+    if weight is not None:  # a row of weight 0 is as if it were not there, whatever it holds
+        kept = weight != 0
+        input, target = (torch.where(kept[..., None], z, 0) for z in (input, target))
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
     if beta in (0, 1):
         rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
     else:
         rows = _js(log_p, log_q, beta)
-    if weight is not None:
-        rows = rows * weight.to(dtype)
+    rows = torch.where(rows < 0, rows - rows.detach(), rows)  # 0, with the gradient of the rounding error
+    return _reduced(rows, weight, reduction)
+
+
+def _reduced(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    if weight is None or (reduction == "mean" and weight.numel() == 0):
+        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+    weight = weight.to(rows.dtype)
+    if reduction == "mean":  # their sum may overflow
+        largest = weight.abs().amax()
+        weight = weight / torch.where(largest == 0, 1, largest)
+    weighted = torch.where(weight == 0, 0, rows * weight)
     if reduction == "none":
-        return rows
+        return weighted
     if reduction == "sum":
-        return rows.sum()
-    return rows.mean() if weight is None else rows.sum() / weight.to(dtype).sum()
+        return weighted.sum()
+    return weighted.sum() / torch.where((weight == 0).all(), 1, weight.sum())
 
 
 def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

@@ -12,6 +12,8 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <vector>
 
 #include "launch.h"
 
@@ -190,14 +192,20 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   });
 }
 
-// The element of class c in row r goes to lane r of step c; lanes without a row repeat the last.
+// Up to 16 rows, each in a lane; lanes without a row repeat the last.
+struct Block {
+  int64_t row[kLanes];
+  int height;
+};
+
+// The element of class c in a lane's row goes to this lane of step c.
 template <class T>
-void pack(Rows<T> from, int64_t row, int rows, int64_t classes, compute_t<T>* to) {
+void pack(Rows<T> from, const Block& block, int64_t classes, compute_t<T>* to) {
   for (int64_t c = 0; c < classes; c += kLanes) {
     int width = std::min<int64_t>(kLanes, classes - c);
     Vec<T> tile[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      const T* at = from[row + std::min(lane, rows - 1)] + c;
+      const T* at = from[block.row[lane]] + c;
       tile[lane] = width == kLanes ? load(at) : load(at, width, 0);
     }
     transpose(tile);
@@ -206,73 +214,100 @@ void pack(Rows<T> from, int64_t row, int rows, int64_t classes, compute_t<T>* to
 }
 
 template <class T>
-void unpack(const compute_t<T>* from, Rows<T> to, int64_t row, int rows, int64_t classes) {
+void unpack(const compute_t<T>* from, Rows<T> to, const Block& block, int64_t classes) {
   for (int64_t c = 0; c < classes; c += kLanes) {
     int width = std::min<int64_t>(kLanes, classes - c);
     Vec<T> tile[kLanes];
     for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (c + std::min(i, width - 1)) * kLanes);
     transpose(tile);
-    for (int lane = 0; lane < rows; ++lane) {
-      T* at = to[row + lane] + c;
+    for (int lane = 0; lane < block.height; ++lane) {
+      T* at = to[block.row[lane]] + c;
       width == kLanes ? store(at, tile[lane]) : store(at, tile[lane], width);
     }
   }
 }
 
-// f(first row, rows in the block, room for 4 rows) for all blocks, in parallel.
+// The rows whose weight is 0, and the others.
+struct Mask {
+  std::vector<int64_t> masked, kept;
+
+  template <class S>
+  Mask(int64_t rows, Factor<S> weight) {
+    for (int64_t r = 0; r < rows; ++r) (weight[r] == 0 ? masked : kept).push_back(r);
+  }
+};
+
+// f(block, room for 4 rows) for all rows but the masked ones, in parallel.
 template <class S, class F>
-void for_each_block(int64_t rows, int64_t classes, F f) {
+void for_each_block(int64_t rows, int64_t classes, const std::optional<Mask>& mask, F f) {
+  if (mask) rows = mask->kept.size();
   int64_t height = classes <= kPackedClasses ? kLanes : 1;
   int64_t grain = 1 + 4096 / (height * classes);  // fewer elements do not pay for a second thread
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<S[]> room(new S[4 * (height * classes + kLanes)]);
-    for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)), room.get());
+    for (int64_t b = begin; b < end; ++b) {
+      Block block;
+      block.height = std::min(height, rows - b * height);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        int64_t r = b * height + std::min(lane, block.height - 1);
+        block.row[lane] = mask ? mask->kept[r] : r;
+      }
+      f(block, room.get());
+    }
   });
 }
 
+// Results of masked rows stay as they are.
 template <class T>
-void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k, compute_t<T>* stats,
-                  compute_t<T>* loss) {
+void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
   using S = compute_t<T>;
-  for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
-    Vec<T> block[kStats], block_loss;
+  for_each_block<S>(rows, classes, mask, [&](const Block& block, S* room) {
+    Vec<T> block_stats[kStats], block_loss;
     if (classes <= kPackedClasses) {
       int64_t size = classes * kLanes;
-      pack(x, row, height, classes, room);
-      pack(y, row, height, classes, room + size);
-      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block);
+      pack(x, block, classes, room);
+      pack(y, block, classes, room + size);
+      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block_stats);
     } else {
-      block_loss = forward(x[row], y[row], classes, false, k, room, block);
+      block_loss = forward(x[block.row[0]], y[block.row[0]], classes, false, k, room, block_stats);
     }
-    for (int lane = 0; lane < height; ++lane) {
-      loss[row + lane] = block_loss[lane];
-      for (int i = 0; i < kStats; ++i) stats[i * rows + row + lane] = block[i][lane];
+    for (int lane = 0; lane < block.height; ++lane) {
+      loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
+      for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
     }
   });
 }
 
 template <class T>
-void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k,
-                   const compute_t<T>* stats, Factor<compute_t<T>> grad, Factor<compute_t<T>> weight,
-                   compute_t<T> scale, Rows<T> grad_x, Rows<T> grad_y) {
+void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                   Constants<compute_t<T>> k, const compute_t<T>* stats, Factor<compute_t<T>> grad,
+                   Factor<compute_t<T>> weight, compute_t<T> scale, Rows<T> grad_x, Rows<T> grad_y) {
   using S = compute_t<T>;
-  for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
-    Vec<T> block[kStats] = {}, g{};
+  if (mask)
+    torch::stable::parallel_for(0, mask->masked.size(), 1 + 4096 / classes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (Rows<T> to : {grad_x, grad_y})
+          if (to) std::memset(static_cast<void*>(to[mask->masked[i]]), 0, classes * sizeof(T));
+    });
+  for_each_block<S>(rows, classes, mask, [&](const Block& block, S* room) {
+    Vec<T> block_stats[kStats] = {}, g{};
     for (int lane = 0; lane < kLanes; ++lane) {
-      int64_t r = row + (lane < height ? lane : 0);  // one row: the same in every lane
-      for (int i = 0; i < kStats; ++i) block[i][lane] = stats[i * rows + r];
+      int64_t r = block.row[lane];
+      for (int i = 0; i < kStats; ++i) block_stats[i][lane] = stats[i * rows + r];
       g[lane] = grad[r] * weight[r] * scale;
     }
     if (classes <= kPackedClasses) {
       S *a = room, *b = room + classes * kLanes;
-      pack(x, row, height, classes, a);
-      pack(y, row, height, classes, b);
+      pack(x, block, classes, a);
+      pack(y, block, classes, b);
       // The gradients overwrite their logits.
-      backward(a, b, classes * kLanes, k, block, g, grad_x ? a : nullptr, grad_y ? b : nullptr);
-      if (grad_x) unpack(a, grad_x, row, height, classes);
-      if (grad_y) unpack(b, grad_y, row, height, classes);
+      backward(a, b, classes * kLanes, k, block_stats, g, grad_x ? a : nullptr, grad_y ? b : nullptr);
+      if (grad_x) unpack(a, grad_x, block, classes);
+      if (grad_y) unpack(b, grad_y, block, classes);
     } else {
-      backward(x[row], y[row], classes, k, block, g, grad_x ? grad_x[row] : nullptr, grad_y ? grad_y[row] : nullptr);
+      int64_t r = block.row[0];
+      backward(x[r], y[r], classes, k, block_stats, g, grad_x ? grad_x[r] : nullptr, grad_y ? grad_y[r] : nullptr);
     }
   });
 }
@@ -282,23 +317,33 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
   if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
   int64_t rows = input.size(0), classes = input.size(1);
   ScalarType dtype = compute_dtype(input);
-  Tensor stats = empty({kStats, rows}, dtype);
+  const bool weighted_mean = weight && reduction == kMean;
+  Tensor stats = empty({kStats + weighted_mean, rows}, dtype);
   Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, dtype);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    std::vector<S> row_loss(rows);
-    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
-                 static_cast<S*>(stats.data_ptr()), row_loss.data());
     auto w = weight ? Factor<S>(*weight) : Factor<S>();
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, w) : std::nullopt;
+    S* kept = static_cast<S*>(stats.data_ptr());
+    if (mask)
+      for (int i = 0; i < kStats; ++i)
+        for (int64_t r : mask->masked) kept[i * rows + r] = 0;
+    std::vector<S> row_loss(rows);
+    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+                 row_loss.data());
     S* out = static_cast<S*>(loss.data_ptr());
-    double total = 0;
+    double total = 0, mass = weighted_mean ? 0 : rows;
     for (int64_t r = 0; r < rows; ++r) {
-      S row = w[r] * row_loss[r];
-      if (reduction == kNone) out[r] = row;
+      double row = double(w[r]) * row_loss[r];
+      if (reduction == kNone) out[r] = S(row);
       total += row;
+      if (weighted_mean) mass += w[r];
     }
-    if (reduction != kNone) *out = S(reduction == kMean ? total / rows : total);
+    if (rows && mask && mask->kept.empty()) mass = 1;  // so that the mean is 0
+    if (reduction != kNone) *out = S(reduction == kMean ? total / mass : total);
+    if (weighted_mean)
+      for (int64_t r = 0; r < rows; ++r) kept[kShare * rows + r] = w[r] == 0 ? 0 : S(w[r] / mass);
   });
   return {loss, stats};
 }
@@ -316,10 +361,12 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
-                  static_cast<const S*>(stats.data_ptr()), Factor<S>(grad), weight ? Factor<S>(*weight) : Factor<S>(),
-                  S(reduction == kMean ? 1. / rows : 1.), need_input ? Rows<T>(grad_input) : Rows<T>(),
-                  need_target ? Rows<T>(grad_target) : Rows<T>());
+    auto kept = static_cast<const S*>(stats.data_ptr());
+    auto factor = !weight ? Factor<S>() : reduction == kMean ? Factor<S>(kept + kShare * rows, 1) : Factor<S>(*weight);
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
+    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+                  Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
+                  need_input ? Rows<T>(grad_input) : Rows<T>(), need_target ? Rows<T>(grad_target) : Rows<T>());
   });
   return {grad_input, grad_target};
 }

@@ -75,6 +75,7 @@ struct Factor {
   int64_t stride = 0;
 
   Factor() = default;
+  Factor(const S* data, int64_t stride) : data(data), stride(stride) {}
   explicit Factor(const Tensor& t) : data(static_cast<const S*>(t.data_ptr())), stride(t.dim() ? t.stride(0) : 0) {
     STD_TORCH_CHECK((t.scalar_type() == ScalarType::Double) == (sizeof(S) == 8) && t.element_size() == sizeof(S),
                     "udi_kernels: grad and weight must be float32, or float64 for float64 inputs");

@@ -77,13 +77,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   const bool recorded = records({{"input", input}, {"target", target}});
   const bool all_rows = reduction == kNone;
   Weight factor;
-  if (weight) {
-    factor = keepable(weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat), recorded);
-    if (reduction == kMean && factor->sym_numel() != 0) {  // with weights too, the mean of no rows is NaN
-      factor = factor->div(factor->sum());
-      reduction = kSum;
-    }
-  }
+  if (weight) factor = keepable(weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat), recorded);
   Tensor loss = JSDiv::apply(matrix(input, dtype, recorded), matrix(target, dtype, recorded), factor, beta, temperature,
                              reduction);
   return all_rows && input.dim() != 2 ? loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1)) : loss;

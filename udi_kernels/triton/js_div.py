@@ -27,6 +27,7 @@ import triton.language as tl
 from . import (
     MEAN,
     NONE,
+    SUM,
     Launch,
     at,
     cached_launch,
@@ -45,8 +46,8 @@ from . import (
 
 # Rows of the statistics (6, R), float32: maximum and 1 / sum of exponentials of the input, the same of the target,
 # KL(q || m) and KL(p || m) in bits.  At beta = 0 the last two are the sum of q - p, which rounding leaves, and that of
-# p log2(p/q).
-MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P = (tl.constexpr(i) for i in range(6))
+# p log2(p/q).  For a weighted mean, one more: each row's weight over the sum of the weights.
+MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P, SHARE = (tl.constexpr(i) for i in range(7))
 # Rows of PARTS (7, R, S), where rows are split: the sums themselves are in INV_Q and INV_P; and at beta = 0
 DIV = tl.constexpr(6)  # KL(p || q)
 
@@ -237,22 +238,31 @@ def _store_stats(STATS, row, R, mask, peak_q, share_q, peak_p, share_p):
 
 
 @triton.jit
-def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX: tl.constexpr):
+def _losses(
+    W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH: tl.constexpr, MIX: tl.constexpr
+):
     """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask.
 
     kl: KL(p || q), for KL.
     """
     if MIX == KL:
-        loss = kl * (factor * LN2)
+        loss = kl
     else:  # a NaN in either row is one in both gradients, as in torch
         kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
-        loss = (beta * kl_p + gamma * kl_q) * (factor * LN2)
+        loss = beta * kl_p + gamma * kl_q
+    loss = tl.where(loss < 0, 0.0, loss) * (factor * LN2)  # rounding may be negative; NaN stays
     S = _stat(STATS, R, DIV_Q) + row
     tl.store(S, kl_q, mask)
     tl.store(S + R, kl_p, mask)
-    if W is not None:
+    if WEIGH:
         loss *= tl.load(W + row.to(tl.int64) * w_stride, mask, other=0.0)
     return tl.where(mask, loss, 0.0)
+
+
+@triton.jit
+def _kept(W, row, w_stride, real):
+    """Which rows have a weight that is not 0: the others are neither read nor computed."""
+    return real & (tl.load(W + row.to(tl.int64) * w_stride, real, other=0.0) != 0)
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
@@ -277,40 +287,61 @@ def _fwd_tile(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REDUCE: tl.constexpr,  # whether OUT gets sums
+    WEIGH: tl.constexpr,  # whether the losses are multiplied by W
     MIX: tl.constexpr,  # HALF, BETWEEN or KL
 ):
     """STEPS times ROWS whole rows, read once."""
-    col = tl.arange(0, BLOCK)
     sum = tl.zeros([ROWS], tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0).to(R.dtype) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         real = row < R
-        mask = real[:, None] & (col < C * V)[None, :]
-        x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
-        y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
-        peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
-        x, y = x - peak_q[:, None], y - peak_p[:, None]
-        q, p = exp2(x * scale), exp2(y * scale)
-        sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
-        share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
-        _store_stats(STATS, row, R, real, peak_q, share_q, peak_p, share_p)
-
-        d = (y - x) * scale - _gap(share_q, share_p)[:, None]
-        if MIX == KL:
-            q, p = q * share_q[:, None], p * share_p[:, None]
-        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
-        kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
-        if MIX == KL:
-            kl = tl.sum(_kl_term(d, q, p), 1)
+        if W is None:
+            loss = _tile_losses(
+                X, Y, W, STATS, row, real, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
+                V, ROWS, BLOCK, WEIGH, MIX,
+            )  # fmt: skip
         else:
-            kl_q, kl_p, kl = _quotient(kl_q, sum_q), _quotient(kl_p, sum_p), None
-        loss = _losses(W, STATS, row, R, real, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
+            kept = _kept(W, row, w_stride, real)
+            loss = tl.zeros([ROWS], tl.float32)
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                loss = _tile_losses(
+                    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
+                    V, ROWS, BLOCK, WEIGH, MIX,
+                )  # fmt: skip
         if REDUCE:
             sum += loss
         else:
             tl.store(OUT + row, loss, real)
     if REDUCE:
         tl.store(OUT + tl.program_id(0), tl.sum(sum, 0))
+
+
+@triton.jit
+def _tile_losses(
+    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr, MIX: tl.constexpr,
+):  # fmt: skip
+    col = tl.arange(0, BLOCK)
+    mask = kept[:, None] & (col < C * V)[None, :]
+    x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
+    y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
+    peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
+    x, y = x - peak_q[:, None], y - peak_p[:, None]
+    q, p = exp2(x * scale), exp2(y * scale)
+    sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
+    share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
+    _store_stats(STATS, row, R, kept, peak_q, share_q, peak_p, share_p)
+
+    d = (y - x) * scale - _gap(share_q, share_p)[:, None]
+    if MIX == KL:
+        q, p = q * share_q[:, None], p * share_p[:, None]
+    add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+    kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
+    if MIX == KL:
+        kl = tl.sum(_kl_term(d, q, p), 1)
+    else:
+        kl_q, kl_p, kl = _quotient(kl_q, sum_q), _quotient(kl_p, sum_p), None
+    return _losses(W, STATS, row, R, kept, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX)
 
 
 @triton.jit
@@ -396,10 +427,15 @@ def _fwd_row(
     V: tl.constexpr,  # elements per load
     LANES: tl.constexpr,  # times WIDTH, the columns of a tile
     WIDTH: tl.constexpr,
+    WEIGH: tl.constexpr,  # whether the losses are multiplied by W
     MIX: tl.constexpr,  # HALF, BETWEEN or KL
 ):
     """One long row, read twice."""
     row = tl.program_id(0).to(tl.int64)
+    if W is not None:
+        if tl.load(W + row * w_stride) == 0:
+            tl.store(OUT + row, 0.0)
+            return
     X = at(X, row, x_stride, V)
     Y = at(Y, row, y_stride, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
@@ -408,19 +444,21 @@ def _fwd_row(
     kl_q, kl_p, kl = _divergences(
         X, Y, 0, C * V, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
     )
-    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX))
+    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX))
 
 
-@triton.jit(do_not_specialize=["R", "S", "span"])
+@triton.jit(do_not_specialize=["R", "S", "w_stride", "span"])
 def _fwd_split_sums(
     X,  # (R, C): logits of q
     Y,  # (R, C): logits of p
+    W,  # (R,), or None
     PARTS,  # (7, R, S) float32
     R,
     C,  # in units of V, as the strides are
     S,  # parts of a row
     x_stride,
     y_stride,
+    w_stride,
     span,  # tiles of a part
     scale,  # log2(e) / T
     V: tl.constexpr,  # elements per load
@@ -429,6 +467,9 @@ def _fwd_split_sums(
 ):
     """Maxima and sums of exponentials of a part of one very long row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
+    if W is not None:
+        if tl.load(W + row * w_stride) == 0:
+            return
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(
@@ -441,10 +482,11 @@ def _fwd_split_sums(
     tl.store(PARTS + INV_P * R * S, sum_p)
 
 
-@triton.jit(do_not_specialize=["R", "S", "span"])
+@triton.jit(do_not_specialize=["R", "S", "w_stride", "span"])
 def _fwd_split_div(
     X,  # (R, C): logits of q
     Y,  # (R, C): logits of p
+    W,  # (R,), or None
     PARTS,  # (7, R, S) float32
     STATS,  # (6, R) float32
     R,
@@ -452,6 +494,7 @@ def _fwd_split_div(
     S,  # parts of a row
     x_stride,
     y_stride,
+    w_stride,
     span,  # tiles of a part
     scale,  # log2(e) / T
     beta,
@@ -465,6 +508,9 @@ def _fwd_split_div(
 ):
     """The divergences of that part, read again, with the sums of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
+    if W is not None:
+        if tl.load(W + row * w_stride) == 0:
+            return
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
     i = tl.arange(0, MAX_S)
@@ -499,19 +545,53 @@ def _fwd_split_join(
     ROWS: tl.constexpr,  # at least R
     MAX_S: tl.constexpr,  # at least S
     REDUCE: tl.constexpr,  # whether OUT gets sums
+    WEIGH: tl.constexpr,  # whether the losses are multiplied by W
     MIX: tl.constexpr,  # HALF, BETWEEN or KL
 ):
     """Adds up the divergences of the parts."""
     row, i = tl.arange(0, ROWS), tl.arange(0, MAX_S)
-    mask = (row < R)[:, None] & (i < S)[None, :]
+    kept = row < R
+    if W is not None:
+        kept = _kept(W, row, w_stride, kept)
+    mask = kept[:, None] & (i < S)[None, :]
     P = PARTS + DIV_Q * R * S + row[:, None] * S + i[None, :]
     kl_q, kl_p = tl.sum(tl.load(P, mask, other=0.0), 1), tl.sum(tl.load(P + R * S, mask, other=0.0), 1)
     kl = tl.sum(tl.load(P + 2 * R * S, mask, other=0.0), 1)
-    loss = _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
+    loss = _losses(W, STATS, row, R, kept, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX)
     if REDUCE:
         tl.store(OUT, tl.sum(loss, 0))
     else:
         tl.store(OUT + row, loss, row < R)
+
+
+@triton.jit(do_not_specialize=["R", "w_stride"])
+def _weighted_mean(
+    LOSSES,  # (R,) float32
+    W,  # (R,)
+    STATS,  # (7, R) float32
+    OUT,  # () float32
+    R,
+    w_stride,
+    BLOCK: tl.constexpr,
+):
+    """The weighted mean, and each row's share, in float64: sums of weights may overflow.  0 if all weights are."""
+    total = tl.zeros([BLOCK], tl.float64)
+    mass = tl.zeros([BLOCK], tl.float64)
+    kept = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, R, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        w = tl.load(W + row.to(tl.int64) * w_stride, row < R, other=0.0)
+        loss = tl.load(LOSSES + row, row < R, other=0.0)
+        total += w.to(tl.float64) * loss.to(tl.float64)
+        mass += w.to(tl.float64)
+        kept |= (w != 0).to(tl.int32)
+    inverse = tl.where(tl.max(kept, 0) == 0, 1.0, 1 / tl.sum(mass, 0))
+    tl.store(OUT, (tl.sum(total, 0) * inverse).to(tl.float32))
+    SHARES = _stat(STATS, R, SHARE)
+    for start in range(0, R, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        w = tl.load(W + row.to(tl.int64) * w_stride, row < R, other=0.0)
+        tl.store(SHARES + row, tl.where(w == 0, 0.0, w.to(tl.float64) * inverse).to(tl.float32), row < R)
 
 
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
@@ -530,7 +610,28 @@ def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature
     if R == 0:
         return _fwd_empty(reduction)
     values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE)
+    if weight and reduction == MEAN:
+        return _fwd_weighted_mean(R, C, dtype, values)
+    values |= dict(WEIGH=bool(weight))
+    return _fwd_reduced(R, C, dtype, reduction, values)
+
+
+def _fwd_weighted_mean(R, C, dtype, values):
+    each = _fwd_reduced(R, C, dtype, NONE, values | dict(WEIGH=False), stats=7)
+    block = min(4096, next_power_of_2(R))
+    mean = Launch(_weighted_mean, (1,), values | dict(BLOCK=block), num_warps=warps(block, 8))
+
+    def run(input, target, weight):
+        losses, stats = each(input, target, weight)
+        loss = losses.new_empty(())
+        mean(losses, weight, stats, loss)
+        return loss, stats
+
+    return run
+
+
+def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
+    values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE, stats=stats)
     if C <= TILE_CLASSES:
         return _fwd_by_tiles(R, C, reduction, values)
     # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
@@ -580,7 +681,7 @@ def _fwd_empty(reduction):
         loss = input.new_full(
             (0,) if reduction == NONE else (), math.nan if reduction == MEAN else 0.0, dtype=torch.float32
         )
-        return loss, loss.new_empty((6, 0))
+        return loss, loss.new_empty((7 if weight is not None and reduction == MEAN else 6, 0))
 
     return run
 
@@ -593,19 +694,19 @@ def _fwd_by_tiles(R, C, reduction, values):
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
     def each(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
         return losses, stats
 
     def at_once(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         loss = stats.new_empty(())
         launch(input, target, weight, stats, loss)
         return loss, stats
 
     def in_two_stages(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         parts = stats.new_empty(programs)
         launch(input, target, weight, stats, parts)
         return total(parts), stats
@@ -630,7 +731,7 @@ def _fwd_by_rows(R, reduction, values, num_warps):
     launch = Launch(_fwd_row, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
 
     def run(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
         return losses if reduction == NONE else total(losses), stats
@@ -653,19 +754,19 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
     join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
     def run(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         parts, loss = stats.new_empty(7, R, S), stats.new_empty(R if reduction == NONE else ())
-        sums(input, target, parts)
-        div(input, target, parts, stats)
+        sums(input, target, weight, parts)
+        div(input, target, weight, parts, stats)
         join(parts, weight, stats, loss)
         return loss, stats
 
     return run
 
 
-def _stats(input, R):
+def _stats(input, rows, R):
     """The statistics.  Other results are made from them: new_empty without dtype and device takes half as long."""
-    return torch.empty((6, R), dtype=torch.float32, device=input.device)
+    return torch.empty((rows, R), dtype=torch.float32, device=input.device)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -700,7 +801,15 @@ def _bwd(
     row = tile_row(R) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = row < R
-    mask = real[:, None] & (col < C * V)[None, :]
+    inside = real[:, None] & (col < C * V)[None, :]
+    mask = inside
+    if W is not None:
+        kept = _kept(W, row, w_stride, real)
+        mask = inside & kept[:, None]
+        if tl.max(kept.to(tl.int32), 0) == 0:
+            zero = tl.zeros([ROWS, BLOCK], tl.float32)
+            _store_gradients(DX, DY, row, col, C, zero, zero, inside, V)
+            return
     x = tl.load(at(X, row, x_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
     y = tl.load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
     g = tl.load(G + row.to(tl.int64) * g_stride, real).to(tl.float32) * factor
@@ -721,6 +830,13 @@ def _bwd(
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
         dx = _gradient(q, over_q, gamma * g * share_q, tl.load(DIVS, real))
         dy = _gradient(p, over_p, beta * g * share_p, tl.load(DIVS + R, real))
+    if W is not None:
+        dx, dy = tl.where(mask, dx, 0.0), tl.where(mask, dy, 0.0)
+    _store_gradients(DX, DY, row, col, C, dx, dy, inside, V)
+
+
+@triton.jit
+def _store_gradients(DX, DY, row, col, C, dx, dy, mask, V: tl.constexpr):
     if DX is not None:
         tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
     if DY is not None:
@@ -737,6 +853,8 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
     if beta == 1:
         grads = js_div_bwd(grad, target, input, weight, stats, 0.0, temperature, reduction, need_target, need_input)
         return grads[::-1]
+    if weight is not None and reduction == MEAN:
+        weight, reduction = stats[SHARE.value], SUM
     run = _backward(
         input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
         weight is not None and (weight.dtype, weight.stride(0)),
