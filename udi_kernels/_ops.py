@@ -146,6 +146,7 @@ class Op:
             called with the arguments by name.
         prepared: arguments whose gradients the forward kernel prepares; it takes a flag ``need_...`` for each.
         original: for an argument that kernels take in another form, the function that undoes it.
+        empty_grad: makes the memory of an argument's gradient; by default contiguous.
     """
 
     def __init__(
@@ -158,9 +159,10 @@ class Op:
         saved: Mapping[str, Callable[..., Sequence[int]]] | None = None,
         prepared: Sequence[str] = (),
         original: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        empty_grad: Callable[[Tensor], Tensor] = lambda x: x.new_empty(x.shape),
     ) -> None:
         self.name, self.arguments, self.result, self.saved = name, arguments, result, saved or {}
-        self.formula, self.original = reference, original or {}
+        self.formula, self.original, self.empty_grad = reference, original or {}, empty_grad
         self.names = [a.name for a in arguments]
         self.grads = [a.name for a in arguments if a.grad]
         self.accepted = tuple(ACCEPTED[a.type] for a in arguments)
@@ -237,7 +239,7 @@ class Op:
 
     def _fake_backward(self, *values: Any) -> Any:
         named = dict(zip(self.backward_names, values, strict=True))
-        grads = [named[x].new_empty(named[x].shape if named[f"need_{x}"] else (0,)) for x in self.grads]
+        grads = [self.empty_grad(named[x]) if named[f"need_{x}"] else named[x].new_empty(0) for x in self.grads]
         return tuple(grads) if len(grads) > 1 else grads[0]
 
     def _double_backward(self, ctx: Any, *grads: Any) -> tuple:
@@ -250,7 +252,7 @@ class Op:
             named[name] = None if named[name] is None else original(named[name])
         with torch.enable_grad():
             result = self._reference(*map(named.get, self.names))
-            first = torch.autograd.grad(result, needed, named["grad"], create_graph=True)
+            first = torch.autograd.grad(result, needed, named["grad"].reshape(result.shape), create_graph=True)
         wanted = [x for x in ("grad", *self.grads) if named[x].requires_grad]
         inputs = [named[x] for x in wanted]
         second = torch.autograd.grad(first, inputs, present, allow_unused=True, create_graph=create_graph)

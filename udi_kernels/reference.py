@@ -28,6 +28,7 @@ def js_div(
 ) -> Tensor:
     dtype = accumulation_dtype(input.dtype)
     if weight is not None:  # a row of weight 0 is as if it were not there, whatever it holds
+        weight = weight.reshape(input.shape[:-1])
         kept = weight != 0
         input, target = (torch.where(kept[..., None], z, 0) for z in (input, target))
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))

@@ -12,7 +12,9 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "launch.h"
@@ -198,32 +200,85 @@ struct Block {
   int height;
 };
 
+// Logits (R, C), or (A, B, C) with row a B + b at [a, b]; of any strides.
+template <class T>
+struct Logits {
+  T* data = nullptr;
+  int64_t inner = 0, outer_stride = 0, stride = 0, step = 1;  // inner: B; step: from class to class
+
+  Logits() = default;
+  explicit Logits(const Tensor& t) : data(static_cast<T*>(t.data_ptr())), stride(t.stride(t.dim() - 2)) {
+    if (t.size(t.dim() - 1) > 1) step = t.stride(t.dim() - 1);
+    if (t.dim() == 3) inner = t.size(1), outer_stride = t.stride(0);
+    if (t.numel() == 0) data = nullptr;
+  }
+  T* operator[](int64_t r) const {
+    return inner ? data + r / inner * outer_stride + r % inner * stride : data + r * stride;
+  }
+  explicit operator bool() const { return data; }
+};
+
+// Where the rows of a block begin, and whether their elements of a class are adjacent.
+template <class T>
+struct Lanes {
+  T* at[kLanes];
+  bool adjacent = true;
+
+  Lanes(Logits<T> logits, const Block& block) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      at[lane] = logits[block.row[lane]];
+      if (lane < block.height) adjacent = adjacent && at[lane] == at[0] + lane;
+    }
+  }
+};
+
 // The element of class c in a lane's row goes to this lane of step c.
 template <class T>
-void pack(Rows<T> from, const Block& block, int64_t classes, compute_t<T>* to) {
+void pack(Logits<T> from, const Block& block, int64_t classes, compute_t<T>* to) {
+  const Lanes<T> lanes(from, block);
+  if (from.step != 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      T gathered[kLanes];
+      const T* at = lanes.at[0] + c * from.step;
+      if (!lanes.adjacent) {
+        for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = lanes.at[lane][c * from.step];
+        at = gathered;
+      }
+      store(to + c * kLanes, load_some(at, lanes.adjacent ? block.height : kLanes));
+    }
+    return;
+  }
   for (int64_t c = 0; c < classes; c += kLanes) {
     int width = std::min<int64_t>(kLanes, classes - c);
     Vec<T> tile[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T* at = from[block.row[lane]] + c;
-      tile[lane] = width == kLanes ? load(at) : load(at, width, 0);
-    }
+    for (int lane = 0; lane < kLanes; ++lane) tile[lane] = load_some<T>(lanes.at[lane] + c, width);
     transpose(tile);
     for (int i = 0; i < width; ++i) store(to + (c + i) * kLanes, tile[i]);
   }
 }
 
 template <class T>
-void unpack(const compute_t<T>* from, Rows<T> to, const Block& block, int64_t classes) {
+void unpack(const compute_t<T>* from, Logits<T> to, const Block& block, int64_t classes) {
+  const Lanes<T> lanes(to, block);
+  if (to.step != 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      Vec<T> v = load(from + c * kLanes);
+      if (lanes.adjacent) {
+        store_some(lanes.at[0] + c * to.step, v, block.height);
+      } else {
+        T scattered[kLanes];
+        store(scattered, v);
+        for (int lane = 0; lane < block.height; ++lane) lanes.at[lane][c * to.step] = scattered[lane];
+      }
+    }
+    return;
+  }
   for (int64_t c = 0; c < classes; c += kLanes) {
     int width = std::min<int64_t>(kLanes, classes - c);
     Vec<T> tile[kLanes];
     for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (c + std::min(i, width - 1)) * kLanes);
     transpose(tile);
-    for (int lane = 0; lane < block.height; ++lane) {
-      T* at = to[block.row[lane]] + c;
-      width == kLanes ? store(at, tile[lane]) : store(at, tile[lane], width);
-    }
+    for (int lane = 0; lane < block.height; ++lane) store_some<T>(lanes.at[lane] + c, tile[lane], width);
   }
 }
 
@@ -239,9 +294,9 @@ struct Mask {
 
 // f(block, room for 4 rows) for all rows but the masked ones, in parallel.
 template <class S, class F>
-void for_each_block(int64_t rows, int64_t classes, const std::optional<Mask>& mask, F f) {
+void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optional<Mask>& mask, F f) {
   if (mask) rows = mask->kept.size();
-  int64_t height = classes <= kPackedClasses ? kLanes : 1;
+  int64_t height = packed ? kLanes : 1;
   int64_t grain = 1 + 4096 / (height * classes);  // fewer elements do not pay for a second thread
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<S[]> room(new S[4 * (height * classes + kLanes)]);
@@ -259,12 +314,13 @@ void for_each_block(int64_t rows, int64_t classes, const std::optional<Mask>& ma
 
 // Results of masked rows stay as they are.
 template <class T>
-void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
                   Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
   using S = compute_t<T>;
-  for_each_block<S>(rows, classes, mask, [&](const Block& block, S* room) {
+  const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
+  for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
     Vec<T> block_stats[kStats], block_loss;
-    if (classes <= kPackedClasses) {
+    if (packed) {
       int64_t size = classes * kLanes;
       pack(x, block, classes, room);
       pack(y, block, classes, room + size);
@@ -280,24 +336,28 @@ void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, const std
 }
 
 template <class T>
-void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+void backward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
                    Constants<compute_t<T>> k, const compute_t<T>* stats, Factor<compute_t<T>> grad,
-                   Factor<compute_t<T>> weight, compute_t<T> scale, Rows<T> grad_x, Rows<T> grad_y) {
+                   Factor<compute_t<T>> weight, compute_t<T> scale, Logits<T> grad_x, Logits<T> grad_y) {
   using S = compute_t<T>;
   if (mask)
     torch::stable::parallel_for(0, mask->masked.size(), 1 + 4096 / classes, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        for (Rows<T> to : {grad_x, grad_y})
-          if (to) std::memset(static_cast<void*>(to[mask->masked[i]]), 0, classes * sizeof(T));
+        for (Logits<T> to : {grad_x, grad_y})
+          if (to && to.step == 1)
+            std::memset(static_cast<void*>(to[mask->masked[i]]), 0, classes * sizeof(T));
+          else if (to)
+            for (int64_t c = 0; c < classes; ++c) to[mask->masked[i]][c * to.step] = T(0);
     });
-  for_each_block<S>(rows, classes, mask, [&](const Block& block, S* room) {
+  const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
+  for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
     Vec<T> block_stats[kStats] = {}, g{};
     for (int lane = 0; lane < kLanes; ++lane) {
       int64_t r = block.row[lane];
       for (int i = 0; i < kStats; ++i) block_stats[i][lane] = stats[i * rows + r];
       g[lane] = grad[r] * weight[r] * scale;
     }
-    if (classes <= kPackedClasses) {
+    if (packed) {
       S *a = room, *b = room + classes * kLanes;
       pack(x, block, classes, a);
       pack(y, block, classes, b);
@@ -312,10 +372,31 @@ void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, const st
   });
 }
 
+std::pair<int64_t, int64_t> shape(const Tensor& logits) {
+  int64_t classes = logits.size(logits.dim() - 1);
+  return {logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0), classes};
+}
+
+// A dense gradient, its dimensions in the order of the logits' strides, as `gradient_like` in _js_div.py makes it;
+// empty where it is not needed.
+Tensor empty_logits(const Tensor& like, bool needed) {
+  if (!needed) return empty({0}, like.scalar_type());
+  std::vector<int64_t> order(like.dim()), sizes(like.dim()), strides(like.dim());
+  std::iota(order.begin(), order.end(), 0);
+  const auto key = [&](int64_t d) { return like.stride(d) ? like.stride(d) : std::numeric_limits<int64_t>::max(); };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(a) > key(b); });
+  int64_t stride = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = stride;
+    stride *= std::max<int64_t>(sizes[order[i]] = like.size(order[i]), 1);
+  }
+  return empty(sizes, like.scalar_type(), strides);
+}
+
 std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                                       double beta, double temperature, int64_t reduction) {
   if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
-  int64_t rows = input.size(0), classes = input.size(1);
+  auto [rows, classes] = shape(input);
   ScalarType dtype = compute_dtype(input);
   const bool weighted_mean = weight && reduction == kMean;
   Tensor stats = empty({kStats + weighted_mean, rows}, dtype);
@@ -330,7 +411,7 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
       for (int i = 0; i < kStats; ++i)
         for (int64_t r : mask->masked) kept[i * rows + r] = 0;
     std::vector<S> row_loss(rows);
-    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
                  row_loss.data());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = 0, mass = weighted_mean ? 0 : rows;
@@ -356,17 +437,17 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
         js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
     return {grad_input, grad_target};
   }
-  int64_t rows = input.size(0), classes = input.size(1);
-  Tensor grad_input = empty_grad(input, need_input), grad_target = empty_grad(target, need_target);
+  auto [rows, classes] = shape(input);
+  Tensor grad_input = empty_logits(input, need_input), grad_target = empty_logits(target, need_target);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     auto kept = static_cast<const S*>(stats.data_ptr());
     auto factor = !weight ? Factor<S>() : reduction == kMean ? Factor<S>(kept + kShare * rows, 1) : Factor<S>(*weight);
     auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
-    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
                   Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
-                  need_input ? Rows<T>(grad_input) : Rows<T>(), need_target ? Rows<T>(grad_target) : Rows<T>());
+                  need_input ? Logits<T>(grad_input) : Logits<T>(), need_target ? Logits<T>(grad_target) : Logits<T>());
   });
   return {grad_input, grad_target};
 }

@@ -37,15 +37,18 @@ inline ScalarType compute_dtype(const Tensor& t) {
 }
 
 // Calls the C function, because torch::stable::new_empty goes through the dispatcher, a microsecond per tensor.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const std::vector<int64_t>& strides) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return empty(sizes, dtype, strides);
 }
 
 // A gradient, or an empty tensor where it is not needed.

@@ -318,6 +318,98 @@ def test_strides(classes, device):
                 torch.testing.assert_close(got, expected)
 
 
+def layouts(classes, device, dtype=torch.float32):
+    """Rows whose leading dimensions have two strides, or more; classes that are not adjacent; mixtures of these."""
+    plain = torch.randn(4, 6, classes, device=device).to(dtype)
+    wide = torch.randn(5, 9, classes, device=device).to(dtype)
+    turned = torch.randn(6, 4, classes, device=device).to(dtype).transpose(0, 1)
+    nchw = torch.randn(4, classes, 2, 3, device=device).to(dtype)
+    rows = torch.randn(classes, 24, device=device).to(dtype).T.reshape(4, 6, classes)
+    four = torch.randn(3, 3, 4, classes, device=device).to(dtype)[:2, :2]
+    return {
+        "all but the last": (wide[:4, :6], plain),
+        "all but the first": (wide[1:, 3:], wide[:4, 2:8]),
+        "(T, B, V)": (turned, plain),
+        "different strides": (wide[:4, 1:7], turned),
+        "channels first": (nchw.permute(0, 2, 3, 1), plain.reshape(4, 2, 3, classes)),
+        "both channels first": (nchw.permute(0, 2, 3, 1), nchw.flip(1).permute(0, 2, 3, 1)),
+        "columns": (rows, plain),
+        "three strides": (four.transpose(1, 2), four.permute(1, 2, 0, 3)[:2, :4, :2]),
+        "one row": (plain[:1, :1, :].expand(4, 6, classes), wide[:4, :6]),
+    }
+
+
+@pytest.mark.parametrize("classes", [6, 300])
+@pytest.mark.parametrize("name", layouts(6, "cpu"))
+def test_layouts(name, classes, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, y = layouts(classes, device, dtype)[name]
+        weight = torch.rand(x.shape[:-1], device=device) - 0.3
+        weight[..., 1] = 0
+        for options in (dict(reduction="none"), dict(weight=weight, beta=0.3), dict(beta=0, weight=weight > 0)):
+            call = partial(js_div, **options)
+            want = run(call, (x.contiguous(), y.contiguous()))
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            value = call(x, y)
+            for a, b in zip((value, *torch.autograd.grad(value.sum(), (x, y))), want, strict=True):
+                torch.testing.assert_close(a, b, rtol=16 * EPS[a.dtype], atol=16 * EPS[a.dtype] * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dim", [0, 1, -2, 2, 3, -1])
+@pytest.mark.parametrize("classes", [5, 150])
+def test_dim(dim, classes, device, backend):
+    x, y = (t.reshape(2, 3, 2, classes).movedim(-1, dim).contiguous() for t in logits(12, classes, device=device))
+    weight = torch.rand(x.movedim(dim, -1).shape[:-1], device=device)
+    got = run(partial(js_div, weight=weight, dim=dim), (x, y))
+    want = run(
+        lambda a, b: js_div(*(t.movedim(dim, -1).reshape(12, -1) for t in (a, b)), weight=weight.flatten()), (x, y)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert js_div(x, y, dim=dim, reduction="none").shape == weight.shape
+
+
+def test_double_backward_of_layouts():
+    for name, (x, y) in layouts(3, "cpu", torch.float64).items():
+        if name == "one row":  # gradgradcheck changes one element at a time
+            continue
+        x, y = (t[:2, :2].detach().requires_grad_() for t in (x, y))
+        weight = torch.rand(x.shape[:-1], dtype=torch.float64)
+        for reduction in ("none", "mean"):
+            assert torch.autograd.gradgradcheck(partial(js_div, weight=weight, reduction=reduction), (x, y)), name
+
+
+@pytest.mark.parametrize("classes", [6, 800])
+def test_nothing_is_kept_but_the_inputs(classes, device):
+    """Storages that autograd keeps and that are no input's, over the size of the logits."""
+
+    def kept(*inputs, **options):
+        own, found = {t.untyped_storage().data_ptr() for t in inputs}, {}
+
+        def pack(t):
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            js_div(*inputs, **options)
+        return sum(size for at, size in found.items() if at not in own) / inputs[0].nbytes
+
+    bound = 0.1 if classes > 6 else 7 / 6 + 0.01  # the statistics
+    for x, y in layouts(classes, device).values():
+        assert kept(x.requires_grad_(), y) < bound
+    x = torch.randn(64, classes, device=device, requires_grad=True)
+    mask = torch.arange(64, device=device) % 2 == 0
+    assert kept(x, torch.randn(64, classes, device=device, dtype=torch.bfloat16), weight=mask) < bound * 1.2
+    image = torch.randn(2, classes, 8, 4, device=device, requires_grad=True)
+    assert kept(image, image.detach() + 1, dim=1) < bound
+
+
+def test_gradients_of_channels_first_are_laid_out_like_the_logits(device):
+    x = torch.randn(2, 7, 4, 5, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(js_div(x, torch.randn_like(x), dim=1), x)
+    assert grad.is_contiguous()
+
+
 def test_expanded_grad_output(device):
     x, y = logits(6, 40, device=device)
     x.requires_grad_()
@@ -412,6 +504,7 @@ def test_opcheck(shape, device):
     x, y = logits(*shape, device=device)
     js_div(x, y)  # loads the kernels
     w = torch.rand(shape[0], device=device)
+    z = torch.randn(shape[0], 4, shape[1], device=device)
     for a, b in ((x, y), (x[::2], y[::2])):
         for reduction in range(3):
             weight = w[: len(a)] if reduction < 2 else None
@@ -421,6 +514,13 @@ def test_opcheck(shape, device):
             for needs in ((True, False), (False, True), (True, True)):
                 args = (torch.ones_like(loss), a, b, weight, stats, 0.4, 2.0, reduction, *needs)
                 torch.library.opcheck(ops.js_div_bwd.default, args)
+    for a, b in ((z[:, :3], z[:, 1:]), (z.transpose(0, 1), z.transpose(0, 1)), (z.mT, z.mT.contiguous()), (x.T, y.T)):
+        weight = torch.rand(a.shape[:-1].numel(), device=device)
+        loss, stats = ops.js_div_fwd(a, b, weight, 0.4, 2.0, 2)
+        torch.library.opcheck(ops.js_div.default, (a.detach().requires_grad_(), b, None, 0.4, 2.0, 0))
+        torch.library.opcheck(ops.js_div_fwd.default, (a, b, weight, 0.4, 2.0, 2))
+        args = (torch.ones_like(loss), a, b, weight, stats, 0.4, 2.0, 2, True, True)
+        torch.library.opcheck(ops.js_div_bwd.default, args)
 
 
 def test_compile_fullgraph(device):
@@ -473,6 +573,8 @@ BAD = {
     "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
     "temperature .* got 0": lambda x: js_div(x, x, temperature=0),
     "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
+    "dim must be a dimension of input, which has 2, got 2": lambda x: js_div(x, x, dim=2),
+    "dim must be an integer, got float": lambda x: js_div(x, x, dim=1.0),
     "reduction .* got 'batchmean'": lambda x: js_div(x, x, reduction="batchmean"),
     r"weight .* \(3,\), one per row, got \(4,\)": lambda x: js_div(x, x, weight=torch.ones(4)),
     "weight must be .* bool or an integer, got torch.complex64": lambda x: js_div(x, x, weight=x[:, 0] * 1j),

@@ -212,6 +212,51 @@ def _compared(x, y, peak_q, peak_p, gap, scale):
     return (y - x) * scale - gap, exp2(x * scale), exp2(y * scale)
 
 
+# --- layouts ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _begin(X, row, inner, outer_stride, stride, V: tl.constexpr):
+    """Where rows [row // inner, row % inner] of (A, inner, C) begin."""
+    return at(at(X, row // inner, outer_stride, V), row % inner, stride, V)
+
+
+@triton.jit
+def _begins(X, Y, row, x_stride, y_stride, layout, V: tl.constexpr):
+    if layout is None:
+        return at(X, row, x_stride, V), at(Y, row, y_stride, V)
+    X = _begin(X, row, layout[0], layout[1], x_stride, V)
+    return X, _begin(Y, row, layout[0], layout[2], y_stride, V)
+
+
+@triton.jit
+def _places(X, Y, row, col, x_stride, y_stride, layout, V: tl.constexpr):
+    """Tiles (rows, columns) of pointers."""
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
+    if layout is None:
+        return X[:, None] + col[None, :], Y[:, None] + col[None, :]
+    col = col.to(tl.int64)[None, :]
+    return X[:, None] + col * layout[3], Y[:, None] + col * layout[4]
+
+
+def _layout(shape, x_strides, y_strides):
+    """What x_stride and y_stride do not say of the logits (A, B, C) or (R, C); None if they say all.
+
+    The size B, or R; the outer strides of input and target; their strides from class to class.
+    """
+    steps = tuple(strides[-1] if shape[-1] > 1 else 1 for strides in (x_strides, y_strides))
+    if len(shape) == 2:
+        return None if steps == (1, 1) else (shape[0], 0, 0, *steps)
+    return shape[1], x_strides[0], y_strides[0], *steps
+
+
+def _dense(shape, strides):
+    """Strides of a gradient, dense, in the order of the logits' strides, as `gradient_like` in _js_div.py makes it."""
+    order = sorted(range(len(shape)), key=lambda d: -strides[d] if strides[d] else -math.inf)
+    sizes = [max(1, shape[d]) for d in order]
+    return tuple(math.prod(sizes[order.index(d) + 1 :]) for d in range(len(shape)))
+
+
 # --- forward ----------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +321,7 @@ def _fwd_tile(
     C,  # in units of V, as the strides are
     x_stride,
     y_stride,
+    layout,  # see `_layout`
     w_stride,
     scale,  # log2(e) / T
     beta,
@@ -297,16 +343,16 @@ def _fwd_tile(
         real = row < R
         if W is None:
             loss = _tile_losses(
-                X, Y, W, STATS, row, real, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
-                V, ROWS, BLOCK, WEIGH, MIX,
+                X, Y, W, STATS, row, real, R, C, x_stride, y_stride, layout, w_stride, scale, beta, gamma, mixture,
+                factor, V, ROWS, BLOCK, WEIGH, MIX,
             )  # fmt: skip
         else:
             kept = _kept(W, row, w_stride, real)
             loss = tl.zeros([ROWS], tl.float32)
             if tl.max(kept.to(tl.int32), 0) > 0:
                 loss = _tile_losses(
-                    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
-                    V, ROWS, BLOCK, WEIGH, MIX,
+                    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, layout, w_stride, scale, beta, gamma, mixture,
+                    factor, V, ROWS, BLOCK, WEIGH, MIX,
                 )  # fmt: skip
         if REDUCE:
             sum += loss
@@ -318,13 +364,13 @@ def _fwd_tile(
 
 @triton.jit
 def _tile_losses(
-    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, w_stride, scale, beta, gamma, mixture, factor,
+    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, layout, w_stride, scale, beta, gamma, mixture, factor,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK)
     mask = kept[:, None] & (col < C * V)[None, :]
-    x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
-    y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
+    X, Y = _places(X, Y, row, col, x_stride, y_stride, layout, V)
+    x, y = _load(X, mask), _load(Y, mask)
     peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
     x, y = x - peak_q[:, None], y - peak_p[:, None]
     q, p = exp2(x * scale), exp2(y * scale)
@@ -418,6 +464,7 @@ def _fwd_row(
     C,  # in units of V, as the strides are
     x_stride,
     y_stride,
+    layout,  # see `_layout`
     w_stride,
     scale,  # log2(e) / T
     beta,
@@ -436,8 +483,7 @@ def _fwd_row(
         if tl.load(W + row * w_stride) == 0:
             tl.store(OUT + row, 0.0)
             return
-    X = at(X, row, x_stride, V)
-    Y = at(Y, row, y_stride, V)
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
     share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, True, peak_q, share_q, peak_p, share_p)
@@ -458,6 +504,7 @@ def _fwd_split_sums(
     S,  # parts of a row
     x_stride,
     y_stride,
+    layout,  # see `_layout`
     w_stride,
     span,  # tiles of a part
     scale,  # log2(e) / T
@@ -472,9 +519,8 @@ def _fwd_split_sums(
             return
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
-    peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(
-        at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end, scale, LANES, WIDTH
-    )
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
+    peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, begin, end, scale, LANES, WIDTH)
     PARTS += tl.program_id(0)
     tl.store(PARTS + MAX_Q * R * S, peak_q)
     tl.store(PARTS + INV_Q * R * S, sum_q)
@@ -494,6 +540,7 @@ def _fwd_split_div(
     S,  # parts of a row
     x_stride,
     y_stride,
+    layout,  # see `_layout`
     w_stride,
     span,  # tiles of a part
     scale,  # log2(e) / T
@@ -521,9 +568,9 @@ def _fwd_split_div(
     peak_p, sum_p = _joined(peak_p, sum_p, scale)
     share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, part == 0, peak_q, share_q, peak_p, share_p)
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
     kl_q, kl_p, kl = _divergences(
-        at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
-        peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
+        X, Y, begin, end, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
     )  # fmt: skip
     tl.store(PARTS + DIV_Q * n + tl.program_id(0), kl_q)
     tl.store(PARTS + DIV_P * n + tl.program_id(0), kl_p)
@@ -597,19 +644,27 @@ def _weighted_mean(
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
     if beta == 1:  # KL(q || p) is KL(p || q) mirrored
         input, target, beta = target, input, 0.0
+    if input.shape[-1] > TILE_CLASSES:
+        input, target = _adjacent(input), _adjacent(target)
     run = _forward(
-        input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
+        input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
         weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
     )  # fmt: skip
     with torch.cuda.device_of(input):
         return run(input, target, weight)
 
 
+def _adjacent(x):
+    """Long rows are read by a program each, so their classes must be adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @cached_launch
-def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
+def _forward(_device, dtype, shape, x_strides, y_strides, weight, beta, temperature, reduction):
+    R, C = math.prod(shape[:-1]), shape[-1]
     if R == 0:
         return _fwd_empty(reduction)
-    values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
     if weight and reduction == MEAN:
         return _fwd_weighted_mean(R, C, dtype, values)
     values |= dict(WEIGH=bool(weight))
@@ -658,14 +713,21 @@ def _mixture(beta):
     return -math.log2(beta), -math.log2(1 - beta), *taylor
 
 
-def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
+def _values(dtype, shape, x_strides, y_strides, weight, beta, temperature):
     """The arguments that forward and backward kernels share, by name."""
-    V = vector(dtype, C, x_stride, y_stride)
+    R, C = math.prod(shape[:-1]), shape[-1]
+    layout = _layout(shape, x_strides, y_strides)
+    adjacent = not layout or layout[3:] == (1, 1)
+    V = vector(dtype, C, *x_strides[:-1], *y_strides[:-1]) if adjacent else 1
+    if layout:
+        layout = (layout[0], layout[1] // V, layout[2] // V, *layout[3:])
     return dict(
         R=R,
         C=C // V,
-        x_stride=x_stride // V,
-        y_stride=y_stride // V,
+        x_stride=x_strides[-2] // V,
+        y_stride=y_strides[-2] // V,
+        layout=layout,
+        adjacent=adjacent,
         w_stride=weight[1] if weight else 0,
         scale=math.log2(math.e) / temperature,
         beta=float(beta),
@@ -688,7 +750,7 @@ def _fwd_empty(reduction):
 
 def _fwd_by_tiles(R, C, reduction, values):
     block = next_power_of_2(C)
-    rows, steps, num_warps = _tile_of_rows(R, block)
+    rows, steps, num_warps = _tile_of_rows(R, block, values["adjacent"])
     programs = cdiv(R, rows * steps)
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
@@ -714,7 +776,7 @@ def _fwd_by_tiles(R, C, reduction, values):
     return each if reduction == NONE else at_once if programs == 1 else in_two_stages
 
 
-def _tile_of_rows(R, block):
+def _tile_of_rows(R, block, adjacent):
     """Rows of `block` classes that a program takes at a time, how often, and with how many warps.
 
     A small batch is one tile, so that one launch is enough.  Otherwise a thread has 16 classes, and only long rows are
@@ -723,6 +785,9 @@ def _tile_of_rows(R, block):
     rows = next_power_of_2(R)
     if rows * block <= 1024:
         return rows, 1, warps(rows * block, 4)
+    if not adjacent:  # the rows are what is adjacent: 32 bytes of them, or 128
+        rows = min(next_power_of_2(R), max(8, min(32, 8192 // block)))
+        return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
     rows = max(1, 256 // block)
     return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
 
@@ -785,6 +850,8 @@ def _bwd(
     C,  # in units of V, as the strides are
     x_stride,
     y_stride,
+    layout,  # see `_layout`
+    grad_layout,  # None if the gradients are (R, C); their outer strides, strides and steps, and B
     w_stride,
     g_stride,
     scale,  # log2(e) / T
@@ -808,10 +875,10 @@ def _bwd(
         mask = inside & kept[:, None]
         if tl.max(kept.to(tl.int32), 0) == 0:
             zero = tl.zeros([ROWS, BLOCK], tl.float32)
-            _store_gradients(DX, DY, row, col, C, zero, zero, inside, V)
+            _store_gradients(DX, DY, row, col, C, grad_layout, zero, zero, inside, V)
             return
-    x = tl.load(at(X, row, x_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
-    y = tl.load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
+    X, Y = _places(X, Y, row, col, x_stride, y_stride, layout, V)
+    x, y = tl.load(X, mask).to(tl.float32), tl.load(Y, mask).to(tl.float32)
     g = tl.load(G + row.to(tl.int64) * g_stride, real).to(tl.float32) * factor
     if W is not None:
         g *= tl.load(W + row.to(tl.int64) * w_stride, real)
@@ -832,15 +899,39 @@ def _bwd(
         dy = _gradient(p, over_p, beta * g * share_p, tl.load(DIVS + R, real))
     if W is not None:
         dx, dy = tl.where(mask, dx, 0.0), tl.where(mask, dy, 0.0)
-    _store_gradients(DX, DY, row, col, C, dx, dy, inside, V)
+    _store_gradients(DX, DY, row, col, C, grad_layout, dx, dy, inside, V)
 
 
 @triton.jit
-def _store_gradients(DX, DY, row, col, C, dx, dy, mask, V: tl.constexpr):
+def _store_gradients(DX, DY, row, col, C, layout, dx, dy, mask, V: tl.constexpr):
     if DX is not None:
-        tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
+        tl.store(_grad_places(DX, row, col, C, layout, 0, V), dx.to(DX.dtype.element_ty), mask)
     if DY is not None:
-        tl.store(at(DY, row, C, V)[:, None] + col[None, :], dy.to(DY.dtype.element_ty), mask)
+        tl.store(_grad_places(DY, row, col, C, layout, 3, V), dy.to(DY.dtype.element_ty), mask)
+
+
+@triton.jit
+def _grad_places(D, row, col, C, layout, first: tl.constexpr, V: tl.constexpr):
+    if layout is None:
+        return at(D, row, C, V)[:, None] + col[None, :]
+    begin = _begin(D, row, layout[6], layout[first], layout[first + 1], V)
+    return begin[:, None] + col.to(tl.int64)[None, :] * layout[first + 2]
+
+
+def _gradients(shape, x_strides, y_strides, needs):
+    """A function that allocates the gradients, and None if they are contiguous, or what `_bwd` must know of them."""
+    both = [_dense(shape, strides) for strides in (x_strides, y_strides)]
+    contiguous = _dense(shape, sorted(range(1, len(shape) + 1), reverse=True))
+    if all(strides == contiguous for strides, need in zip(both, needs, strict=True) if need):
+        return gradients(shape, needs), None
+    triples = [(strides[0] if len(shape) == 3 else 0, *strides[-2:]) for strides in both]
+
+    def allocate(x):
+        return tuple(
+            [x.new_empty_strided(shape, s) if need else x.new_empty(0) for s, need in zip(both, needs, strict=True)]
+        )
+
+    return allocate, (*triples[0], *triples[1], shape[-2])
 
 
 @triton.jit
@@ -856,7 +947,7 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
     if weight is not None and reduction == MEAN:
         weight, reduction = stats[SHARE.value], SUM
     run = _backward(
-        input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
+        input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
         beta, temperature, reduction, (need_input, need_target),
@@ -867,13 +958,22 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
 
 @cached_launch
 def _backward(
-    _device, dtype, R, C, x_stride, y_stride, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
+    _device, dtype, shape, x_strides, y_strides, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
 ):
-    allocate = gradients((R, C), needs)
+    R, C = math.prod(shape[:-1]), shape[-1]
+    allocate, grad_layout = _gradients(shape, x_strides, y_strides, needs)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
-    values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    if C <= 512:  # one load of each input per thread, of 16 bytes where rows allow it
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
+    if grad_layout:
+        values |= dict(V=1, C=C, **{k: values[k] * values["V"] for k in ("x_stride", "y_stride")}) | dict(
+            layout=_layout(shape, x_strides, y_strides) or (R, 0, 0, 1, 1)
+        )
+    values |= dict(grad_layout=grad_layout)
+    if not values["adjacent"]:
+        block = min(next_power_of_2(C), 64)
+        rows, each = min(32, next_power_of_2(R)), 16
+    elif C <= 512:  # one load of each input per thread, of 16 bytes where rows allow it
         block, each = next_power_of_2(C), max(4, values["V"])
         rows = min(max(1, 64 * each // block), next_power_of_2(R))
     else:  # two loads, of a single row; narrower tiles where over an eighth of the columns would be idle

@@ -17,6 +17,7 @@ from interpreted import (
 )  # fmt: skip
 
 from udi_kernels import reference
+from udi_kernels._js_div import gradient_like
 
 if not RUNS_HERE:
 
@@ -37,12 +38,12 @@ class TestJSDiv:
     @staticmethod
     def run(x, y, *, weight=None, beta=0.5, temperature=1.0, reduction=MEAN, grad=None, needs=(True, True)):
         if grad is None:
-            grad = torch.ones((x.shape[0],) if reduction == NONE else ())
+            grad = torch.ones((x.shape[:-1].numel(),) if reduction == NONE else ())
         x, y, weight, grad = on_device(x, y, weight, grad)
         loss, stats = js_div.js_div_fwd(x, y, weight, beta, temperature, reduction)
         dx, dy = js_div.js_div_bwd(grad, x, y, weight, stats, beta, temperature, reduction, *needs)
         shares = weight is not None and reduction == MEAN
-        assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (6 + shares, x.shape[0])
+        assert loss.dtype == stats.dtype == torch.float32 and stats.shape == (6 + shares, x.shape[:-1].numel())
         return loss, dx, dy
 
     def check(self, x, y, slack=4, **options):
@@ -207,6 +208,26 @@ class TestJSDiv:
         ours = self.run(x, y)
         truth = self.run(x.contiguous(), y)
         assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+    @pytest.mark.parametrize("classes", [6, 300, 4100])
+    def test_layouts(self, classes):
+        """Rows of two strides, and classes that are not adjacent; the gradients are laid out as their logits."""
+        torch.manual_seed(4)
+        plain, wide = torch.randn(3, 4, classes), torch.randn(4, 7, classes)
+        turned, columns = torch.randn(4, 3, classes).transpose(0, 1), torch.randn(classes, 12).T
+        first = torch.randn(3, classes, 4).mT
+        weight = torch.rand(12) + 0.5
+        weight[::3] = 0
+        for x, y in (
+            (wide[:3, :4], plain), (wide[1:, 3:], wide[:3, 2:6]), (turned, plain), (first, plain), (first, first + 1),
+            (columns, plain.reshape(12, classes)), (plain[:1, :1].expand(3, 4, classes), turned),
+        ):  # fmt: skip
+            got = self.run(x, y, weight=weight)
+            want = self.run(x.reshape(12, classes), y.reshape(12, classes), weight=weight)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a.reshape(b.shape), b, rtol=1e-5, atol=1e-7)
+            for grad, z in zip(got[1:], (x, y), strict=True):
+                assert grad.shape == z.shape and grad.stride() == gradient_like(z).stride()
 
     def test_expanded_gradient(self):
         x, y = torch.randn(5, 9), torch.randn(5, 9)
