@@ -41,7 +41,8 @@ def js_div(
         target: logits of p, same shape and device; differentiable too. Logits made under ``torch.inference_mode()``
             are copied if the backward pass needs them; those made under ``torch.no_grad()`` are not.
         beta: weight of p in the mixture, a number in [0, 1], not a tensor: it gets no gradient.
-        temperature: T > 0, a number. The result is not multiplied by T². To learn T, divide both logits by it.
+        temperature: T, a number in [1e-37, 1e37]. The result is not multiplied by T². To learn T, divide both logits by
+            it.
         weight: factor of each row, shape (...), floating-point, integer or bool, such as ``labels != -100``. A row of
             weight 0 is as if it were not there, whatever it holds: it is skipped, and its gradients are 0. The weight
             gets no gradient.
@@ -97,7 +98,7 @@ JS_DIV = Op(
     Argument("Tensor target", "* C+", grad=True),
     Argument("Tensor? weight", "*", (*FLOATING, *INTEGERS, torch.bool)),
     Argument("float beta", valid=lambda beta: 0 <= beta <= 1),
-    Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
+    Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37),
     Argument("int reduction"),
     reference=reference.js_div,
     result=_rows_loss,

@@ -74,6 +74,24 @@ def reduction_code(op: str, reduction: str) -> int:
     return code
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a real number, and ValueError if no float is as large."""
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+        return
+    got, hint = type(value).__name__, ""
+    if isinstance(value, Tensor):  # reading it would wait for its device
+        got, hint = "a tensor", f", which would get no gradient; pass {name}.item()"
+    elif isinstance(value, Number) and not isinstance(value, (bool, complex)):
+        try:
+            float(value)  # type: ignore[arg-type]
+            return
+        except OverflowError:
+            raise ValueError(f"{op}: {name} is out of range, got a number beyond 1.8e308") from None
+        except TypeError:  # another complex number
+            pass
+    raise TypeError(f"{op}: {name} must be a number, got {got}{hint}")
+
+
 def not_a_tensor(op: str, name: str, value: object) -> NoReturn:
     raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
@@ -81,7 +99,7 @@ def not_a_tensor(op: str, name: str, value: object) -> NoReturn:
 ACCEPTED: dict[str, Any] = {
     "Tensor": Tensor,
     "Tensor?": (NoneType, Tensor),
-    "float": (float, int, Number, torch.SymFloat, torch.SymInt),
+    "float": float,  # and what `_number` takes
     "int": object,  # the dispatcher checks it
 }
 
@@ -195,14 +213,12 @@ class Op:
 
     def _check_types(self, values: Sequence[Any]) -> None:
         for argument, value in zip(self.arguments, values, strict=True):
-            if isinstance(value, ACCEPTED[argument.type]):
-                continue
-            if argument.type != "float":
+            if argument.type == "float":
+                check_number(self.name, argument.name, value)
+            elif not isinstance(value, ACCEPTED[argument.type]):
                 not_a_tensor(self.name, argument.name, value)
-            got, hint = type(value).__name__, ""
-            if isinstance(value, Tensor):  # reading it would wait for its device
-                got, hint = "a tensor", f", which would get no gradient; pass {argument.name}.item()"
-            raise TypeError(f"{self.name}: {argument.name} must be a number, got {got}{hint}")
+            elif isinstance(value, Tensor) and value.is_nested:
+                raise ValueError(f"{self.name}: {argument.name} must be dense, got a nested tensor")
 
     def checked(self, *values: Any) -> list[Any]:
         """The arguments as the reference takes them, after the checks that csrc makes where it serves."""

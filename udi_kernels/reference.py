@@ -57,6 +57,7 @@ def _reduced(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 
 def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     # With d = log p - log q: log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L, finite, and exactly 0 at d = 0.
+    log_p, log_q = (z.clamp_min(torch.finfo(z.dtype).min / 4) for z in (log_p, log_q))  # -inf stays the smallest
     d = log_p - log_q
     below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
     L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
@@ -65,15 +66,13 @@ def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
-    impossible = (p > 0) & (log_q < torch.finfo(q.dtype).min / 8)  # a logit of -inf
-    rows = (p * (log_p - log_q) + q - p).sum(-1)  # q - p, whose sum is 0, makes the terms of second order
-    return rows + torch.where(impossible.any(-1), torch.inf, 0)
+    d = torch.where(p == 0, 0, log_p) - torch.where(p == 0, 0, log_q)  # inf where only q has a logit of -inf
+    return (p * d + q - p).sum(-1)  # q - p, whose sum is 0, makes the terms of second order
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
-    # The maximum is subtracted before the division by T, so that large logits lose no digits; -inf stays the smallest.
-    z = (z - z.amax(-1, keepdim=True).detach()) / temperature
-    return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
+    # The maximum is subtracted before the division by T, so that large logits lose no digits.
+    return ((z - z.amax(-1, keepdim=True).detach()) / temperature).log_softmax(-1)
 
 
 def club_mi(mu: Tensor, logvar: Tensor, y: Tensor, given: Tensor | None = None, *, reduction: str = "mean") -> Tensor:

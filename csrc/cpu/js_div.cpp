@@ -77,7 +77,7 @@ inline Pair<V> compare(V x, V y, const V* stats, V log_sums, Constants<S> k, F e
   Pair<V> c;
   x -= stats[kMaxQ], y -= stats[kMaxP];
   // The clamps take infinities out of the differences; NaN stays.
-  c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
+  c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest()), x)) * k.inverse_temperature - log_sums;
   c.below = c.d < k.edge;
   c.w = max(splat<S>(sizeof(S) == 4 ? -87 : -708), c.below ? c.d : -c.d);  // beyond it the other one is negligible
   c.base = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);

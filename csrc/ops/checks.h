@@ -51,6 +51,12 @@ std::string python(at::Layout layout) {
       return "torch.sparse_coo";
     case at::kSparseCsr:
       return "torch.sparse_csr";
+    case at::kSparseCsc:
+      return "torch.sparse_csc";
+    case at::kSparseBsr:
+      return "torch.sparse_bsr";
+    case at::kSparseBsc:
+      return "torch.sparse_bsc";
     case at::kMkldnn:
       return "torch._mkldnn";
     default:
@@ -63,6 +69,7 @@ bool floating(at::ScalarType type) {
 }
 
 void check_dense(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(!t.is_nested(), op, ": ", name, " must be dense, got a nested tensor; call .to_padded_tensor()");
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name, " must be dense, got ", python(t.layout()),
                     "; call .to_dense()");
 }
@@ -86,6 +93,12 @@ at::ScalarType check_tensors(const char* op, std::initializer_list<Named> tensor
 void check_same_shape(const char* op, const Named& like, const Named& t) {
   TORCH_CHECK_VALUE(t.tensor.sym_sizes() == like.tensor.sym_sizes(), op, ": ", t.name, " must have ", like.name,
                     "'s shape ", python(like.tensor.sym_sizes()), ", got ", python(t.tensor.sym_sizes()));
+}
+
+// Kernels multiply by 1/T, which must be a normal number in float32.
+void check_temperature(const char* op, double temperature) {
+  TORCH_CHECK_VALUE(1e-37 <= temperature && temperature <= 1e37, op, ": temperature must lie in [1e-37, 1e37], got ",
+                    temperature);
 }
 
 // Whether kernels serve; elsewhere the reference does. C++ nodes support neither function transforms (torch.func) nor

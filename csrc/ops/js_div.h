@@ -130,8 +130,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0,
                     "js_div: input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
   TORCH_CHECK_VALUE(0 <= beta && beta <= 1, "js_div: beta must lie in [0, 1], got ", beta);
-  TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY, "js_div: temperature must be positive and finite, got ",
-                    temperature);
+  check_temperature("js_div", temperature);
   if (weight) check_weight(*weight, input);
   if (!kernels_serve<JSDiv>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(

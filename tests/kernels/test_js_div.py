@@ -145,6 +145,47 @@ def test_kl_where_logits_are_infinite(classes, device):
     assert forward[0] == pytest.approx(without, rel=1e-6)
 
 
+@pytest.mark.parametrize("classes", [6, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kl_where_logits_are_masked_by_the_lowest_number(dtype, classes, device, backend):
+    x, y = logits(4, classes, dtype, device)
+    x[:, 1] = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).min
+    for beta, a, b in ((0, x, y), (1, y, x)):
+        for temperature in (1.0, 2.0):
+            options = dict(beta=beta, temperature=temperature, reduction="none")
+            value = js_div(a, b, **options).double()
+            p = (y.double() / temperature).softmax(-1)[:, 1]
+            torch.testing.assert_close(value, -p * x[:, 1].double() / temperature, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("classes", [6, 200])
+def test_gradient_to_an_impossible_class(classes, device, backend):
+    """q - p, also where the value is inf, as by torch's own functions."""
+    x, y = logits(4, classes, device=device)
+    x[1, 2] = y[2, 3] = x[3, 1] = y[3, 1] = -INF
+    for temperature in (1.0, 0.5):
+        options = dict(beta=0, temperature=temperature, reduction="sum")
+        value, gx, _ = run(partial(js_div, **options), (x, y), needs=(True, False))
+        q, p = (x / temperature).softmax(-1), (y / temperature).softmax(-1)
+        torch.testing.assert_close(gx, (q - p) / temperature, rtol=1e-5, atol=1e-6)
+        assert value == INF
+
+
+@pytest.mark.parametrize("classes", [6, 200])
+@pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
+def test_temperatures(beta, classes, device, backend):
+    x, y = logits(5, classes, device=device)
+    for temperature in (1e-37, 1e-20, 1e-3, 1e3, 1e37):
+        options = dict(beta=beta, temperature=temperature)
+        got, want = (
+            run(partial(js_div, **options), (x, y)),
+            run(partial(reference.js_div, **options), (x.double(), y.double())),
+        )
+        assert got[0].isfinite() or want[0] > 1e37
+        torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=3e-8) if want[0] < 1e37 else None
+        assert not got[1].isnan().any() or want[0] > 1e37
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.bfloat16, torch.float64])
 def test_weight_of_any_dtype(dtype, device):
     x, y = logits(6, 9, device=device)
@@ -370,10 +411,9 @@ def test_dim(dim, classes, device, backend):
 
 
 def test_double_backward_of_layouts():
-    for name, (x, y) in layouts(3, "cpu", torch.float64).items():
-        if name == "one row":  # gradgradcheck changes one element at a time
-            continue
-        x, y = (t[:2, :2].detach().requires_grad_() for t in (x, y))
+    inputs, targets = (layouts(3, "cpu", torch.float64) for _ in range(2))  # of their own memory
+    for name in inputs.keys() - {"one row"}:  # gradgradcheck changes one element at a time
+        x, y = (t[:2, :2].detach().requires_grad_() for t in (inputs[name][0], targets[name][1]))
         weight = torch.rand(x.shape[:-1], dtype=torch.float64)
         for reduction in ("none", "mean"):
             assert torch.autograd.gradgradcheck(partial(js_div, weight=weight, reduction=reduction), (x, y)), name
@@ -571,6 +611,14 @@ BAD = {
     "beta .* got nan": lambda x: js_div(x, x, beta=math.nan),
     "beta must be a number, got a tensor": lambda x: js_div(x, x, beta=torch.tensor(0.5, requires_grad=True)),
     "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
+    r"temperature .* got \S+e-32": lambda x: js_div(x, x, temperature=1e-320),
+    r"temperature .* got 1e\+308": lambda x: js_div(x, x, temperature=1e308),
+    "temperature .* out of range": lambda x: js_div(x, x, temperature=10**400),
+    "beta must be a number, got bool": lambda x: js_div(x, x, beta=True),
+    "beta must be a number, got complex": lambda x: js_div(x, x, beta=0.5 + 0j),
+    "input must be dense, got a nested tensor": lambda x: js_div(torch.nested.nested_tensor([x[0], x[1]]), x),
+    "target must be dense, got a nested tensor": lambda x: js_div(x, torch.nested.nested_tensor([x[0], x[1]])),
+    "target must be dense, got torch.sparse_csc": lambda x: js_div(x, x.to_sparse_csc()),
     "temperature .* got 0": lambda x: js_div(x, x, temperature=0),
     "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
     "dim must be a dimension of input, which has 2, got 2": lambda x: js_div(x, x, dim=2),

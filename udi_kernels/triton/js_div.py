@@ -46,7 +46,7 @@ from . import (
 
 # Rows of the statistics (6, R), float32: maximum and 1 / sum of exponentials of the input, the same of the target,
 # KL(q || m) and KL(p || m) in bits.  At beta = 0 the last two are the sum of q - p, which rounding leaves, and that of
-# p log2(p/q).  For a weighted mean, one more: each row's weight over the sum of the weights.
+# p log(p/q) in nats.  For a weighted mean, one more: each row's weight over the sum of the weights.
 MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P, SHARE = (tl.constexpr(i) for i in range(7))
 # Rows of PARTS (7, R, S), where rows are split: the sums themselves are in INV_Q and INV_P; and at beta = 0
 DIV = tl.constexpr(6)  # KL(p || q)
@@ -160,25 +160,25 @@ def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
 
 @triton.jit
 def _kl_term(d, q, p):
-    """p log2(p/q) + (q - p)/ln 2, a term of KL(p || q): never negative, of second order in d = log2(p/q).
+    """p log(p/q) + q - p, a term of KL(p || q): never negative, of second order in d = log(p/q).
 
     The second part has the sum 0 but for the rounding errors of both rows' sums of exponentials, which cancel this way.
     """
-    P = -1.4683874211271451e-07
-    P = P * d + 1.9065917255074797e-06
-    P = P * d - 2.2005043419116583e-05
-    P = P * d + 0.0002222259691071407
-    P = P * d - 0.0019236258215256953
-    P = P * d + 0.013876027166205394
-    P = P * d - 0.08007550231970023
-    P = P * d + 0.34657359027997264
-    far = tl.where(p == 0, 0.0, p * d) + (q - p) * LOG2E
-    return tl.where(tl.abs(d) < 1.0, p * (d * d * P), far)
+    P = -2.7557319223985893e-06
+    P = P * d + 2.48015873015873e-05
+    P = P * d - 0.0001984126984126984
+    P = P * d + 0.001388888888888889
+    P = P * d - 0.008333333333333333
+    P = P * d + 0.04166666666666667
+    P = P * d - 0.16666666666666666
+    P = P * d + 0.5
+    far = tl.where(p == 0, 0.0, p * d) + (q - p)
+    return tl.where(tl.abs(d) < LN2, p * (d * d * P), far)
 
 
 @triton.jit
 def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
-    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log2(p/q)."""
+    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log(p/q)."""
     if MIX == KL:
         return q - p, tl.where(p == 0, 0.0, p * d)
     else:
@@ -206,10 +206,19 @@ def _gap(share_q, share_p):
 
 
 @triton.jit
-def _compared(x, y, peak_q, peak_p, gap, scale):
-    """log2(p/q), and q and p, each times the sum of its row's exponentials."""
+def _log_ratio(x, y, gap, scale, MIX: tl.constexpr):
+    """log2(p/q), given logits less their maxima; for KL log(p/q), which in bits overflows where a logit is -3e38."""
+    if MIX == KL:
+        return (y - x) * (scale * LN2) - gap * LN2
+    else:
+        return (y - x) * scale - gap
+
+
+@triton.jit
+def _compared(x, y, peak_q, peak_p, gap, scale, MIX: tl.constexpr):
+    """`_log_ratio`, and q and p, each times the sum of its row's exponentials."""
     x, y = x - peak_q, y - peak_p
-    return (y - x) * scale - gap, exp2(x * scale), exp2(y * scale)
+    return _log_ratio(x, y, gap, scale, MIX), exp2(x * scale), exp2(y * scale)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------
@@ -288,14 +297,14 @@ def _losses(
 ):
     """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask.
 
-    kl: KL(p || q), for KL.
+    kl: KL(p || q) in nats, for KL.
     """
     if MIX == KL:
         loss = kl
     else:  # a NaN in either row is one in both gradients, as in torch
         kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
-        loss = beta * kl_p + gamma * kl_q
-    loss = tl.where(loss < 0, 0.0, loss) * (factor * LN2)  # rounding may be negative; NaN stays
+        loss = (beta * kl_p + gamma * kl_q) * LN2
+    loss = tl.where(loss < 0, 0.0, loss) * factor  # rounding may be negative; NaN stays
     S = _stat(STATS, R, DIV_Q) + row
     tl.store(S, kl_q, mask)
     tl.store(S + R, kl_p, mask)
@@ -378,7 +387,7 @@ def _tile_losses(
     share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, kept, peak_q, share_q, peak_p, share_p)
 
-    d = (y - x) * scale - _gap(share_q, share_p)[:, None]
+    d = _log_ratio(x, y, _gap(share_q, share_p)[:, None], scale, MIX)
     if MIX == KL:
         q, p = q * share_q[:, None], p * share_p[:, None]
     add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
@@ -436,7 +445,7 @@ def _divergences(
     tiles = tl.cdiv(end - begin, LANES * WIDTH)
     for i in range(0, tiles):
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
-        d, q, p = _compared(_load(X + col, col < end), _load(Y + col, col < end), peak_q, peak_p, gap, scale)
+        d, q, p = _compared(_load(X + col, col < end), _load(Y + col, col < end), peak_q, peak_p, gap, scale, MIX)
         if MIX == KL:
             q, p = q * share_q, p * share_p
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
@@ -887,12 +896,12 @@ def _bwd(
     peak_p, share_p = tl.load(_stat(S, R, MAX_P), real), tl.load(_stat(S, R, INV_P), real)
     DIVS = _stat(S, R, DIV_Q)  # and of the next row of the statistics, DIV_P
     gap = _gap(share_q, share_p)
-    d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
+    d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale, MIX)
     if MIX == KL:  # less the rounding errors of the sums of these terms
         q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         dx = g[:, None] * (add_q - q * tl.load(DIVS, real)[:, None])
-        dy = (g * LN2)[:, None] * (add_p - p * tl.load(DIVS + R, real)[:, None])
+        dy = g[:, None] * (add_p - p * tl.load(DIVS + R, real)[:, None])
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
         dx = _gradient(q, over_q, gamma * g * share_q, tl.load(DIVS, real))

@@ -271,6 +271,15 @@ class TestJSDiv:
         self.check(x, x + distance * torch.randn_like(x), beta=beta, temperature=0.7, slack=8)
 
     @pytest.mark.parametrize("classes", [6, 5000])
+    def test_kl_where_logits_are_masked_by_the_lowest_number(self, classes):
+        x, y = torch.randn(2, classes), torch.randn(2, classes)
+        x[:, 1] = torch.finfo(torch.float32).min
+        for beta, a, b in ((0.0, x, y), (1.0, y, x)):
+            value, *grads = self.run(a, b, beta=beta, reduction=NONE)
+            torch.testing.assert_close(value.cpu(), y.softmax(-1)[:, 1] * -x[:, 1], rtol=1e-5, atol=0)
+            torch.testing.assert_close(grads[int(beta)].cpu(), x.softmax(-1) - y.softmax(-1), rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize("classes", [6, 5000])
     def test_ends_are_infinite_where_kl_is(self, classes):
         x, y = torch.randn(4, classes), torch.randn(4, classes)
         x[0, 0] = y[1, 0] = x[2, 0] = y[2, 0] = -float("inf")
