@@ -2,6 +2,7 @@ import math
 import time
 from functools import partial
 
+import combinations
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,21 @@ def test_temperatures(beta, classes, device, backend):
         assert got[0].isfinite() or want[0] > 1e37
         torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=3e-8) if want[0] < 1e37 else None
         assert not got[1].isnan().any() or want[0] > 1e37
+
+
+@pytest.mark.slow
+def test_all_combinations_of_sentinels_masks_and_beta(device, backend):
+    def call(x, y, weight, beta, reduction, grad):
+        x, y, grad, weight = (t if t is None else t.to(device) for t in (x, y, grad, weight))
+        results = run(partial(js_div, weight=weight, beta=beta, reduction=reduction), (x, y), grad=grad)
+        return (t.cpu() for t in results)
+
+    assert len(combinations.COMBINATIONS) == 2448
+    for combination in combinations.COMBINATIONS:
+        try:
+            combinations.check(call, *combination)
+        except AssertionError as e:
+            raise AssertionError(combination) from e
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.bfloat16, torch.float64])

@@ -234,8 +234,9 @@ def _begin(X, row, inner, outer_stride, stride, V: tl.constexpr):
 def _begins(X, Y, row, x_stride, y_stride, layout, V: tl.constexpr):
     if layout is None:
         return at(X, row, x_stride, V), at(Y, row, y_stride, V)
-    X = _begin(X, row, layout[0], layout[1], x_stride, V)
-    return X, _begin(Y, row, layout[0], layout[2], y_stride, V)
+    else:
+        X = _begin(X, row, layout[0], layout[1], x_stride, V)
+        return X, _begin(Y, row, layout[0], layout[2], y_stride, V)
 
 
 @triton.jit
@@ -244,8 +245,9 @@ def _places(X, Y, row, col, x_stride, y_stride, layout, V: tl.constexpr):
     X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
     if layout is None:
         return X[:, None] + col[None, :], Y[:, None] + col[None, :]
-    col = col.to(tl.int64)[None, :]
-    return X[:, None] + col * layout[3], Y[:, None] + col * layout[4]
+    else:
+        col = col.to(tl.int64)[None, :]
+        return X[:, None] + col * layout[3], Y[:, None] + col * layout[4]
 
 
 def _layout(shape, x_strides, y_strides):
@@ -923,8 +925,9 @@ def _store_gradients(DX, DY, row, col, C, layout, dx, dy, mask, V: tl.constexpr)
 def _grad_places(D, row, col, C, layout, first: tl.constexpr, V: tl.constexpr):
     if layout is None:
         return at(D, row, C, V)[:, None] + col[None, :]
-    begin = _begin(D, row, layout[6], layout[first], layout[first + 1], V)
-    return begin[:, None] + col.to(tl.int64)[None, :] * layout[first + 2]
+    else:
+        begin = _begin(D, row, layout[6], layout[first], layout[first + 1], V)
+        return begin[:, None] + col.to(tl.int64)[None, :] * layout[first + 2]
 
 
 def _gradients(shape, x_strides, y_strides, needs):
