@@ -48,6 +48,7 @@ JS_DIV_SHAPES = (
 )  # fmt: skip
 BETAS = (0.0, 0.3)  # besides 1/2, for BETA_SHAPES
 BETA_SHAPES = (8192, 4096), (4096, 32000)
+MASKED_SHAPES = (64, 6), (1024, 150), (8192, 4096), (4096, 32000), (8, 262144)  # masked, and (4, C, R / 4)
 CLUB_SHAPES = (64, 41), (512, 512), (65536, 512)
 ONCE = {(64, 1), (4096, 6), (1024, 1271), (64, 41)}
 
@@ -76,6 +77,13 @@ def cases():
                 for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
                     backward = js_div.js_div_bwd, scalar, x, y, None, stats, *options, *needs
                     yield case("js_div", (R, C), words, *backward)
+        for R, C in MASKED_SHAPES:
+            x, first = torch.empty(R, C, **new), torch.empty(4, C, R // 4, **new).mT
+            weight = torch.empty(R, device="meta")
+            for words, a, w in (("masked", x, weight), ("channels first", first, None)):
+                stats = torch.empty(6 + (w is not None), R, device="meta")
+                yield case("js_div", (R, C), words, js_div.js_div_fwd, a, a, w, 0.5, 1.0, 2)
+                yield case("js_div", (R, C), words, js_div.js_div_bwd, scalar, a, a, w, stats, 0.5, 1.0, 2, True, False)
         for shape in (shape for shape in CLUB_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
             N, D = shape
             inputs, stats = [torch.empty(N, D, **new) for _ in range(3)], torch.empty(5, D, device="meta")

@@ -13,13 +13,15 @@
 namespace udi {
 namespace {
 
-TORCH_LIBRARY_IMPL(udi_kernels, CompositeImplicitAutograd, m) {
+void losses(torch::Library& m) {
   m.impl("js_div", js_div);
   m.impl("club_mi", club_mi);
   m.impl("club_nll", club_nll);
   m.impl("duc_loss", duc_loss);
   m.impl("certainty_fusion", certainty_fusion);
 }
+TORCH_LIBRARY_IMPL(udi_kernels, CompositeImplicitAutograd, m) { losses(m); }
+TORCH_LIBRARY_IMPL(udi_kernels, CompositeImplicitAutogradNestedTensor, m) { losses(m); }  // which their checks refuse
 
 void gradients(torch::Library& m) {
   m.impl("gramian", gramian);

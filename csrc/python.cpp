@@ -44,7 +44,8 @@ PYBIND11_MODULE(UDI_MODULE, m) {
   m.attr("REDUCTION") = Constants{{"NONE", udi::kNone}, {"SUM", udi::kSum}, {"MEAN", udi::kMean}};
   m.attr("JS_DIV") = Constants{{"MAX_Q", udi::js_div_stats::kMaxQ}, {"INV_Q", udi::js_div_stats::kInvQ},
                                {"MAX_P", udi::js_div_stats::kMaxP}, {"INV_P", udi::js_div_stats::kInvP},
-                               {"DIV_Q", udi::js_div_stats::kDivQ}, {"DIV_P", udi::js_div_stats::kDivP}};
+                               {"DIV_Q", udi::js_div_stats::kDivQ}, {"DIV_P", udi::js_div_stats::kDivP},
+                               {"SHARE", udi::js_div_stats::kShare}};
   m.attr("CLUB") = Constants{{"SHIFT", udi::club_stats::kShift},
                              {"MEAN_Y", udi::club_stats::kMeanY},
                              {"VAR_Y", udi::club_stats::kVarY},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import FLOATING, INTEGERS, Argument, Op, reduction_code
+from ._ops import FLOATING, INTEGERS, MEAN, NONE, Argument, Op, not_a_tensor, reduction_code
 
 
 def js_div(
@@ -17,8 +17,9 @@ def js_div(
     temperature: float = 1.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dim: int = -1,
 ) -> Tensor:
-    r"""Generalized Jensen-Shannon divergence over the last dimension, in nats.
+    r"""Generalized Jensen-Shannon divergence over one dimension, in nats.
 
     With ``q = softmax(input / T)``, ``p = softmax(target / T)`` and ``m = beta p + (1 - beta) q``::
 
@@ -26,31 +27,69 @@ def js_div(
 
     (Lin 1991, "Divergence measures based on the Shannon entropy"; ``beta`` as in GKD, arXiv 2306.13649.)
     The gradient in the input is ``(1 - beta)/T q (log(q/m) - KL(q || m))``, that in the target its mirror image. The
-    backward pass recomputes them from the logits, so nothing of the size of the input is kept.
+    backward pass recomputes them from the logits, so nothing of the size of the input is kept, nor are copies of views
+    such as ``logits[:, :-1]``. Logits of two dtypes are converted in each pass; so are logits copied whose leading
+    dimensions have more than two strides.
 
     The ends are the two KL divergences, as in GKD: ``beta=0`` is ``KL(p || q)``, forward KL with the target as teacher,
     and ``beta=1`` is ``KL(q || p)``, reverse KL. The value jumps there, because the formula tends to 0. KL is inf where
     only one side has a logit of -inf.
 
     Args:
-        input: logits of q, shape (..., C), float16, bfloat16, float32 or float64, any strides.
+        input: logits of q, shape (..., C), or with ``dim`` the C classes in another place; float16, bfloat16, float32
+            or float64, any strides.
         target: logits of p, same shape and device; differentiable too. Logits made under ``torch.inference_mode()``
             are copied if the backward pass needs them; those made under ``torch.no_grad()`` are not.
         beta: weight of p in the mixture, a number in [0, 1], not a tensor: it gets no gradient.
-        temperature: T > 0, a number. The result is not multiplied by T². To learn T, divide both logits by it.
-        weight: factor of each row, shape (...), floating-point, integer or bool, such as ``labels != -100``. A weight
-            of 0 masks a row out of value and gradients unless the row holds NaN or inf. It gets no gradient.
+        temperature: T, a number in [1e-37, 1e37]. The result is not multiplied by T². To learn T, divide both logits by
+            it.
+        weight: factor of each row, shape (...), floating-point, integer or bool, such as ``labels != -100``. A row of
+            weight 0 is as if it were not there, whatever it holds: it is skipped, and its gradients are 0. The weight
+            gets no gradient.
         reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
+        dim: the dimension of the classes, such as 1 for (N, C, H, W); shapes of rows, (...), are without it. On a GPU,
+            more than 4096 classes that are not adjacent in memory are copied in the forward pass.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The mean of no rows, or of rows
-        that are all masked, is NaN, as in ``cross_entropy``.
+        float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The divergence of a row is never
+        negative. The mean of rows that are all masked is 0, with gradients of 0; that of no rows is NaN.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``beta`` or ``temperature`` is not a number.
         ValueError: shapes or devices disagree, C is 0, or a number is out of range.
     """
+    if dim != -1:
+        input, target = (classes_last("js_div", name, z, dim) for name, z in (("input", input), ("target", target)))
     return JS_DIV(input, target, weight, beta, temperature, reduction_code("js_div", reduction))
+
+
+def classes_last(op: str, name: str, logits: Tensor, dim: int) -> Tensor:
+    if not isinstance(logits, Tensor):
+        not_a_tensor(op, name, logits)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
+    if not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"{op}: dim must be a dimension of {name}, which has {logits.dim()}, got {dim}")
+    return logits if dim in (-1, logits.dim() - 1) else logits.movedim(dim, -1)
+
+
+# Kernels take logits (R, C), or (A, B, C) with A B rows, of any strides; weights and losses are (R,).
+
+
+def _rows_loss(input: Tensor, reduction: int, **_: object) -> Tensor:
+    shape = (input.shape[:-1].numel(),) if reduction == NONE else ()
+    return input.new_empty(shape, dtype=reference.accumulation_dtype(input.dtype))
+
+
+def _stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) -> tuple[int, int]:
+    """For a weighted mean, the last statistic is each row's share in the sum of the weights."""
+    return 6 + (weight is not None and reduction == MEAN), input.shape[:-1].numel()
+
+
+def gradient_like(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape, dense, its dimensions in the order of x's strides; expanded ones outermost."""
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d) if x.stride(d) != 0 else -math.inf)
+    return x.new_empty([x.shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
 
 
 JS_DIV = Op(
@@ -59,9 +98,11 @@ JS_DIV = Op(
     Argument("Tensor target", "* C+", grad=True),
     Argument("Tensor? weight", "*", (*FLOATING, *INTEGERS, torch.bool)),
     Argument("float beta", valid=lambda beta: 0 <= beta <= 1),
-    Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
+    Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37),
     Argument("int reduction"),
     reference=reference.js_div,
-    saved={"stats": lambda input, **_: (6, input.shape[0])},  # kernels take (R, C)
+    result=_rows_loss,
+    saved={"stats": _stats},
+    empty_grad=gradient_like,
     triton="js_div",
 )

@@ -74,6 +74,24 @@ def reduction_code(op: str, reduction: str) -> int:
     return code
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a real number, and ValueError if no float is as large."""
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+        return
+    got, hint = type(value).__name__, ""
+    if isinstance(value, Tensor):  # reading it would wait for its device
+        got, hint = "a tensor", f", which would get no gradient; pass {name}.item()"
+    elif isinstance(value, Number) and not isinstance(value, (bool, complex)):
+        try:
+            float(value)  # type: ignore[arg-type]
+            return
+        except OverflowError:
+            raise ValueError(f"{op}: {name} is out of range, got a number beyond 1.8e308") from None
+        except TypeError:  # another complex number
+            pass
+    raise TypeError(f"{op}: {name} must be a number, got {got}{hint}")
+
+
 def not_a_tensor(op: str, name: str, value: object) -> NoReturn:
     raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
@@ -81,7 +99,7 @@ def not_a_tensor(op: str, name: str, value: object) -> NoReturn:
 ACCEPTED: dict[str, Any] = {
     "Tensor": Tensor,
     "Tensor?": (NoneType, Tensor),
-    "float": (float, int, Number, torch.SymFloat, torch.SymInt),
+    "float": float,  # and what `_number` takes
     "int": object,  # the dispatcher checks it
 }
 
@@ -146,6 +164,7 @@ class Op:
             called with the arguments by name.
         prepared: arguments whose gradients the forward kernel prepares; it takes a flag ``need_...`` for each.
         original: for an argument that kernels take in another form, the function that undoes it.
+        empty_grad: makes the memory of an argument's gradient; by default contiguous.
     """
 
     def __init__(
@@ -158,9 +177,10 @@ class Op:
         saved: Mapping[str, Callable[..., Sequence[int]]] | None = None,
         prepared: Sequence[str] = (),
         original: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        empty_grad: Callable[[Tensor], Tensor] = lambda x: x.new_empty(x.shape),
     ) -> None:
         self.name, self.arguments, self.result, self.saved = name, arguments, result, saved or {}
-        self.formula, self.original = reference, original or {}
+        self.formula, self.original, self.empty_grad = reference, original or {}, empty_grad
         self.names = [a.name for a in arguments]
         self.grads = [a.name for a in arguments if a.grad]
         self.accepted = tuple(ACCEPTED[a.type] for a in arguments)
@@ -193,14 +213,12 @@ class Op:
 
     def _check_types(self, values: Sequence[Any]) -> None:
         for argument, value in zip(self.arguments, values, strict=True):
-            if isinstance(value, ACCEPTED[argument.type]):
-                continue
-            if argument.type != "float":
+            if argument.type == "float":
+                check_number(self.name, argument.name, value)
+            elif not isinstance(value, ACCEPTED[argument.type]):
                 not_a_tensor(self.name, argument.name, value)
-            got, hint = type(value).__name__, ""
-            if isinstance(value, Tensor):  # reading it would wait for its device
-                got, hint = "a tensor", f", which would get no gradient; pass {argument.name}.item()"
-            raise TypeError(f"{self.name}: {argument.name} must be a number, got {got}{hint}")
+            elif isinstance(value, Tensor) and value.is_nested:
+                raise ValueError(f"{self.name}: {argument.name} must be dense, got a nested tensor")
 
     def checked(self, *values: Any) -> list[Any]:
         """The arguments as the reference takes them, after the checks that csrc makes where it serves."""
@@ -237,7 +255,7 @@ class Op:
 
     def _fake_backward(self, *values: Any) -> Any:
         named = dict(zip(self.backward_names, values, strict=True))
-        grads = [named[x].new_empty(named[x].shape if named[f"need_{x}"] else (0,)) for x in self.grads]
+        grads = [self.empty_grad(named[x]) if named[f"need_{x}"] else named[x].new_empty(0) for x in self.grads]
         return tuple(grads) if len(grads) > 1 else grads[0]
 
     def _double_backward(self, ctx: Any, *grads: Any) -> tuple:
@@ -250,7 +268,7 @@ class Op:
             named[name] = None if named[name] is None else original(named[name])
         with torch.enable_grad():
             result = self._reference(*map(named.get, self.names))
-            first = torch.autograd.grad(result, needed, named["grad"], create_graph=True)
+            first = torch.autograd.grad(result, needed, named["grad"].reshape(result.shape), create_graph=True)
         wanted = [x for x in ("grad", *self.grads) if named[x].requires_grad]
         inputs = [named[x] for x in wanted]
         second = torch.autograd.grad(first, inputs, present, allow_unused=True, create_graph=create_graph)

@@ -33,22 +33,37 @@ def js_div(
     reduction: str = "mean",
 ) -> Tensor:
     dtype = accumulation_dtype(input.dtype)
+    if weight is not None:  # a row of weight 0 is as if it were not there, whatever it holds
+        weight = weight.reshape(input.shape[:-1])
+        kept = weight != 0
+        input, target = (torch.where(kept[..., None], z, 0) for z in (input, target))
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
     if beta in (0, 1):
         rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
     else:
         rows = _js(log_p, log_q, beta)
-    if weight is not None:
-        rows = rows * weight.to(dtype)
+    rows = torch.where(rows < 0, rows - rows.detach(), rows)  # 0, with the gradient of the rounding error
+    return _reduced(rows, weight, reduction)
+
+
+def _reduced(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    if weight is None or (reduction == "mean" and weight.numel() == 0):
+        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+    weight = weight.to(rows.dtype)
+    if reduction == "mean":  # their sum may overflow
+        largest = weight.abs().amax()
+        weight = weight / torch.where(largest == 0, 1, largest)
+    weighted = torch.where(weight == 0, 0, rows * weight)
     if reduction == "none":
-        return rows
+        return weighted
     if reduction == "sum":
-        return rows.sum()
-    return rows.mean() if weight is None else rows.sum() / weight.to(dtype).sum()
+        return weighted.sum()
+    return weighted.sum() / torch.where((weight == 0).all(), 1, weight.sum())
 
 
 def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     # With d = log p - log q: log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L, finite, and exactly 0 at d = 0.
+    log_p, log_q = (z.clamp_min(torch.finfo(z.dtype).min / 4) for z in (log_p, log_q))  # -inf stays the smallest
     d = log_p - log_q
     below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
     L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
@@ -57,15 +72,13 @@ def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
-    impossible = (p > 0) & (log_q < torch.finfo(q.dtype).min / 8)  # a logit of -inf
-    rows = (p * (log_p - log_q) + q - p).sum(-1)  # q - p, whose sum is 0, makes the terms of second order
-    return rows + torch.where(impossible.any(-1), torch.inf, 0)
+    d = torch.where(p == 0, 0, log_p) - torch.where(p == 0, 0, log_q)  # inf where only q has a logit of -inf
+    return (p * d + q - p).sum(-1)  # q - p, whose sum is 0, makes the terms of second order
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
-    # The maximum is subtracted before the division by T, so that large logits lose no digits; -inf stays the smallest.
-    z = (z - z.amax(-1, keepdim=True).detach()) / temperature
-    return z.clamp_min(torch.finfo(z.dtype).min / 4).log_softmax(-1)
+    # The maximum is subtracted before the division by T, so that large logits lose no digits.
+    return ((z - z.amax(-1, keepdim=True).detach()) / temperature).log_softmax(-1)
 
 
 def inverse_variance(logvar: Tensor) -> Tensor:

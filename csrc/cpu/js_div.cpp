@@ -12,6 +12,10 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #include "launch.h"
 
@@ -73,7 +77,7 @@ inline Pair<V> compare(V x, V y, const V* stats, V log_sums, Constants<S> k, F e
   Pair<V> c;
   x -= stats[kMaxQ], y -= stats[kMaxP];
   // The clamps take infinities out of the differences; NaN stays.
-  c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest() / 4), x)) * k.inverse_temperature - log_sums;
+  c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest()), x)) * k.inverse_temperature - log_sums;
   c.below = c.d < k.edge;
   c.w = max(splat<S>(sizeof(S) == 4 ? -87 : -708), c.below ? c.d : -c.d);  // beyond it the other one is negligible
   c.base = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);
@@ -190,115 +194,237 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
   });
 }
 
-// The element of class c in row r goes to lane r of step c; lanes without a row repeat the last.
+// Up to 16 rows, each in a lane; lanes without a row repeat the last.
+struct Block {
+  int64_t row[kLanes];
+  int height;
+};
+
+// Logits (R, C), or (A, B, C) with row a B + b at [a, b]; of any strides.
 template <class T>
-void pack(Rows<T> from, int64_t row, int rows, int64_t classes, compute_t<T>* to) {
+struct Logits {
+  T* data = nullptr;
+  int64_t inner = 0, outer_stride = 0, stride = 0, step = 1;  // inner: B; step: from class to class
+
+  Logits() = default;
+  explicit Logits(const Tensor& t) : data(static_cast<T*>(t.data_ptr())), stride(t.stride(t.dim() - 2)) {
+    if (t.size(t.dim() - 1) > 1) step = t.stride(t.dim() - 1);
+    if (t.dim() == 3) inner = t.size(1), outer_stride = t.stride(0);
+    if (t.numel() == 0) data = nullptr;
+  }
+  T* operator[](int64_t r) const {
+    return inner ? data + r / inner * outer_stride + r % inner * stride : data + r * stride;
+  }
+  explicit operator bool() const { return data; }
+};
+
+// Where the rows of a block begin, and whether their elements of a class are adjacent.
+template <class T>
+struct Lanes {
+  T* at[kLanes];
+  bool adjacent = true;
+
+  Lanes(Logits<T> logits, const Block& block) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      at[lane] = logits[block.row[lane]];
+      if (lane < block.height) adjacent = adjacent && at[lane] == at[0] + lane;
+    }
+  }
+};
+
+// The element of class c in a lane's row goes to this lane of step c.
+template <class T>
+void pack(Logits<T> from, const Block& block, int64_t classes, compute_t<T>* to) {
+  const Lanes<T> lanes(from, block);
+  if (from.step != 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      T gathered[kLanes];
+      const T* at = lanes.at[0] + c * from.step;
+      if (!lanes.adjacent) {
+        for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = lanes.at[lane][c * from.step];
+        at = gathered;
+      }
+      store(to + c * kLanes, load_some(at, lanes.adjacent ? block.height : kLanes));
+    }
+    return;
+  }
   for (int64_t c = 0; c < classes; c += kLanes) {
     int width = std::min<int64_t>(kLanes, classes - c);
     Vec<T> tile[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T* at = from[row + std::min(lane, rows - 1)] + c;
-      tile[lane] = width == kLanes ? load(at) : load(at, width, 0);
-    }
+    for (int lane = 0; lane < kLanes; ++lane) tile[lane] = load_some<T>(lanes.at[lane] + c, width);
     transpose(tile);
     for (int i = 0; i < width; ++i) store(to + (c + i) * kLanes, tile[i]);
   }
 }
 
 template <class T>
-void unpack(const compute_t<T>* from, Rows<T> to, int64_t row, int rows, int64_t classes) {
+void unpack(const compute_t<T>* from, Logits<T> to, const Block& block, int64_t classes) {
+  const Lanes<T> lanes(to, block);
+  if (to.step != 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      Vec<T> v = load(from + c * kLanes);
+      if (lanes.adjacent) {
+        store_some(lanes.at[0] + c * to.step, v, block.height);
+      } else {
+        T scattered[kLanes];
+        store(scattered, v);
+        for (int lane = 0; lane < block.height; ++lane) lanes.at[lane][c * to.step] = scattered[lane];
+      }
+    }
+    return;
+  }
   for (int64_t c = 0; c < classes; c += kLanes) {
     int width = std::min<int64_t>(kLanes, classes - c);
     Vec<T> tile[kLanes];
     for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (c + std::min(i, width - 1)) * kLanes);
     transpose(tile);
-    for (int lane = 0; lane < rows; ++lane) {
-      T* at = to[row + lane] + c;
-      width == kLanes ? store(at, tile[lane]) : store(at, tile[lane], width);
-    }
+    for (int lane = 0; lane < block.height; ++lane) store_some<T>(lanes.at[lane] + c, tile[lane], width);
   }
 }
 
-// f(first row, rows in the block, room for 4 rows) for all blocks, in parallel.
+// The rows whose weight is 0, and the others.
+struct Mask {
+  std::vector<int64_t> masked, kept;
+
+  template <class S>
+  Mask(int64_t rows, Factor<S> weight) {
+    for (int64_t r = 0; r < rows; ++r) (weight[r] == 0 ? masked : kept).push_back(r);
+  }
+};
+
+// f(block, room for 4 rows) for all rows but the masked ones, in parallel.
 template <class S, class F>
-void for_each_block(int64_t rows, int64_t classes, F f) {
-  int64_t height = classes <= kPackedClasses ? kLanes : 1;
+void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optional<Mask>& mask, F f) {
+  if (mask) rows = mask->kept.size();
+  int64_t height = packed ? kLanes : 1;
   int64_t grain = 1 + 4096 / (height * classes);  // fewer elements do not pay for a second thread
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<S[]> room(new S[4 * (height * classes + kLanes)]);
-    for (int64_t b = begin; b < end; ++b) f(b * height, int(std::min(height, rows - b * height)), room.get());
+    for (int64_t b = begin; b < end; ++b) {
+      Block block;
+      block.height = std::min(height, rows - b * height);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        int64_t r = b * height + std::min(lane, block.height - 1);
+        block.row[lane] = mask ? mask->kept[r] : r;
+      }
+      f(block, room.get());
+    }
   });
 }
 
+// Results of masked rows stay as they are.
 template <class T>
-void forward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k, compute_t<T>* stats,
-                  compute_t<T>* loss) {
+void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
   using S = compute_t<T>;
-  for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
-    Vec<T> block[kStats], block_loss;
-    if (classes <= kPackedClasses) {
+  const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
+  for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
+    Vec<T> block_stats[kStats], block_loss;
+    if (packed) {
       int64_t size = classes * kLanes;
-      pack(x, row, height, classes, room);
-      pack(y, row, height, classes, room + size);
-      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block);
+      pack(x, block, classes, room);
+      pack(y, block, classes, room + size);
+      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block_stats);
     } else {
-      block_loss = forward(x[row], y[row], classes, false, k, room, block);
+      block_loss = forward(x[block.row[0]], y[block.row[0]], classes, false, k, room, block_stats);
     }
-    for (int lane = 0; lane < height; ++lane) {
-      loss[row + lane] = block_loss[lane];
-      for (int i = 0; i < kStats; ++i) stats[i * rows + row + lane] = block[i][lane];
+    for (int lane = 0; lane < block.height; ++lane) {
+      loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
+      for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
     }
   });
 }
 
 template <class T>
-void backward_rows(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Constants<compute_t<T>> k,
-                   const compute_t<T>* stats, Factor<compute_t<T>> grad, Factor<compute_t<T>> weight,
-                   compute_t<T> scale, Rows<T> grad_x, Rows<T> grad_y) {
+void backward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                   Constants<compute_t<T>> k, const compute_t<T>* stats, Factor<compute_t<T>> grad,
+                   Factor<compute_t<T>> weight, compute_t<T> scale, Logits<T> grad_x, Logits<T> grad_y) {
   using S = compute_t<T>;
-  for_each_block<S>(rows, classes, [&](int64_t row, int height, S* room) {
-    Vec<T> block[kStats] = {}, g{};
+  if (mask)
+    torch::stable::parallel_for(0, mask->masked.size(), 1 + 4096 / classes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (Logits<T> to : {grad_x, grad_y})
+          if (to && to.step == 1)
+            std::memset(static_cast<void*>(to[mask->masked[i]]), 0, classes * sizeof(T));
+          else if (to)
+            for (int64_t c = 0; c < classes; ++c) to[mask->masked[i]][c * to.step] = T(0);
+    });
+  const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
+  for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
+    Vec<T> block_stats[kStats] = {}, g{};
     for (int lane = 0; lane < kLanes; ++lane) {
-      int64_t r = row + (lane < height ? lane : 0);  // one row: the same in every lane
-      for (int i = 0; i < kStats; ++i) block[i][lane] = stats[i * rows + r];
+      int64_t r = block.row[lane];
+      for (int i = 0; i < kStats; ++i) block_stats[i][lane] = stats[i * rows + r];
       g[lane] = grad[r] * weight[r] * scale;
     }
-    if (classes <= kPackedClasses) {
+    if (packed) {
       S *a = room, *b = room + classes * kLanes;
-      pack(x, row, height, classes, a);
-      pack(y, row, height, classes, b);
+      pack(x, block, classes, a);
+      pack(y, block, classes, b);
       // The gradients overwrite their logits.
-      backward(a, b, classes * kLanes, k, block, g, grad_x ? a : nullptr, grad_y ? b : nullptr);
-      if (grad_x) unpack(a, grad_x, row, height, classes);
-      if (grad_y) unpack(b, grad_y, row, height, classes);
+      backward(a, b, classes * kLanes, k, block_stats, g, grad_x ? a : nullptr, grad_y ? b : nullptr);
+      if (grad_x) unpack(a, grad_x, block, classes);
+      if (grad_y) unpack(b, grad_y, block, classes);
     } else {
-      backward(x[row], y[row], classes, k, block, g, grad_x ? grad_x[row] : nullptr, grad_y ? grad_y[row] : nullptr);
+      int64_t r = block.row[0];
+      backward(x[r], y[r], classes, k, block_stats, g, grad_x ? grad_x[r] : nullptr, grad_y ? grad_y[r] : nullptr);
     }
   });
+}
+
+std::pair<int64_t, int64_t> shape(const Tensor& logits) {
+  int64_t classes = logits.size(logits.dim() - 1);
+  return {logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0), classes};
+}
+
+// A dense gradient, its dimensions in the order of the logits' strides, as `gradient_like` in _js_div.py makes it;
+// empty where it is not needed.
+Tensor empty_logits(const Tensor& like, bool needed) {
+  if (!needed) return empty({0}, like.scalar_type());
+  std::vector<int64_t> order(like.dim()), sizes(like.dim()), strides(like.dim());
+  std::iota(order.begin(), order.end(), 0);
+  const auto key = [&](int64_t d) { return like.stride(d) ? like.stride(d) : std::numeric_limits<int64_t>::max(); };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(a) > key(b); });
+  int64_t stride = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = stride;
+    stride *= std::max<int64_t>(sizes[order[i]] = like.size(order[i]), 1);
+  }
+  return empty(sizes, like.scalar_type(), strides);
 }
 
 std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                                       double beta, double temperature, int64_t reduction) {
   if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
-  int64_t rows = input.size(0), classes = input.size(1);
+  auto [rows, classes] = shape(input);
   ScalarType dtype = compute_dtype(input);
-  Tensor stats = empty({kStats, rows}, dtype);
+  const bool weighted_mean = weight && reduction == kMean;
+  Tensor stats = empty({kStats + weighted_mean, rows}, dtype);
   Tensor loss = empty(reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, dtype);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    std::vector<S> row_loss(rows);
-    forward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
-                 static_cast<S*>(stats.data_ptr()), row_loss.data());
     auto w = weight ? Factor<S>(*weight) : Factor<S>();
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, w) : std::nullopt;
+    S* kept = static_cast<S*>(stats.data_ptr());
+    if (mask)
+      for (int i = 0; i < kStats; ++i)
+        for (int64_t r : mask->masked) kept[i * rows + r] = 0;
+    std::vector<S> row_loss(rows);
+    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+                 row_loss.data());
     S* out = static_cast<S*>(loss.data_ptr());
-    double total = 0;
+    double total = 0, mass = weighted_mean ? 0 : rows;
     for (int64_t r = 0; r < rows; ++r) {
-      S row = w[r] * row_loss[r];
-      if (reduction == kNone) out[r] = row;
+      double row = double(w[r]) * row_loss[r];
+      if (reduction == kNone) out[r] = S(row);
       total += row;
+      if (weighted_mean) mass += w[r];
     }
-    if (reduction != kNone) *out = S(reduction == kMean ? total / rows : total);
+    if (rows && mask && mask->kept.empty()) mass = 1;  // so that the mean is 0
+    if (reduction != kNone) *out = S(reduction == kMean ? total / mass : total);
+    if (weighted_mean)
+      for (int64_t r = 0; r < rows; ++r) kept[kShare * rows + r] = w[r] == 0 ? 0 : S(w[r] / mass);
   });
   return {loss, stats};
 }
@@ -311,15 +437,17 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
         js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
     return {grad_input, grad_target};
   }
-  int64_t rows = input.size(0), classes = input.size(1);
-  Tensor grad_input = empty_grad(input, need_input), grad_target = empty_grad(target, need_target);
+  auto [rows, classes] = shape(input);
+  Tensor grad_input = empty_logits(input, need_input), grad_target = empty_logits(target, need_target);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
-    backward_rows(Rows<T>(input), Rows<T>(target), rows, classes, Constants<S>(beta, temperature),
-                  static_cast<const S*>(stats.data_ptr()), Factor<S>(grad), weight ? Factor<S>(*weight) : Factor<S>(),
-                  S(reduction == kMean ? 1. / rows : 1.), need_input ? Rows<T>(grad_input) : Rows<T>(),
-                  need_target ? Rows<T>(grad_target) : Rows<T>());
+    auto kept = static_cast<const S*>(stats.data_ptr());
+    auto factor = !weight ? Factor<S>() : reduction == kMean ? Factor<S>(kept + kShare * rows, 1) : Factor<S>(*weight);
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
+    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+                  Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
+                  need_input ? Logits<T>(grad_input) : Logits<T>(), need_target ? Logits<T>(grad_target) : Logits<T>());
   });
   return {grad_input, grad_target};
 }

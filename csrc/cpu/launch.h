@@ -38,15 +38,18 @@ inline ScalarType compute_dtype(const Tensor& t) {
 }
 
 // Calls the C function, because torch::stable::new_empty goes through the dispatcher, a microsecond per tensor.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const std::vector<int64_t>& strides) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return empty(sizes, dtype, strides);
 }
 
 // A gradient, or an empty tensor where it is not needed.
@@ -76,6 +79,7 @@ struct Factor {
   int64_t stride = 0;
 
   Factor() = default;
+  Factor(const S* data, int64_t stride) : data(data), stride(stride) {}
   explicit Factor(const Tensor& t) : data(static_cast<const S*>(t.data_ptr())), stride(t.dim() ? t.stride(0) : 0) {
     STD_TORCH_CHECK((t.scalar_type() == ScalarType::Double) == (sizeof(S) == 8) && t.element_size() == sizeof(S),
                     "udi_kernels: grad and weight must be float32, or float64 for float64 inputs");

@@ -53,6 +53,10 @@ std::string python(at::Layout layout) {
       return "torch.sparse_csr";
     case at::kSparseCsc:
       return "torch.sparse_csc";
+    case at::kSparseBsr:
+      return "torch.sparse_bsr";
+    case at::kSparseBsc:
+      return "torch.sparse_bsc";
     case at::kMkldnn:
       return "torch._mkldnn";
     default:
@@ -65,6 +69,7 @@ bool floating(at::ScalarType type) {
 }
 
 void check_dense(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(!t.is_nested(), op, ": ", name, " must be dense, got a nested tensor; call .to_padded_tensor()");
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name, " must be dense, got ", python(t.layout()),
                     "; call .to_dense()");
 }
@@ -91,6 +96,11 @@ void check_same_shape(const char* op, const Named& like, const Named& t) {
 }
 
 bool integers(at::ScalarType type) { return c10::isIntegralType(type, false) && !c10::isBarebonesUnsignedType(type); }
+// Kernels multiply by 1/T, which must be a normal number in float32.
+void check_temperature(const char* op, double temperature) {
+  TORCH_CHECK_VALUE(1e-37 <= temperature && temperature <= 1e37, op, ": temperature must lie in [1e-37, 1e37], got ",
+                    temperature);
+}
 
 // Whether kernels serve; elsewhere the reference does. C++ nodes support neither function transforms (torch.func) nor
 // forward-mode AD. Triton computes in float32, so the reference serves float64 on a GPU, and all other devices.

@@ -11,6 +11,63 @@ namespace {
 
 using Weight = std::optional<Tensor>;
 
+// The leading sizes as kernels take them: one if all rows have one stride in each of the tensors, else two. None if two
+// are not enough.
+std::optional<std::vector<c10::SymInt>> leading_sizes(at::ArrayRef<Tensor> tensors) {
+  const Tensor& like = tensors.front();
+  std::vector<c10::SymInt> sizes;  // inner one first
+  int64_t inner = -1;              // the dimension whose stride the last of these has
+  for (int64_t d = like.dim() - 2; d >= 0; --d) {
+    if (like.sym_size(d) == 1) continue;
+    const bool joins = inner >= 0 && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) {
+                         return t.sym_stride(d) == sizes.back() * t.sym_stride(inner);
+                       });
+    if (joins) {
+      sizes.back() = sizes.back() * like.sym_size(d);
+    } else {
+      sizes.push_back(like.sym_size(d));
+      inner = d;
+    }
+  }
+  if (sizes.empty()) sizes.push_back(1);
+  if (sizes.size() > 2) return std::nullopt;
+  return std::vector<c10::SymInt>(sizes.rbegin(), sizes.rend());
+}
+
+// Below autograd an op must not return its argument, so `to` and `reshape` are called only where they change something.
+Tensor converted(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+
+// The logits as kernels take them: of one dtype, (R, C) or (A, B, C), of any strides. A copy is made only of mixed
+// dtypes, and of leading dimensions with more than two strides; it is not kept but made again in the backward pass.
+std::tuple<Tensor, Tensor> logit_rows(Tensor input, Tensor target) {
+  const auto dtype = at::promote_types(input.scalar_type(), target.scalar_type());
+  input = converted(input, dtype), target = converted(target, dtype);
+  if (input.dim() == 2) return {input, target};
+  const auto classes = input.sym_size(-1);
+  if (input.sym_numel() == 0) {
+    const c10::SymInt shape[] = {0, classes};
+    return {input.reshape_symint(shape), target.reshape_symint(shape)};
+  }
+  auto shape = leading_sizes({input, target});
+  if (!shape) {
+    target = target.contiguous();
+    shape = leading_sizes({input, target});
+  }
+  if (!shape) {
+    input = input.contiguous();
+    shape = leading_sizes({input, target});
+  }
+  shape->push_back(classes);
+  return {input.view_symint(*shape), target.view_symint(*shape)};
+}
+
+// A factor of each row.
+Weight row_weights(const Tensor& weight, const Tensor& rows) {
+  if (!weight.defined()) return std::nullopt;
+  return converted(weight.dim() == 1 ? weight : weight.reshape(-1),
+                   rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
 struct JSDiv : Function<JSDiv> {
   using Options = std::tuple<double, double, int64_t>;
 
@@ -24,10 +81,12 @@ struct JSDiv : Function<JSDiv> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
                         double beta, double temperature, int64_t reduction) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, stats] = fwd().call(input, target, weight, beta, temperature, reduction);
+    auto [x, y] = logit_rows(input, target);
+    auto [loss, stats] = fwd().call(x, y, row_weights(weight.value_or(Tensor()), x), beta, temperature, reduction);
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), stats});
     ctx->saved_data["options"] = Options(beta, temperature, reduction);
-    return loss;
+    return reduction == kNone && input.dim() != 2 ? loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1))
+                                                  : loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -35,12 +94,17 @@ struct JSDiv : Function<JSDiv> {
         op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Tensor&, double,
                                       double, int64_t, bool, bool)>("udi_kernels::js_div_bwd");
     auto saved = ctx->get_saved_variables();
-    Weight weight = saved[2].defined() ? Weight(saved[2]) : std::nullopt;
     auto [beta, temperature, reduction] = ctx->saved_data["options"].to<Options>();
     BackwardMode mode;
-    auto [input, target] = bwd.call(grad[0], saved[0], saved[1], weight, saved[3], beta, temperature, reduction,
-                                    ctx->needs_input_grad(0), ctx->needs_input_grad(1));
-    return needed(ctx, 6, input, target);
+    auto [x, y] = logit_rows(saved[0], saved[1]);
+    auto grads = bwd.call(grad[0].dim() > 1 ? grad[0].reshape(-1) : grad[0], x, y, row_weights(saved[2], x), saved[3],
+                          beta, temperature, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1));
+    const auto like = [&](int i, const Tensor& rows) {
+      if (!ctx->needs_input_grad(i)) return rows;
+      const Tensor g = converted(rows, saved[i].scalar_type());
+      return saved[i].dim() == 2 ? g : g.view_symint(saved[i].sym_sizes());
+    };
+    return needed(ctx, 6, like(0, std::get<0>(grads)), like(1, std::get<1>(grads)));
   }
 };
 
@@ -66,8 +130,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0,
                     "js_div: input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
   TORCH_CHECK_VALUE(0 <= beta && beta <= 1, "js_div: beta must lie in [0, 1], got ", beta);
-  TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY, "js_div: temperature must be positive and finite, got ",
-                    temperature);
+  check_temperature("js_div", temperature);
   if (weight) check_weight(*weight, input);
   if (!kernels_serve<JSDiv>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(
@@ -75,18 +138,8 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
     return reference.call(input.to(dtype), target.to(dtype), weight, beta, temperature, reduction);
   }
   const bool recorded = records({{"input", input}, {"target", target}});
-  const bool all_rows = reduction == kNone;
-  Weight factor;
-  if (weight) {
-    factor = keepable(weight->reshape(-1).to(dtype == at::kDouble ? at::kDouble : at::kFloat), recorded);
-    if (reduction == kMean && factor->sym_numel() != 0) {  // with weights too, the mean of no rows is NaN
-      factor = factor->div(factor->sum());
-      reduction = kSum;
-    }
-  }
-  Tensor loss = JSDiv::apply(matrix(input, dtype, recorded), matrix(target, dtype, recorded), factor, beta, temperature,
-                             reduction);
-  return all_rows && input.dim() != 2 ? loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1)) : loss;
+  return JSDiv::apply(keepable(input, recorded), keepable(target, recorded),
+                      weight ? Weight(keepable(*weight, recorded)) : weight, beta, temperature, reduction);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 import math
+import time
 from functools import partial
 
+import combinations
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,11 +70,11 @@ def test_equal_rows_give_exactly_zero(device):
             assert (value == 0).all() and (gx == 0).all() and (gy == 0).all()
 
 
-def test_never_negative_beyond_rounding_and_never_above_its_maximum(device):
+def test_never_negative_and_never_above_its_maximum(device):
     x = torch.randn(500, 40, device=device) * 10
     for step in (1e-7, 1e-5, 1e-3, 1.0, 1e3):
         value = js_div(x, x + step * torch.randn_like(x), reduction="none")
-        assert value.min() >= -EPS[torch.float32] and value.max() <= math.log(2) * (1 + 1e-6)
+        assert value.min() >= 0 and value.max() <= math.log(2) * (1 + 1e-6)
 
 
 def test_shift_invariance(device):
@@ -144,6 +146,62 @@ def test_kl_where_logits_are_infinite(classes, device):
     assert forward[0] == pytest.approx(without, rel=1e-6)
 
 
+@pytest.mark.parametrize("classes", [6, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kl_where_logits_are_masked_by_the_lowest_number(dtype, classes, device, backend):
+    x, y = logits(4, classes, dtype, device)
+    x[:, 1] = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).min
+    for beta, a, b in ((0, x, y), (1, y, x)):
+        for temperature in (1.0, 2.0):
+            options = dict(beta=beta, temperature=temperature, reduction="none")
+            value = js_div(a, b, **options).double()
+            p = (y.double() / temperature).softmax(-1)[:, 1]
+            torch.testing.assert_close(value, -p * x[:, 1].double() / temperature, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("classes", [6, 200])
+def test_gradient_to_an_impossible_class(classes, device, backend):
+    """q - p, also where the value is inf, as by torch's own functions."""
+    x, y = logits(4, classes, device=device)
+    x[1, 2] = y[2, 3] = x[3, 1] = y[3, 1] = -INF
+    for temperature in (1.0, 0.5):
+        options = dict(beta=0, temperature=temperature, reduction="sum")
+        value, gx, _ = run(partial(js_div, **options), (x, y), needs=(True, False))
+        q, p = (x / temperature).softmax(-1), (y / temperature).softmax(-1)
+        torch.testing.assert_close(gx, (q - p) / temperature, rtol=1e-5, atol=1e-6)
+        assert value == INF
+
+
+@pytest.mark.parametrize("classes", [6, 200])
+@pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
+def test_temperatures(beta, classes, device, backend):
+    x, y = logits(5, classes, device=device)
+    for temperature in (1e-37, 1e-20, 1e-3, 1e3, 1e37):
+        options = dict(beta=beta, temperature=temperature)
+        got, want = (
+            run(partial(js_div, **options), (x, y)),
+            run(partial(reference.js_div, **options), (x.double(), y.double())),
+        )
+        assert got[0].isfinite() or want[0] > 1e37
+        torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=3e-8) if want[0] < 1e37 else None
+        assert not got[1].isnan().any() or want[0] > 1e37
+
+
+@pytest.mark.slow
+def test_all_combinations_of_sentinels_masks_and_beta(device, backend):
+    def call(x, y, weight, beta, reduction, grad):
+        x, y, grad, weight = (t if t is None else t.to(device) for t in (x, y, grad, weight))
+        results = run(partial(js_div, weight=weight, beta=beta, reduction=reduction), (x, y), grad=grad)
+        return (t.cpu() for t in results)
+
+    assert len(combinations.COMBINATIONS) == 2448
+    for combination in combinations.COMBINATIONS:
+        try:
+            combinations.check(call, *combination)
+        except AssertionError as e:
+            raise AssertionError(combination) from e
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.bfloat16, torch.float64])
 def test_weight_of_any_dtype(dtype, device):
     x, y = logits(6, 9, device=device)
@@ -153,7 +211,7 @@ def test_weight_of_any_dtype(dtype, device):
         assert all(map(torch.equal, got, run(partial(js_div, weight=mask.float(), reduction=reduction), (x, y))))
     labels = torch.where(mask == 1, 3, -100)
     assert torch.equal(js_div(x, y, weight=labels != -100), js_div(x, y, weight=mask.float()))
-    assert js_div(x, y, weight=torch.zeros_like(mask, dtype=dtype)).isnan()
+    assert js_div(x, y, weight=torch.zeros_like(mask, dtype=dtype)) == 0
 
 
 @pytest.mark.gpu
@@ -186,6 +244,114 @@ def test_weights_and_reductions(device):
     torch.testing.assert_close(masked[0], js_div(x[w > 0], y[w > 0], weight=w[w > 0]))
 
 
+@pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("classes", [6, 300])
+def test_all_weights_zero(classes, beta, device, backend):
+    """As cross_entropy's gradients where nothing is supervised."""
+    x, y = logits(9, classes, device=device)
+    y[3], x[4, 0] = math.nan, -INF
+    for dtype in (torch.bool, torch.float32, torch.int64):
+        weight = torch.zeros(9, dtype=dtype, device=device)
+        for reduction in ("mean", "sum", "none"):
+            for result in run(partial(js_div, beta=beta, weight=weight, reduction=reduction), (x, y)):
+                assert (result == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [6, 300])
+def test_sums_of_weights(classes, dtype, device, backend):
+    x, y = logits(64, classes, dtype, device)
+    rows = js_div(x, y, reduction="none")
+    plain = run(js_div, (x, y))
+    big = run(partial(js_div, weight=torch.full((64,), 1e37, device=device)), (x, y))  # their sum is inf in float32
+    for a, b in zip(big, plain, strict=True):
+        torch.testing.assert_close(a, b)
+    signs = torch.ones(64, device=device)
+    signs[1::2] = -1  # a sum of 0: a division by 0, as the formula says
+    value = js_div(x, y, weight=signs)
+    assert value.isinf() and value.sign() == (rows * signs).sum().sign()
+    small = torch.rand(64, device=device) + 0.5
+    small[::2] *= -0.1
+    torch.testing.assert_close(js_div(x, y, weight=small), (rows * small).sum() / small.sum(), rtol=1e-5, atol=0)
+
+
+def spoilt(x, y):
+    """Rows that a mask may hide: NaN, infinite, and legal ones whose KL is infinite; on either side, or on both."""
+    nothing = torch.full_like(x[0], -INF)
+    one = torch.randn_like(x[0])
+    one[1] = -INF
+    hidden = [one * math.nan, one.abs() * INF, nothing, one]
+    pairs = [(a, b) for a in (*hidden, x[0]) for b in (*hidden, y[0])]
+    return (torch.stack(side) for side in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("classes", [6, 101, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_weight_0_is_as_if_it_were_not_there(dtype, classes, beta, device, backend):
+    x, y = logits(7, classes, dtype, device)
+    u, v = spoilt(x, y)
+    order = torch.randperm(7 + len(u), device=device)
+    where = order.argsort()[:7]  # of the rows that count
+    many = [torch.cat(pair)[order] for pair in ((x, u), (y, v))]
+    weight = torch.cat([torch.tensor([1.0, 2, 0.5, -0.25, 3, 1e-3, 1], device=device), u.new_zeros(len(u)).float()])
+    for w, few in ((weight, weight[:7]), (weight > 0, weight[:7] > 0)):
+        for reduction in ("mean", "sum", "none"):
+            options = dict(beta=beta, temperature=0.7, reduction=reduction)
+            got = run(partial(js_div, weight=w[order], **options), many)
+            want = run(partial(js_div, weight=few, **options), (x, y))
+            if reduction == "none":
+                assert got[0].count_nonzero() == want[0].count_nonzero()
+                got[0] = got[0][where]
+            for grad in got[1:]:
+                assert grad.count_nonzero() == grad[where].count_nonzero()  # exactly 0 elsewhere
+            for a, b in zip(got, (want[0], *want[1:]), strict=True):
+                a = a[where] if a.dim() == 2 else a
+                bound = 64 * EPS[a.dtype]  # torch's own functions round by a row's place
+                torch.testing.assert_close(a, b, rtol=bound, atol=bound * b.abs().max().item())
+
+
+def test_nothing_reaches_a_masked_row(device, backend):
+    """A weight of 0 stops even a gradient that is NaN or inf, as that of sqrt at 0 is."""
+    x, y = logits(3, 6, device=device)
+    weight = torch.tensor([1.0, 0, 1], device=device)
+    options = dict(weight=weight, reduction="none")
+    for bad in (math.nan, INF):
+        _, gx, gy = run(partial(js_div, **options), (x, y), grad=torch.tensor([1, bad, 1], device=device))
+        assert gx.isfinite().all() and gy.isfinite().all() and (gx[1] == 0).all() and (gy[1] == 0).all()
+
+
+def test_masked_rows_are_skipped():
+    """A tenth of the rows takes a tenth of the time, but for the gradient's zeros."""
+    x, y = logits(256, 8000)
+    few = torch.arange(256) % 10 == 0
+    x.requires_grad_()
+
+    def seconds(weight):
+        def once():
+            start = time.perf_counter()
+            js_div(x, y, weight=weight)
+            return time.perf_counter() - start
+
+        return min(once() for _ in range(9))
+
+    assert seconds(few) < 0.4 * seconds(torch.ones_like(few))
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("classes", [3, 300])
+def test_rows_are_never_negative(classes, beta, device, backend):
+    """Each is clamped before its weight; NaN stays."""
+    x = torch.randn(4000, classes, device=device)
+    for y in (x + 1e-6 * torch.randn_like(x), x + torch.randn(4000, 1, device=device)):
+        rows = js_div(x, y, beta=beta, reduction="none")
+        assert (rows >= 0).all()
+        signed = js_div(x, y, beta=beta, weight=torch.full((4000,), -1.0, device=device), reduction="none")
+        assert torch.equal(signed, -rows)
+    x[1, 2] = math.nan
+    assert js_div(x, y, beta=beta, reduction="none")[:3].isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("classes", [6, 101])
 def test_strides(classes, device):
     base = torch.randn(14, 3 * classes, device=device)
@@ -207,6 +373,97 @@ def test_strides(classes, device):
                 assert torch.equal(got, expected)
             else:  # narrower loads there give threads other classes to add up
                 torch.testing.assert_close(got, expected)
+
+
+def layouts(classes, device, dtype=torch.float32):
+    """Rows whose leading dimensions have two strides, or more; classes that are not adjacent; mixtures of these."""
+    plain = torch.randn(4, 6, classes, device=device).to(dtype)
+    wide = torch.randn(5, 9, classes, device=device).to(dtype)
+    turned = torch.randn(6, 4, classes, device=device).to(dtype).transpose(0, 1)
+    nchw = torch.randn(4, classes, 2, 3, device=device).to(dtype)
+    rows = torch.randn(classes, 24, device=device).to(dtype).T.reshape(4, 6, classes)
+    four = torch.randn(3, 3, 4, classes, device=device).to(dtype)[:2, :2]
+    return {
+        "all but the last": (wide[:4, :6], plain),
+        "all but the first": (wide[1:, 3:], wide[:4, 2:8]),
+        "(T, B, V)": (turned, plain),
+        "different strides": (wide[:4, 1:7], turned),
+        "channels first": (nchw.permute(0, 2, 3, 1), plain.reshape(4, 2, 3, classes)),
+        "both channels first": (nchw.permute(0, 2, 3, 1), nchw.flip(1).permute(0, 2, 3, 1)),
+        "columns": (rows, plain),
+        "three strides": (four.transpose(1, 2), four.permute(1, 2, 0, 3)[:2, :4, :2]),
+        "one row": (plain[:1, :1, :].expand(4, 6, classes), wide[:4, :6]),
+    }
+
+
+@pytest.mark.parametrize("classes", [6, 300])
+@pytest.mark.parametrize("name", layouts(6, "cpu"))
+def test_layouts(name, classes, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, y = layouts(classes, device, dtype)[name]
+        weight = torch.rand(x.shape[:-1], device=device) - 0.3
+        weight[..., 1] = 0
+        for options in (dict(reduction="none"), dict(weight=weight, beta=0.3), dict(beta=0, weight=weight > 0)):
+            call = partial(js_div, **options)
+            want = run(call, (x.contiguous(), y.contiguous()))
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            value = call(x, y)
+            for a, b in zip((value, *torch.autograd.grad(value.sum(), (x, y))), want, strict=True):
+                torch.testing.assert_close(a, b, rtol=16 * EPS[a.dtype], atol=16 * EPS[a.dtype] * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dim", [0, 1, -2, 2, 3, -1])
+@pytest.mark.parametrize("classes", [5, 150])
+def test_dim(dim, classes, device, backend):
+    x, y = (t.reshape(2, 3, 2, classes).movedim(-1, dim).contiguous() for t in logits(12, classes, device=device))
+    weight = torch.rand(x.movedim(dim, -1).shape[:-1], device=device)
+    got = run(partial(js_div, weight=weight, dim=dim), (x, y))
+    want = run(
+        lambda a, b: js_div(*(t.movedim(dim, -1).reshape(12, -1) for t in (a, b)), weight=weight.flatten()), (x, y)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert js_div(x, y, dim=dim, reduction="none").shape == weight.shape
+
+
+def test_double_backward_of_layouts():
+    inputs, targets = (layouts(3, "cpu", torch.float64) for _ in range(2))  # of their own memory
+    for name in inputs.keys() - {"one row"}:  # gradgradcheck changes one element at a time
+        x, y = (t[:2, :2].detach().requires_grad_() for t in (inputs[name][0], targets[name][1]))
+        weight = torch.rand(x.shape[:-1], dtype=torch.float64)
+        for reduction in ("none", "mean"):
+            assert torch.autograd.gradgradcheck(partial(js_div, weight=weight, reduction=reduction), (x, y)), name
+
+
+@pytest.mark.parametrize("classes", [6, 800])
+def test_nothing_is_kept_but_the_inputs(classes, device):
+    """Storages that autograd keeps and that are no input's, over the size of the logits."""
+
+    def kept(*inputs, **options):
+        own, found = {t.untyped_storage().data_ptr() for t in inputs}, {}
+
+        def pack(t):
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            js_div(*inputs, **options)
+        return sum(size for at, size in found.items() if at not in own) / inputs[0].nbytes
+
+    bound = 0.1 if classes > 6 else 7 / 6 + 0.01  # the statistics
+    for x, y in layouts(classes, device).values():
+        assert kept(x.requires_grad_(), y) < bound
+    x = torch.randn(64, classes, device=device, requires_grad=True)
+    mask = torch.arange(64, device=device) % 2 == 0
+    assert kept(x, torch.randn(64, classes, device=device, dtype=torch.bfloat16), weight=mask) < bound * 1.2
+    image = torch.randn(2, classes, 8, 4, device=device, requires_grad=True)
+    assert kept(image, image.detach() + 1, dim=1) < bound
+
+
+def test_gradients_of_channels_first_are_laid_out_like_the_logits(device):
+    x = torch.randn(2, 7, 4, 5, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(js_div(x, torch.randn_like(x), dim=1), x)
+    assert grad.is_contiguous()
 
 
 def test_expanded_grad_output(device):
@@ -303,6 +560,7 @@ def test_opcheck(shape, device):
     x, y = logits(*shape, device=device)
     js_div(x, y)  # loads the kernels
     w = torch.rand(shape[0], device=device)
+    z = torch.randn(shape[0], 4, shape[1], device=device)
     for a, b in ((x, y), (x[::2], y[::2])):
         for reduction in range(3):
             weight = w[: len(a)] if reduction < 2 else None
@@ -312,6 +570,13 @@ def test_opcheck(shape, device):
             for needs in ((True, False), (False, True), (True, True)):
                 args = (torch.ones_like(loss), a, b, weight, stats, 0.4, 2.0, reduction, *needs)
                 torch.library.opcheck(ops.js_div_bwd.default, args)
+    for a, b in ((z[:, :3], z[:, 1:]), (z.transpose(0, 1), z.transpose(0, 1)), (z.mT, z.mT.contiguous()), (x.T, y.T)):
+        weight = torch.rand(a.shape[:-1].numel(), device=device)
+        loss, stats = ops.js_div_fwd(a, b, weight, 0.4, 2.0, 2)
+        torch.library.opcheck(ops.js_div.default, (a.detach().requires_grad_(), b, None, 0.4, 2.0, 0))
+        torch.library.opcheck(ops.js_div_fwd.default, (a, b, weight, 0.4, 2.0, 2))
+        args = (torch.ones_like(loss), a, b, weight, stats, 0.4, 2.0, 2, True, True)
+        torch.library.opcheck(ops.js_div_bwd.default, args)
 
 
 def test_compile_fullgraph(device):
@@ -362,8 +627,18 @@ BAD = {
     "beta .* got nan": lambda x: js_div(x, x, beta=math.nan),
     "beta must be a number, got a tensor": lambda x: js_div(x, x, beta=torch.tensor(0.5, requires_grad=True)),
     "temperature must be a number, got a tensor": lambda x: js_div(x, x, temperature=torch.tensor(2.0)),
+    r"temperature .* got \S+e-32": lambda x: js_div(x, x, temperature=1e-320),
+    r"temperature .* got 1e\+308": lambda x: js_div(x, x, temperature=1e308),
+    "temperature .* out of range": lambda x: js_div(x, x, temperature=10**400),
+    "beta must be a number, got bool": lambda x: js_div(x, x, beta=True),
+    "beta must be a number, got complex": lambda x: js_div(x, x, beta=0.5 + 0j),
+    "input must be dense, got a nested tensor": lambda x: js_div(torch.nested.nested_tensor([x[0], x[1]]), x),
+    "target must be dense, got a nested tensor": lambda x: js_div(x, torch.nested.nested_tensor([x[0], x[1]])),
+    "target must be dense, got torch.sparse_csc": lambda x: js_div(x, x.to_sparse_csc()),
     "temperature .* got 0": lambda x: js_div(x, x, temperature=0),
     "temperature .* got -1": lambda x: js_div(x, x, temperature=-1.0),
+    "dim must be a dimension of input, which has 2, got 2": lambda x: js_div(x, x, dim=2),
+    "dim must be an integer, got float": lambda x: js_div(x, x, dim=1.0),
     "reduction .* got 'batchmean'": lambda x: js_div(x, x, reduction="batchmean"),
     r"weight .* \(3,\), one per row, got \(4,\)": lambda x: js_div(x, x, weight=torch.ones(4)),
     "weight must be .* bool or an integer, got torch.complex64": lambda x: js_div(x, x, weight=x[:, 0] * 1j),

@@ -29,7 +29,7 @@ def test_constants_of_cpp_and_python_agree():
     assert native.SMALL_CLASS == _club.SMALL_CLASS
     x = torch.empty(10, 4)
     for op, arguments, rows in (
-        (_js_div.JS_DIV, dict(input=x), native.JS_DIV),
+        (_js_div.JS_DIV, dict(input=x, weight=x[:, 0], reduction=_ops.MEAN), native.JS_DIV),
         (_club.CLUB_MI, dict(mu=x, given=None), native.CLUB),
         (_duc.DUC_LOSS, dict(student=x), native.DUC),
     ):

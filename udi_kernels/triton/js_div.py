@@ -27,6 +27,7 @@ import triton.language as tl
 from . import (
     MEAN,
     NONE,
+    SUM,
     Launch,
     at,
     cached_launch,
@@ -45,8 +46,8 @@ from . import (
 
 # Rows of the statistics (6, R), float32: maximum and 1 / sum of exponentials of the input, the same of the target,
 # KL(q || m) and KL(p || m) in bits.  At beta = 0 the last two are the sum of q - p, which rounding leaves, and that of
-# p log2(p/q).
-MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P = (tl.constexpr(i) for i in range(6))
+# p log(p/q) in nats.  For a weighted mean, one more: each row's weight over the sum of the weights.
+MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P, SHARE = (tl.constexpr(i) for i in range(7))
 # Rows of PARTS (7, R, S), where rows are split: the sums themselves are in INV_Q and INV_P; and at beta = 0
 DIV = tl.constexpr(6)  # KL(p || q)
 
@@ -159,25 +160,25 @@ def _log2_over_mixture(d, beta, gamma, mixture, MIX: tl.constexpr):
 
 @triton.jit
 def _kl_term(d, q, p):
-    """p log2(p/q) + (q - p)/ln 2, a term of KL(p || q): never negative, of second order in d = log2(p/q).
+    """p log(p/q) + q - p, a term of KL(p || q): never negative, of second order in d = log(p/q).
 
     The second part has the sum 0 but for the rounding errors of both rows' sums of exponentials, which cancel this way.
     """
-    P = -1.4683874211271451e-07
-    P = P * d + 1.9065917255074797e-06
-    P = P * d - 2.2005043419116583e-05
-    P = P * d + 0.0002222259691071407
-    P = P * d - 0.0019236258215256953
-    P = P * d + 0.013876027166205394
-    P = P * d - 0.08007550231970023
-    P = P * d + 0.34657359027997264
-    far = tl.where(p == 0, 0.0, p * d) + (q - p) * LOG2E
-    return tl.where(tl.abs(d) < 1.0, p * (d * d * P), far)
+    P = -2.7557319223985893e-06
+    P = P * d + 2.48015873015873e-05
+    P = P * d - 0.0001984126984126984
+    P = P * d + 0.001388888888888889
+    P = P * d - 0.008333333333333333
+    P = P * d + 0.04166666666666667
+    P = P * d - 0.16666666666666666
+    P = P * d + 0.5
+    far = tl.where(p == 0, 0.0, p * d) + (q - p)
+    return tl.where(tl.abs(d) < LN2, p * (d * d * P), far)
 
 
 @triton.jit
 def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
-    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log2(p/q)."""
+    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log(p/q)."""
     if MIX == KL:
         return q - p, tl.where(p == 0, 0.0, p * d)
     else:
@@ -205,10 +206,66 @@ def _gap(share_q, share_p):
 
 
 @triton.jit
-def _compared(x, y, peak_q, peak_p, gap, scale):
-    """log2(p/q), and q and p, each times the sum of its row's exponentials."""
+def _log_ratio(x, y, gap, scale, MIX: tl.constexpr):
+    """log2(p/q), given logits less their maxima; for KL log(p/q), which in bits overflows where a logit is -3e38."""
+    if MIX == KL:
+        return (y - x) * (scale * LN2) - gap * LN2
+    else:
+        return (y - x) * scale - gap
+
+
+@triton.jit
+def _compared(x, y, peak_q, peak_p, gap, scale, MIX: tl.constexpr):
+    """`_log_ratio`, and q and p, each times the sum of its row's exponentials."""
     x, y = x - peak_q, y - peak_p
-    return (y - x) * scale - gap, exp2(x * scale), exp2(y * scale)
+    return _log_ratio(x, y, gap, scale, MIX), exp2(x * scale), exp2(y * scale)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _begin(X, row, inner, outer_stride, stride, V: tl.constexpr):
+    """Where rows [row // inner, row % inner] of (A, inner, C) begin."""
+    return at(at(X, row // inner, outer_stride, V), row % inner, stride, V)
+
+
+@triton.jit
+def _begins(X, Y, row, x_stride, y_stride, layout, V: tl.constexpr):
+    if layout is None:
+        return at(X, row, x_stride, V), at(Y, row, y_stride, V)
+    else:
+        X = _begin(X, row, layout[0], layout[1], x_stride, V)
+        return X, _begin(Y, row, layout[0], layout[2], y_stride, V)
+
+
+@triton.jit
+def _places(X, Y, row, col, x_stride, y_stride, layout, V: tl.constexpr):
+    """Tiles (rows, columns) of pointers."""
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
+    if layout is None:
+        return X[:, None] + col[None, :], Y[:, None] + col[None, :]
+    else:
+        col = col.to(tl.int64)[None, :]
+        return X[:, None] + col * layout[3], Y[:, None] + col * layout[4]
+
+
+def _layout(shape, x_strides, y_strides):
+    """What x_stride and y_stride do not say of the logits (A, B, C) or (R, C); None if they say all.
+
+    The size B, or R; the outer strides of input and target; their strides from class to class.
+    """
+    steps = tuple(strides[-1] if shape[-1] > 1 else 1 for strides in (x_strides, y_strides))
+    if len(shape) == 2:
+        return None if steps == (1, 1) else (shape[0], 0, 0, *steps)
+    return shape[1], x_strides[0], y_strides[0], *steps
+
+
+def _dense(shape, strides):
+    """Strides of a gradient, dense, in the order of the logits' strides, as `gradient_like` in _js_div.py makes it."""
+    order = sorted(range(len(shape)), key=lambda d: -strides[d] if strides[d] else -math.inf)
+    sizes = [max(1, shape[d]) for d in order]
+    return tuple(math.prod(sizes[order.index(d) + 1 :]) for d in range(len(shape)))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------
@@ -237,22 +294,31 @@ def _store_stats(STATS, row, R, mask, peak_q, share_q, peak_p, share_p):
 
 
 @triton.jit
-def _losses(W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX: tl.constexpr):
+def _losses(
+    W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH: tl.constexpr, MIX: tl.constexpr
+):
     """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask.
 
-    kl: KL(p || q), for KL.
+    kl: KL(p || q) in nats, for KL.
     """
     if MIX == KL:
-        loss = kl * (factor * LN2)
+        loss = kl
     else:  # a NaN in either row is one in both gradients, as in torch
         kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
-        loss = (beta * kl_p + gamma * kl_q) * (factor * LN2)
+        loss = (beta * kl_p + gamma * kl_q) * LN2
+    loss = tl.where(loss < 0, 0.0, loss) * factor  # rounding may be negative; NaN stays
     S = _stat(STATS, R, DIV_Q) + row
     tl.store(S, kl_q, mask)
     tl.store(S + R, kl_p, mask)
-    if W is not None:
+    if WEIGH:
         loss *= tl.load(W + row.to(tl.int64) * w_stride, mask, other=0.0)
     return tl.where(mask, loss, 0.0)
+
+
+@triton.jit
+def _kept(W, row, w_stride, real):
+    """Which rows have a weight that is not 0: the others are neither read nor computed."""
+    return real & (tl.load(W + row.to(tl.int64) * w_stride, real, other=0.0) != 0)
 
 
 @triton.jit(do_not_specialize=["R", "w_stride"])
@@ -266,6 +332,7 @@ def _fwd_tile(
     C,  # in units of V, as the strides are
     x_stride,
     y_stride,
+    layout,  # see `_layout`
     w_stride,
     scale,  # log2(e) / T
     beta,
@@ -277,40 +344,61 @@ def _fwd_tile(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REDUCE: tl.constexpr,  # whether OUT gets sums
+    WEIGH: tl.constexpr,  # whether the losses are multiplied by W
     MIX: tl.constexpr,  # HALF, BETWEEN or KL
 ):
     """STEPS times ROWS whole rows, read once."""
-    col = tl.arange(0, BLOCK)
     sum = tl.zeros([ROWS], tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0).to(R.dtype) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         real = row < R
-        mask = real[:, None] & (col < C * V)[None, :]
-        x = _load(at(X, row, x_stride, V)[:, None] + col[None, :], mask)
-        y = _load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask)
-        peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
-        x, y = x - peak_q[:, None], y - peak_p[:, None]
-        q, p = exp2(x * scale), exp2(y * scale)
-        sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
-        share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
-        _store_stats(STATS, row, R, real, peak_q, share_q, peak_p, share_p)
-
-        d = (y - x) * scale - _gap(share_q, share_p)[:, None]
-        if MIX == KL:
-            q, p = q * share_q[:, None], p * share_p[:, None]
-        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
-        kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
-        if MIX == KL:
-            kl = tl.sum(_kl_term(d, q, p), 1)
+        if W is None:
+            loss = _tile_losses(
+                X, Y, W, STATS, row, real, R, C, x_stride, y_stride, layout, w_stride, scale, beta, gamma, mixture,
+                factor, V, ROWS, BLOCK, WEIGH, MIX,
+            )  # fmt: skip
         else:
-            kl_q, kl_p, kl = _quotient(kl_q, sum_q), _quotient(kl_p, sum_p), None
-        loss = _losses(W, STATS, row, R, real, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
+            kept = _kept(W, row, w_stride, real)
+            loss = tl.zeros([ROWS], tl.float32)
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                loss = _tile_losses(
+                    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, layout, w_stride, scale, beta, gamma, mixture,
+                    factor, V, ROWS, BLOCK, WEIGH, MIX,
+                )  # fmt: skip
         if REDUCE:
             sum += loss
         else:
             tl.store(OUT + row, loss, real)
     if REDUCE:
         tl.store(OUT + tl.program_id(0), tl.sum(sum, 0))
+
+
+@triton.jit
+def _tile_losses(
+    X, Y, W, STATS, row, kept, R, C, x_stride, y_stride, layout, w_stride, scale, beta, gamma, mixture, factor,
+    V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr, MIX: tl.constexpr,
+):  # fmt: skip
+    col = tl.arange(0, BLOCK)
+    mask = kept[:, None] & (col < C * V)[None, :]
+    X, Y = _places(X, Y, row, col, x_stride, y_stride, layout, V)
+    x, y = _load(X, mask), _load(Y, mask)
+    peak_q, peak_p = tl.max(x, 1), tl.max(y, 1)
+    x, y = x - peak_q[:, None], y - peak_p[:, None]
+    q, p = exp2(x * scale), exp2(y * scale)
+    sum_q, sum_p = tl.sum(q, 1), tl.sum(p, 1)
+    share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
+    _store_stats(STATS, row, R, kept, peak_q, share_q, peak_p, share_p)
+
+    d = _log_ratio(x, y, _gap(share_q, share_p)[:, None], scale, MIX)
+    if MIX == KL:
+        q, p = q * share_q[:, None], p * share_p[:, None]
+    add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+    kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
+    if MIX == KL:
+        kl = tl.sum(_kl_term(d, q, p), 1)
+    else:
+        kl_q, kl_p, kl = _quotient(kl_q, sum_q), _quotient(kl_p, sum_p), None
+    return _losses(W, STATS, row, R, kept, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX)
 
 
 @triton.jit
@@ -359,7 +447,7 @@ def _divergences(
     tiles = tl.cdiv(end - begin, LANES * WIDTH)
     for i in range(0, tiles):
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
-        d, q, p = _compared(_load(X + col, col < end), _load(Y + col, col < end), peak_q, peak_p, gap, scale)
+        d, q, p = _compared(_load(X + col, col < end), _load(Y + col, col < end), peak_q, peak_p, gap, scale, MIX)
         if MIX == KL:
             q, p = q * share_q, p * share_p
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
@@ -387,6 +475,7 @@ def _fwd_row(
     C,  # in units of V, as the strides are
     x_stride,
     y_stride,
+    layout,  # see `_layout`
     w_stride,
     scale,  # log2(e) / T
     beta,
@@ -396,31 +485,38 @@ def _fwd_row(
     V: tl.constexpr,  # elements per load
     LANES: tl.constexpr,  # times WIDTH, the columns of a tile
     WIDTH: tl.constexpr,
+    WEIGH: tl.constexpr,  # whether the losses are multiplied by W
     MIX: tl.constexpr,  # HALF, BETWEEN or KL
 ):
     """One long row, read twice."""
     row = tl.program_id(0).to(tl.int64)
-    X = at(X, row, x_stride, V)
-    Y = at(Y, row, y_stride, V)
+    if W is not None:
+        if tl.load(W + row * w_stride) == 0:
+            tl.store(OUT + row, 0.0)
+            return
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
     peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, 0, C * V, scale, LANES, WIDTH)
     share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, True, peak_q, share_q, peak_p, share_p)
     kl_q, kl_p, kl = _divergences(
         X, Y, 0, C * V, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
     )
-    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX))
+    tl.store(OUT + row, _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX))
 
 
-@triton.jit(do_not_specialize=["R", "S", "span"])
+@triton.jit(do_not_specialize=["R", "S", "w_stride", "span"])
 def _fwd_split_sums(
     X,  # (R, C): logits of q
     Y,  # (R, C): logits of p
+    W,  # (R,), or None
     PARTS,  # (7, R, S) float32
     R,
     C,  # in units of V, as the strides are
     S,  # parts of a row
     x_stride,
     y_stride,
+    layout,  # see `_layout`
+    w_stride,
     span,  # tiles of a part
     scale,  # log2(e) / T
     V: tl.constexpr,  # elements per load
@@ -429,11 +525,13 @@ def _fwd_split_sums(
 ):
     """Maxima and sums of exponentials of a part of one very long row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
+    if W is not None:
+        if tl.load(W + row * w_stride) == 0:
+            return
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
-    peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(
-        at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end, scale, LANES, WIDTH
-    )
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
+    peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(X, Y, begin, end, scale, LANES, WIDTH)
     PARTS += tl.program_id(0)
     tl.store(PARTS + MAX_Q * R * S, peak_q)
     tl.store(PARTS + INV_Q * R * S, sum_q)
@@ -441,10 +539,11 @@ def _fwd_split_sums(
     tl.store(PARTS + INV_P * R * S, sum_p)
 
 
-@triton.jit(do_not_specialize=["R", "S", "span"])
+@triton.jit(do_not_specialize=["R", "S", "w_stride", "span"])
 def _fwd_split_div(
     X,  # (R, C): logits of q
     Y,  # (R, C): logits of p
+    W,  # (R,), or None
     PARTS,  # (7, R, S) float32
     STATS,  # (6, R) float32
     R,
@@ -452,6 +551,8 @@ def _fwd_split_div(
     S,  # parts of a row
     x_stride,
     y_stride,
+    layout,  # see `_layout`
+    w_stride,
     span,  # tiles of a part
     scale,  # log2(e) / T
     beta,
@@ -465,6 +566,9 @@ def _fwd_split_div(
 ):
     """The divergences of that part, read again, with the sums of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
+    if W is not None:
+        if tl.load(W + row * w_stride) == 0:
+            return
     begin = part * (span * LANES * WIDTH)
     end = tl.minimum(begin + span * (LANES * WIDTH), C * V)
     i = tl.arange(0, MAX_S)
@@ -475,9 +579,9 @@ def _fwd_split_div(
     peak_p, sum_p = _joined(peak_p, sum_p, scale)
     share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
     _store_stats(STATS, row, R, part == 0, peak_q, share_q, peak_p, share_p)
+    X, Y = _begins(X, Y, row, x_stride, y_stride, layout, V)
     kl_q, kl_p, kl = _divergences(
-        at(X, row, x_stride, V), at(Y, row, y_stride, V), begin, end,
-        peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
+        X, Y, begin, end, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX,
     )  # fmt: skip
     tl.store(PARTS + DIV_Q * n + tl.program_id(0), kl_q)
     tl.store(PARTS + DIV_P * n + tl.program_id(0), kl_p)
@@ -499,38 +603,101 @@ def _fwd_split_join(
     ROWS: tl.constexpr,  # at least R
     MAX_S: tl.constexpr,  # at least S
     REDUCE: tl.constexpr,  # whether OUT gets sums
+    WEIGH: tl.constexpr,  # whether the losses are multiplied by W
     MIX: tl.constexpr,  # HALF, BETWEEN or KL
 ):
     """Adds up the divergences of the parts."""
     row, i = tl.arange(0, ROWS), tl.arange(0, MAX_S)
-    mask = (row < R)[:, None] & (i < S)[None, :]
+    kept = row < R
+    if W is not None:
+        kept = _kept(W, row, w_stride, kept)
+    mask = kept[:, None] & (i < S)[None, :]
     P = PARTS + DIV_Q * R * S + row[:, None] * S + i[None, :]
     kl_q, kl_p = tl.sum(tl.load(P, mask, other=0.0), 1), tl.sum(tl.load(P + R * S, mask, other=0.0), 1)
     kl = tl.sum(tl.load(P + 2 * R * S, mask, other=0.0), 1)
-    loss = _losses(W, STATS, row, R, row < R, kl_q, kl_p, kl, w_stride, beta, gamma, factor, MIX)
+    loss = _losses(W, STATS, row, R, kept, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX)
     if REDUCE:
         tl.store(OUT, tl.sum(loss, 0))
     else:
         tl.store(OUT + row, loss, row < R)
 
 
+@triton.jit(do_not_specialize=["R", "w_stride"])
+def _weighted_mean(
+    LOSSES,  # (R,) float32
+    W,  # (R,)
+    STATS,  # (7, R) float32
+    OUT,  # () float32
+    R,
+    w_stride,
+    BLOCK: tl.constexpr,
+):
+    """The weighted mean, and each row's share, in float64: sums of weights may overflow.  0 if all weights are."""
+    total = tl.zeros([BLOCK], tl.float64)
+    mass = tl.zeros([BLOCK], tl.float64)
+    kept = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, R, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        w = tl.load(W + row.to(tl.int64) * w_stride, row < R, other=0.0)
+        loss = tl.load(LOSSES + row, row < R, other=0.0)
+        total += w.to(tl.float64) * loss.to(tl.float64)
+        mass += w.to(tl.float64)
+        kept |= (w != 0).to(tl.int32)
+    inverse = tl.where(tl.max(kept, 0) == 0, 1.0, 1 / tl.sum(mass, 0))
+    tl.store(OUT, (tl.sum(total, 0) * inverse).to(tl.float32))
+    SHARES = _stat(STATS, R, SHARE)
+    for start in range(0, R, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        w = tl.load(W + row.to(tl.int64) * w_stride, row < R, other=0.0)
+        tl.store(SHARES + row, tl.where(w == 0, 0.0, w.to(tl.float64) * inverse).to(tl.float32), row < R)
+
+
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
     if beta == 1:  # KL(q || p) is KL(p || q) mirrored
         input, target, beta = target, input, 0.0
+    if input.shape[-1] > TILE_CLASSES:
+        input, target = _adjacent(input), _adjacent(target)
     run = _forward(
-        input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
+        input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
         weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
     )  # fmt: skip
     with torch.cuda.device_of(input):
         return run(input, target, weight)
 
 
+def _adjacent(x):
+    """Long rows are read by a program each, so their classes must be adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @cached_launch
-def _forward(_device, dtype, R, C, x_stride, y_stride, weight, beta, temperature, reduction):
+def _forward(_device, dtype, shape, x_strides, y_strides, weight, beta, temperature, reduction):
+    R, C = math.prod(shape[:-1]), shape[-1]
     if R == 0:
         return _fwd_empty(reduction)
-    values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE)
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
+    if weight and reduction == MEAN:
+        return _fwd_weighted_mean(R, C, dtype, values)
+    values |= dict(WEIGH=bool(weight))
+    return _fwd_reduced(R, C, dtype, reduction, values)
+
+
+def _fwd_weighted_mean(R, C, dtype, values):
+    each = _fwd_reduced(R, C, dtype, NONE, values | dict(WEIGH=False), stats=7)
+    block = min(4096, next_power_of_2(R))
+    mean = Launch(_weighted_mean, (1,), values | dict(BLOCK=block), num_warps=warps(block, 8))
+
+    def run(input, target, weight):
+        losses, stats = each(input, target, weight)
+        loss = losses.new_empty(())
+        mean(losses, weight, stats, loss)
+        return loss, stats
+
+    return run
+
+
+def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
+    values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE, stats=stats)
     if C <= TILE_CLASSES:
         return _fwd_by_tiles(R, C, reduction, values)
     # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
@@ -557,14 +724,21 @@ def _mixture(beta):
     return -math.log2(beta), -math.log2(1 - beta), *taylor
 
 
-def _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature):
+def _values(dtype, shape, x_strides, y_strides, weight, beta, temperature):
     """The arguments that forward and backward kernels share, by name."""
-    V = vector(dtype, C, x_stride, y_stride)
+    R, C = math.prod(shape[:-1]), shape[-1]
+    layout = _layout(shape, x_strides, y_strides)
+    adjacent = not layout or layout[3:] == (1, 1)
+    V = vector(dtype, C, *x_strides[:-1], *y_strides[:-1]) if adjacent else 1
+    if layout:
+        layout = (layout[0], layout[1] // V, layout[2] // V, *layout[3:])
     return dict(
         R=R,
         C=C // V,
-        x_stride=x_stride // V,
-        y_stride=y_stride // V,
+        x_stride=x_strides[-2] // V,
+        y_stride=y_strides[-2] // V,
+        layout=layout,
+        adjacent=adjacent,
         w_stride=weight[1] if weight else 0,
         scale=math.log2(math.e) / temperature,
         beta=float(beta),
@@ -580,32 +754,32 @@ def _fwd_empty(reduction):
         loss = input.new_full(
             (0,) if reduction == NONE else (), math.nan if reduction == MEAN else 0.0, dtype=torch.float32
         )
-        return loss, loss.new_empty((6, 0))
+        return loss, loss.new_empty((7 if weight is not None and reduction == MEAN else 6, 0))
 
     return run
 
 
 def _fwd_by_tiles(R, C, reduction, values):
     block = next_power_of_2(C)
-    rows, steps, num_warps = _tile_of_rows(R, block)
+    rows, steps, num_warps = _tile_of_rows(R, block, values["adjacent"])
     programs = cdiv(R, rows * steps)
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
     def each(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
         return losses, stats
 
     def at_once(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         loss = stats.new_empty(())
         launch(input, target, weight, stats, loss)
         return loss, stats
 
     def in_two_stages(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         parts = stats.new_empty(programs)
         launch(input, target, weight, stats, parts)
         return total(parts), stats
@@ -613,7 +787,7 @@ def _fwd_by_tiles(R, C, reduction, values):
     return each if reduction == NONE else at_once if programs == 1 else in_two_stages
 
 
-def _tile_of_rows(R, block):
+def _tile_of_rows(R, block, adjacent):
     """Rows of `block` classes that a program takes at a time, how often, and with how many warps.
 
     A small batch is one tile, so that one launch is enough.  Otherwise a thread has 16 classes, and only long rows are
@@ -622,6 +796,9 @@ def _tile_of_rows(R, block):
     rows = next_power_of_2(R)
     if rows * block <= 1024:
         return rows, 1, warps(rows * block, 4)
+    if not adjacent:  # the rows are what is adjacent: 32 bytes of them, or 128
+        rows = min(next_power_of_2(R), max(8, min(32, 8192 // block)))
+        return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
     rows = max(1, 256 // block)
     return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
 
@@ -630,7 +807,7 @@ def _fwd_by_rows(R, reduction, values, num_warps):
     launch = Launch(_fwd_row, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
 
     def run(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         losses = stats.new_empty(R)
         launch(input, target, weight, stats, losses)
         return losses if reduction == NONE else total(losses), stats
@@ -653,19 +830,19 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
     join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
     def run(input, target, weight):
-        stats = _stats(input, R)
+        stats = _stats(input, values["stats"], R)
         parts, loss = stats.new_empty(7, R, S), stats.new_empty(R if reduction == NONE else ())
-        sums(input, target, parts)
-        div(input, target, parts, stats)
+        sums(input, target, weight, parts)
+        div(input, target, weight, parts, stats)
         join(parts, weight, stats, loss)
         return loss, stats
 
     return run
 
 
-def _stats(input, R):
+def _stats(input, rows, R):
     """The statistics.  Other results are made from them: new_empty without dtype and device takes half as long."""
-    return torch.empty((6, R), dtype=torch.float32, device=input.device)
+    return torch.empty((rows, R), dtype=torch.float32, device=input.device)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------
@@ -684,6 +861,8 @@ def _bwd(
     C,  # in units of V, as the strides are
     x_stride,
     y_stride,
+    layout,  # see `_layout`
+    grad_layout,  # None if the gradients are (R, C); their outer strides, strides and steps, and B
     w_stride,
     g_stride,
     scale,  # log2(e) / T
@@ -700,9 +879,17 @@ def _bwd(
     row = tile_row(R) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = row < R
-    mask = real[:, None] & (col < C * V)[None, :]
-    x = tl.load(at(X, row, x_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
-    y = tl.load(at(Y, row, y_stride, V)[:, None] + col[None, :], mask).to(tl.float32)
+    inside = real[:, None] & (col < C * V)[None, :]
+    mask = inside
+    if W is not None:
+        kept = _kept(W, row, w_stride, real)
+        mask = inside & kept[:, None]
+        if tl.max(kept.to(tl.int32), 0) == 0:
+            zero = tl.zeros([ROWS, BLOCK], tl.float32)
+            _store_gradients(DX, DY, row, col, C, grad_layout, zero, zero, inside, V)
+            return
+    X, Y = _places(X, Y, row, col, x_stride, y_stride, layout, V)
+    x, y = tl.load(X, mask).to(tl.float32), tl.load(Y, mask).to(tl.float32)
     g = tl.load(G + row.to(tl.int64) * g_stride, real).to(tl.float32) * factor
     if W is not None:
         g *= tl.load(W + row.to(tl.int64) * w_stride, real)
@@ -711,20 +898,52 @@ def _bwd(
     peak_p, share_p = tl.load(_stat(S, R, MAX_P), real), tl.load(_stat(S, R, INV_P), real)
     DIVS = _stat(S, R, DIV_Q)  # and of the next row of the statistics, DIV_P
     gap = _gap(share_q, share_p)
-    d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale)
+    d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale, MIX)
     if MIX == KL:  # less the rounding errors of the sums of these terms
         q, p = q * share_q[:, None], p * share_p[:, None]
         add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
         dx = g[:, None] * (add_q - q * tl.load(DIVS, real)[:, None])
-        dy = (g * LN2)[:, None] * (add_p - p * tl.load(DIVS + R, real)[:, None])
+        dy = g[:, None] * (add_p - p * tl.load(DIVS + R, real)[:, None])
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
         dx = _gradient(q, over_q, gamma * g * share_q, tl.load(DIVS, real))
         dy = _gradient(p, over_p, beta * g * share_p, tl.load(DIVS + R, real))
+    if W is not None:
+        dx, dy = tl.where(mask, dx, 0.0), tl.where(mask, dy, 0.0)
+    _store_gradients(DX, DY, row, col, C, grad_layout, dx, dy, inside, V)
+
+
+@triton.jit
+def _store_gradients(DX, DY, row, col, C, layout, dx, dy, mask, V: tl.constexpr):
     if DX is not None:
-        tl.store(at(DX, row, C, V)[:, None] + col[None, :], dx.to(DX.dtype.element_ty), mask)
+        tl.store(_grad_places(DX, row, col, C, layout, 0, V), dx.to(DX.dtype.element_ty), mask)
     if DY is not None:
-        tl.store(at(DY, row, C, V)[:, None] + col[None, :], dy.to(DY.dtype.element_ty), mask)
+        tl.store(_grad_places(DY, row, col, C, layout, 3, V), dy.to(DY.dtype.element_ty), mask)
+
+
+@triton.jit
+def _grad_places(D, row, col, C, layout, first: tl.constexpr, V: tl.constexpr):
+    if layout is None:
+        return at(D, row, C, V)[:, None] + col[None, :]
+    else:
+        begin = _begin(D, row, layout[6], layout[first], layout[first + 1], V)
+        return begin[:, None] + col.to(tl.int64)[None, :] * layout[first + 2]
+
+
+def _gradients(shape, x_strides, y_strides, needs):
+    """A function that allocates the gradients, and None if they are contiguous, or what `_bwd` must know of them."""
+    both = [_dense(shape, strides) for strides in (x_strides, y_strides)]
+    contiguous = _dense(shape, sorted(range(1, len(shape) + 1), reverse=True))
+    if all(strides == contiguous for strides, need in zip(both, needs, strict=True) if need):
+        return gradients(shape, needs), None
+    triples = [(strides[0] if len(shape) == 3 else 0, *strides[-2:]) for strides in both]
+
+    def allocate(x):
+        return tuple(
+            [x.new_empty_strided(shape, s) if need else x.new_empty(0) for s, need in zip(both, needs, strict=True)]
+        )
+
+    return allocate, (*triples[0], *triples[1], shape[-2])
 
 
 @triton.jit
@@ -737,8 +956,10 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
     if beta == 1:
         grads = js_div_bwd(grad, target, input, weight, stats, 0.0, temperature, reduction, need_target, need_input)
         return grads[::-1]
+    if weight is not None and reduction == MEAN:
+        weight, reduction = stats[SHARE.value], SUM
     run = _backward(
-        input.get_device(), input.dtype, *input.shape, input.stride(0), target.stride(0),
+        input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
         beta, temperature, reduction, (need_input, need_target),
@@ -749,13 +970,22 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
 
 @cached_launch
 def _backward(
-    _device, dtype, R, C, x_stride, y_stride, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
+    _device, dtype, shape, x_strides, y_strides, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
 ):
-    allocate = gradients((R, C), needs)
+    R, C = math.prod(shape[:-1]), shape[-1]
+    allocate, grad_layout = _gradients(shape, x_strides, y_strides, needs)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
-    values = _values(dtype, R, C, x_stride, y_stride, weight, beta, temperature)
-    if C <= 512:  # one load of each input per thread, of 16 bytes where rows allow it
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
+    if grad_layout:
+        values |= dict(V=1, C=C, **{k: values[k] * values["V"] for k in ("x_stride", "y_stride")}) | dict(
+            layout=_layout(shape, x_strides, y_strides) or (R, 0, 0, 1, 1)
+        )
+    values |= dict(grad_layout=grad_layout)
+    if not values["adjacent"]:
+        block = min(next_power_of_2(C), 64)
+        rows, each = min(32, next_power_of_2(R)), 16
+    elif C <= 512:  # one load of each input per thread, of 16 bytes where rows allow it
         block, each = next_power_of_2(C), max(4, values["V"])
         rows = min(max(1, 64 * each // block), next_power_of_2(R))
     else:  # two loads, of a single row; narrower tiles where over an eighth of the columns would be idle

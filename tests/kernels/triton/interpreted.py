@@ -62,13 +62,13 @@ def far_apart(values):
     return spread.copy_(values)
 
 
-def run_again(file):
+def run_again(file, *options):
     """The tests of this file, interpreted."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     numpy = pytest.importorskip("numpy", reason="Triton's interpreter needs numpy")
     if triton.__version__.startswith("3.6.") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
