@@ -267,8 +267,8 @@ std::tuple<Tensor, Tensor> duc_loss_bwd(const Tensor& grad, const Tensor& studen
     if (Rows<T> to = need_teacher ? Rows<T>(grad_teacher) : Rows<T>()) {
       std::vector<S> pull(n);
       for (int64_t r = 0; r < n; ++r) pull[r] = g[r] * scale * inverse<S>(temperature);
-      teacher_gradient<T>(Rows<T>(student), Rows<T>(teacher), n, width, chosen(dims), inverse<S>(temperature), pull.data(),
-                          static_cast<const S*>(stats.data_ptr()), to);
+      teacher_gradient<T>(Rows<T>(student), Rows<T>(teacher), n, width, chosen(dims), inverse<S>(temperature),
+                          pull.data(), static_cast<const S*>(stats.data_ptr()), to);
     }
   });
   return {grad_student, grad_teacher};
