@@ -294,16 +294,14 @@ def with_encoders(modalities: dict[str, Modality], options: Options, given: dict
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """torch as training needs it, whatever the caller has set: gradients, float32 and the CPU by default."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    """torch as training needs it, whatever the caller has set: with gradients, and the CPU as default device."""
+    device = torch.get_default_device()
     try:
-        torch.set_default_dtype(torch.float32)
         if device.type != "cpu":
             torch.set_default_device(None)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)
 

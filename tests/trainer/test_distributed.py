@@ -41,6 +41,32 @@ def trained(count, dtype, methods, *shard):
     return torch.load(f"{count}.pt", weights_only=True)
 
 
+DIFFERENT = """
+import os, sys
+from udi_trainer.command import main
+
+rank = os.environ["RANK"]
+sys.exit(main([*"--epochs 1 --batch-size 32 --device cpu --method ensemble --dataset".split(), *{
+    "seed": ["cgdigits", "--seed", rank],
+    "option": ["cgdigits", "--lr", f"0.0{1 + int(rank)}"],
+    "data": ["manifest", "--manifest", f"{rank}.csv", "--tables", "x=x,y=y"],
+}[sys.argv[1]]]))
+"""
+
+
+@pytest.mark.parametrize("what, wanted", [("seed", "--seed"), ("option", "--lr"), ("data", "here, unlike")])
+def test_processes_that_were_given_different_things(what, wanted):
+    """A rank whose shell set another seed, option or file: refused in words, before anything is trained."""
+    Path("different.py").write_text(DIFFERENT)
+    for rank in range(2):
+        rows = [f"{i % 2},{i + rank * (i == 3)},{i % 5}" for i in range(64)]
+        Path(f"{rank}.csv").write_text("\n".join(["label,split,x,y", *(f"{r[0]},train{r[1:]}" for r in rows)]))
+    process = torchrun(2, "different.py", what)
+    _, err = process.communicate(timeout=300)
+    said = [line for line in err.splitlines() if "all processes must be given the same, but" in line]
+    assert process.returncode and len(said) == 2 and any(wanted in line for line in said)
+
+
 UPGRAD = ["gramian"] if find_spec("torchjd") else []
 
 

@@ -28,24 +28,35 @@ def precision():
 
 
 @contextlib.contextmanager
-def other_defaults():
-    torch.set_default_dtype(torch.float64)
+def another_device():
     torch.set_default_device("meta")
     try:
         yield
     finally:
         torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, other_defaults])
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, another_device])
 def test_the_caller_s_modes_do_not_matter(mixed, around):
     wanted = train(mixed, epochs=2, progress=False).metrics["fused"]
     with around():
-        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+        before = torch.is_grad_enabled(), torch.get_default_device()
         ours = train(mixed, epochs=2, progress=False).metrics["fused"]
-        assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()) == before
+        assert (torch.is_grad_enabled(), torch.get_default_device()) == before
     assert ours == wanted
+
+
+def test_another_default_dtype(mixed):
+    """Encoders and heads have it; inputs of another are refused in words."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(UserError, match="parameters are torch.float64 by default, the inputs torch.float32"):
+            train(mixed, epochs=1, progress=False)
+        modalities = {m: dataclasses.replace(view, make=torch.Tensor.double) for m, view in mixed.modalities.items()}
+        result = train(dataclasses.replace(mixed, modalities=modalities), epochs=1, progress=False)
+        assert result.models["audio"].head.weight.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_data_made_under_inference_mode(mixed):

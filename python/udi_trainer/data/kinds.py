@@ -508,7 +508,7 @@ class Array(Kind):
 def split_row(path: Path) -> tuple[Path, int | None]:
     """Splits FILE#17 into the file and the row."""
     name, _, row = path.name.rpartition("#")
-    return (path.with_name(name), int(row)) if name and row.isdigit() else (path, None)
+    return (path.with_name(name), int(row)) if name and row.isascii() and row.isdigit() else (path, None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -112,6 +112,8 @@ def read(file: str | Path) -> Rows:
     if invalid := [name for name, count in Counter(header).items() if count > 1 or not name]:
         raise UserError(f"manifest {file} has duplicate or empty column names: {invalid}")
     for number, line in lines[1:]:
+        if any("\0" in cell for cell in line):
+            raise UserError(f"{file}, line {number} has a NUL character")
         if len(line) != len(header):
             raise UserError(f"{file}, line {number} has {len(line)} cells, the header has {len(header)}")
     rows = [dict(zip(header, (cell.strip() for cell in line), strict=True)) for _, line in lines[1:]]

@@ -167,12 +167,14 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the encoder of {name} fails on inputs of shape {tuple(shape)}: {error}") from error
+        usual = torch.get_default_dtype()
+        hint = "" if usual == torch.float32 else f" (its parameters are {usual} by default, the inputs {batch.dtype})"
+        raise UserError(f"the encoder of {name} fails on inputs of shape {tuple(shape)}: {error}{hint}") from error
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != len(batch):
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise UserError(f"the encoder of {name} must return (N, width) for {len(batch)} samples, got {got}")
-    if features.dtype != torch.float32:
-        raise UserError(f"the encoder of {name} returns {features.dtype}, but features must be float32: call .float()")
+    if features.dtype != (usual := torch.get_default_dtype()):  # that of the layers above them
+        raise UserError(f"the encoder of {name} returns {features.dtype}, but features must be {usual}")
     return encoder, features.shape[1]
 
 

@@ -333,3 +333,18 @@ def test_missing_modalities(folder, options, tmp_path):
         assert fused.isfinite().all()
         lines = (tmp_path / anchor / "predictions.csv").read_text().splitlines()
         assert len(lines) == 25 and lines[0].startswith("id,label,")
+
+
+def test_a_nul_character(tmp_path):
+    (tmp_path / "m.csv").write_text("label,x,y\n0,a\0b,1\n1,c,2\n")
+    with pytest.raises(UserError, match="NUL"):
+        read(tmp_path / "m.csv")
+
+
+def test_a_file_whose_name_ends_like_a_row(tmp_path, options):
+    """² is a digit to Python, but no number."""
+    np.save(tmp_path / "x.npy", np.ones((4, 3)))
+    rows = ["label,x"] + [f"{i % 2},x.npy#²" for i in range(12)]
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="x.npy#²"):
+        dataset(tmp_path / "m.csv", **{**options, "kinds": "x=array"})

@@ -121,7 +121,7 @@ def test_features_of_another_dtype(mixed, dtype):
         def forward(self, x):
             return super().forward(x).to(dtype)
 
-    with pytest.raises(UserError, match=f"encoder of sensor returns {dtype}, but features must be float32"):
+    with pytest.raises(UserError, match=f"encoder of sensor returns {dtype}, but features must be torch.float32"):
         train(mixed, "joint", {"sensor": Other}, epochs=1, progress=False)
 
 
