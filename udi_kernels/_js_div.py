@@ -88,7 +88,8 @@ def _stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) ->
 
 def gradient_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape, dense, its dimensions in the order of x's strides; expanded ones outermost."""
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d) if x.stride(d) != 0 else -math.inf)
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d] if strides[d] != 0 else -math.inf)
     return x.new_empty([x.shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
 
 
