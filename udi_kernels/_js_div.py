@@ -48,7 +48,7 @@ def js_div(
             gets no gradient.
         reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
         dim: the dimension of the classes, such as 1 for (N, C, H, W); shapes of rows, (...), are without it. On a GPU,
-            more than 4096 classes that are not adjacent in memory are copied in the forward pass.
+            more than 1024 classes that are not adjacent in memory are copied in the forward pass.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The divergence of a row is never
