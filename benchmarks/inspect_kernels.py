@@ -48,7 +48,8 @@ JS_DIV_SHAPES = (
 )  # fmt: skip
 BETAS = (0.0, 0.3)  # besides 1/2, for BETA_SHAPES
 BETA_SHAPES = (8192, 4096), (4096, 32000)
-MASKED_SHAPES = (64, 6), (1024, 150), (8192, 4096), (4096, 32000), (8, 262144)  # masked, and (4, C, R / 4)
+# Masked, and with classes that are not adjacent: (4, C, R / 4).
+MASKED_SHAPES = (64, 6), (1024, 150), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
 CLUB_SHAPES = (64, 41), (512, 512), (65536, 512)
 ONCE = {(64, 1), (4096, 6), (1024, 1271), (64, 41)}
 

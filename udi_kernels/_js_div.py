@@ -48,7 +48,7 @@ def js_div(
             gets no gradient.
         reduction: ``"mean"`` over rows (with ``weight`` the weighted mean), ``"sum"`` or ``"none"``.
         dim: the dimension of the classes, such as 1 for (N, C, H, W); shapes of rows, (...), are without it. On a GPU,
-            more than 4096 classes that are not adjacent in memory are copied in the forward pass.
+            more than 1024 classes that are not adjacent in memory are copied in the forward pass.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The divergence of a row is never
@@ -88,7 +88,8 @@ def _stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) ->
 
 def gradient_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape, dense, its dimensions in the order of x's strides; expanded ones outermost."""
-    order = sorted(range(x.dim()), key=lambda d: -x.stride()[d] if x.stride()[d] != 0 else -math.inf)
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d] if strides[d] != 0 else -math.inf)
     return x.new_empty([x.shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
 
 

@@ -227,7 +227,7 @@ struct Lanes {
   Lanes(Logits<T> logits, const Block& block) {
     for (int lane = 0; lane < kLanes; ++lane) {
       at[lane] = logits[block.row[lane]];
-      if (lane < block.height) adjacent = adjacent && at[lane] == at[0] + lane;
+      if (logits.step != 1 && lane < block.height) adjacent = adjacent && at[lane] == at[0] + lane;
     }
   }
 };
@@ -303,10 +303,9 @@ void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optio
     for (int64_t b = begin; b < end; ++b) {
       Block block;
       block.height = std::min(height, rows - b * height);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        int64_t r = b * height + std::min(lane, block.height - 1);
-        block.row[lane] = mask ? mask->kept[r] : r;
-      }
+      for (int lane = 0; lane < kLanes; ++lane) block.row[lane] = b * height + std::min(lane, block.height - 1);
+      if (mask)
+        for (int64_t& row : block.row) row = mask->kept[row];
       f(block, room.get());
     }
   });
@@ -381,6 +380,7 @@ std::pair<int64_t, int64_t> shape(const Tensor& logits) {
 // empty where it is not needed.
 Tensor empty_logits(const Tensor& like, bool needed) {
   if (!needed) return empty({0}, like.scalar_type());
+  if (like.dim() == 2 && like.stride(1) == 1) return empty({like.size(0), like.size(1)}, like.scalar_type());
   std::vector<int64_t> order(like.dim()), sizes(like.dim()), strides(like.dim());
   std::iota(order.begin(), order.end(), 0);
   const auto key = [&](int64_t d) { return like.stride(d) ? like.stride(d) : std::numeric_limits<int64_t>::max(); };

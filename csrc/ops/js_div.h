@@ -40,6 +40,7 @@ Tensor converted(const Tensor& t, at::ScalarType dtype) { return t.scalar_type()
 // The logits as kernels take them: of one dtype, (R, C) or (A, B, C), of any strides. A copy is made only of mixed
 // dtypes, and of leading dimensions with more than two strides; it is not kept but made again in the backward pass.
 std::tuple<Tensor, Tensor> logit_rows(Tensor input, Tensor target) {
+  if (input.dim() == 2 && input.scalar_type() == target.scalar_type()) return {input, target};
   const auto dtype = at::promote_types(input.scalar_type(), target.scalar_type());
   input = converted(input, dtype), target = converted(target, dtype);
   if (input.dim() == 2) return {input, target};

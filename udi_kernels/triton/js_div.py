@@ -60,6 +60,7 @@ LOG2E = tl.constexpr(1 / math.log(2))
 HALF, BETWEEN, KL = (tl.constexpr(i) for i in range(3))
 
 TILE_CLASSES = 4096  # longest row held in registers: 16 classes a thread at 8 warps
+STRIDED_CLASSES = 1024  # longest row whose classes may have a stride
 FEW_ROWS = 64  # fewer rows leave half of an A100 or H100 idle, so very long ones are split
 PROGRAMS = 256  # at most, for the parts of few rows
 MAX_PROGRAMS = 16384  # for short rows: a single program adds up their results
@@ -655,7 +656,7 @@ def _weighted_mean(
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
     if beta == 1:  # KL(q || p) is KL(p || q) mirrored
         input, target, beta = target, input, 0.0
-    if input.shape[-1] > TILE_CLASSES:
+    if input.shape[-1] > STRIDED_CLASSES:
         input, target = _adjacent(input), _adjacent(target)
     run = _forward(
         input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
@@ -666,7 +667,7 @@ def js_div_fwd(input, target, weight, beta, temperature, reduction):
 
 
 def _adjacent(x):
-    """Long rows are read by a program each, so their classes must be adjacent."""
+    """Tiles of 8 adjacent rows would spill if they were longer."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -797,7 +798,7 @@ def _tile_of_rows(R, block, adjacent):
     if rows * block <= 1024:
         return rows, 1, warps(rows * block, 4)
     if not adjacent:  # the rows are what is adjacent: 32 bytes of them, or 128
-        rows = min(next_power_of_2(R), max(8, min(32, 8192 // block)))
+        rows = min(next_power_of_2(R), 32, 8192 // block)
         return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
     rows = max(1, 256 // block)
     return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
