@@ -76,7 +76,7 @@ def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) ->
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"alignment_weights: gram must have shape (K, K), got {tuple(gram.shape)}")
     k = len(gram)
-    if isinstance(anchor, bool) or not isinstance(anchor, Integral):
+    if type(anchor) is not int and (isinstance(anchor, bool) or not isinstance(anchor, Integral)):  # the first is quick
         raise TypeError(f"alignment_weights: anchor must be an int, got {type(anchor).__name__}")
     if not 0 <= anchor < k:
         raise ValueError(f"alignment_weights: anchor must lie in [0, {k}), got {anchor}")
