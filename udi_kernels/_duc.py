@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _distributed, reference
-from ._ops import Argument, Op, reduction_code
+from ._ops import Argument, Op, dtensors, reduction_code
 
 
 def duc_loss(
@@ -51,12 +51,20 @@ def duc_loss(
     Returns:
         float32 (float64 for float64 inputs): a scalar, or shape (N,) for ``"none"``.
 
+    DTensors give the loss of the whole batch as a replicated DTensor, and its exact gradient, not multiplied. Rows may
+    be sharded over one dimension of the mesh; then the teacher has as many as the student, and the reduction is not
+    ``"none"``.
+
     Raises:
         TypeError: student or teacher is not a floating-point tensor, dims is not bool, or the temperature not a number.
         ValueError: shapes or devices disagree, or the temperature or the reduction is out of range, or the reduction is
             ``"none"`` with a process group.
     """
     code = reduction_code("duc_loss", reduction)
+    if not (type(student) is type(teacher) is Tensor) and (module := dtensors(student, teacher, dims)):
+        if process_group is not None:
+            raise ValueError("duc_loss: DTensors bring their own process group; pass process_group=None")
+        return module.duc_loss(DUC_LOSS, student, teacher, dims, temperature, reduction, code)
     if process_group is None:
         return DUC_LOSS(student, teacher, dims, temperature, code)
     if reduction == "none":
