@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.library import register_fake
 
 from . import _distributed, reference
-from ._ops import FLOATING, INTEGERS, LIBRARY, Argument, Op, define, reduction_code
+from ._ops import FLOATING, INTEGERS, LIBRARY, Argument, Op, define, dtensors, reduction_code
 
 SMALL_CLASS = 48  # kSmallClass in csrc/enums.h
 
@@ -51,11 +51,18 @@ def club_mi(
     Returns:
         float32 (float64 for float64 inputs): a scalar, or shape (N,) for ``"none"``.
 
+    DTensors give the bound of the whole batch as a replicated DTensor, and its exact gradient, not multiplied. Rows may
+    be sharded over one dimension of the mesh; then the reduction is not ``"none"``.
+
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``given`` is not an integer tensor.
         ValueError: shapes or devices disagree, the reduction is unknown, or it is ``"none"`` with a process group.
     """
     code = reduction_code("club_mi", reduction)
+    if not (type(mu) is type(y) is Tensor) and (module := dtensors(mu, logvar, y, given)):
+        if process_group is not None:
+            raise ValueError("club_mi: DTensors bring their own process group; pass process_group=None")
+        return module.club_mi(CLUB_MI, (mu, logvar, y, given), reduction, code)
     if process_group is None:
         return CLUB_MI(mu, logvar, y, given, code)
     if reduction == "none":

@@ -1,4 +1,4 @@
-"""Gradients that are DTensors, as FSDP2 and tensor parallelism make them: every rank works on its own shards.
+"""Gradients and losses of DTensors, as FSDP2 and tensor parallelism make them: every rank works on its own shards.
 
 All ranks of the mesh must call. Placements may differ between parameters, not between the K gradients of one.
 """
@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from . import reference
+from . import _distributed, reference
 
 
 def gramian(compute: Callable, tensors: Sequence[Tensor | None], k: int | None) -> Tensor:
@@ -108,3 +108,58 @@ def _sharded_dims(t: Tensor | None) -> set[int]:
 
 def _local(t: Any) -> Any:
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def club_mi(op: Any, tensors: Sequence[Any], reduction: str, code: int) -> Tensor:
+    """The bound of all rows, with its gradient in the local ones; ``op`` takes plain tensors and a code."""
+    local, group, place = _rows("club_mi", ("mu", "logvar", "y", "given"), tensors, reduction)
+    if group is None:
+        return place(op(*local, code))
+    mu, logvar, y, given, _ = op.checked(*local, code)
+    return place(_distributed.club_mi(mu, logvar, y, given, group, reduction=reduction, times=1))
+
+
+def duc_loss(
+    op: Any, student: Any, teacher: Any, dims: Tensor, temperature: float, reduction: str, code: int
+) -> Tensor:
+    """As `club_mi`; all rows of the teacher are gathered on every rank."""
+    if isinstance(dims, DTensor):
+        dims = dims.full_tensor()
+    local, group, place = _rows("duc_loss", ("student", "teacher"), (student, teacher), reduction)
+    if group is None:
+        return place(op(*local, dims, temperature, code))
+    if student.shape != teacher.shape:
+        got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"duc_loss: teacher must have student's shape where rows are sharded, got {got}")
+    student, teacher, *_ = op.checked(*local, dims, temperature, code)
+    return place(_distributed.duc_loss(op, student, teacher, dims, temperature, group, reduction=reduction, times=1))
+
+
+def _rows(
+    op: str, names: Sequence[str], tensors: Sequence[Any], reduction: str
+) -> tuple[list[Any], "dist.ProcessGroup | None", Callable]:
+    """The local rows, the group that shares them (None: every rank has all), and what makes a loss a DTensor.
+
+    Other placements than rows and copies are redistributed to those of the first tensor with sharded rows.
+    """
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and not isinstance(t, DTensor):
+            raise TypeError(f"{op}: {name} must be a DTensor as the others are, got {type(t).__name__}")
+    present = [t for t in tensors if t is not None]
+    mesh = present[0].device_mesh
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and t.device_mesh != mesh:
+            raise ValueError(f"{op}: {name} must be on {mesh} as {names[0]} is, got {t.device_mesh}")
+    by_tensor = ([d for d, p in enumerate(t.placements) if p.is_shard(0)] for t in present)
+    shards = next(filter(None, by_tensor), [])
+    if len(shards) > 1:
+        raise ValueError(f"{op}: rows must be sharded over one dimension of the mesh, got {len(shards)}")
+    if shards and reduction == "none":
+        raise ValueError(f"{op}: sharded rows need reduction 'mean' or 'sum', got 'none'")
+    placements = [Shard(0) if d in shards else Replicate() for d in range(mesh.ndim)]
+    local = [None if t is None else t.redistribute(mesh, placements).to_local() for t in tensors]
+
+    def place(loss: Tensor) -> Tensor:
+        return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+    return local, mesh.get_group(shards[0]) if shards else None, place

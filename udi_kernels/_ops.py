@@ -6,6 +6,7 @@ loaded them. A reduction travels as an int, its index in `REDUCTIONS`.
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -90,6 +91,14 @@ def check_number(op: str, name: str, value: object) -> None:
         except TypeError:  # another complex number
             pass
     raise TypeError(f"{op}: {name} must be a number, got {got}{hint}")
+
+
+def dtensors(*tensors: object) -> Any:
+    """The module for DTensors if one of these is one; then its slow import has been made already."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    if loaded and any(isinstance(t, loaded.DTensor) for t in tensors):
+        return importlib.import_module("._dtensor", __package__)
+    return None
 
 
 def not_a_tensor(op: str, name: str, value: object) -> NoReturn:

@@ -183,7 +183,7 @@ def duc_loss(
     # Less each row's own, so that small losses and gradients keep their digits. Padded, since a row may have no other.
     z = (z - z.diagonal()[:, None]) * inverse(temperature, dtype)
     top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
-    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    own = torch.eye(*z.shape, dtype=torch.bool, device=z.device)
     others = (z.masked_fill(own, -torch.inf) - top[:, None]).exp().sum(1)
     rows = top + (others + (-top).expm1()).log1p()
     return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()

@@ -1,8 +1,8 @@
 // Dimension-decoupled unidirectional contrastive loss: InfoNCE of the student's rows against the teacher's.
 //
-// Over the chosen dimensions z_ij = <s_i, t_j>, and loss_i = log sum_j e^(z_ij/T) - z_ii/T. Tiles of z come from BLAS
-// and are dropped once their exponentials, relative to the largest so far, are summed: no N x N matrix is kept. The
-// student's gradient
+// Over the chosen dimensions z_ij = <s_i, t_j>, for n students and m >= n teachers, the first n of them positives, and
+// loss_i = log sum_j e^(z_ij/T) - z_ii/T. Tiles of z come from BLAS and are dropped once their exponentials, relative
+// to the largest so far, are summed: no N x N matrix is kept. The student's gradient
 //   d s_i = g_i/T (1 - p_ii) (n_i - t_i),  n_i = sum_{j != i} p_ij t_j / (1 - p_ii),
 // depends on the incoming gradient by the factor g_i alone. So the forward pass keeps n_i - t_i, summed in the same
 // tiles, and the backward pass is elementwise; computing the tiles again takes a third longer. The positive is separate
@@ -139,22 +139,22 @@ void for_each_block(int64_t n, F f) {
 
 // Losses of all rows, their statistics and, if wanted, the directions n_i - t_i.
 template <class T>
-void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const std::vector<int64_t>& dims,
+void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t m, int64_t width, const std::vector<int64_t>& dims,
              compute_t<T> inverse_temperature, compute_t<T>* losses, compute_t<T>* stats,
              Rows<compute_t<T>> direction) {
   using S = compute_t<T>;
   const int64_t depth = dims.size();
-  Buffer<S> all_t(n, depth);
-  for_each_block(n,
+  Buffer<S> all_t(m, depth);
+  for_each_block(m,
                  [&](int64_t begin, int64_t end, int64_t) { gather(teacher, begin, dims, all_t.slice(begin, end)); });
   for_each_block(n, [&](int64_t first, int64_t last, int64_t height) {
-    Buffer<S> s(height, depth), sums(direction ? height : 0, depth), room(height, std::min(n, kTileColumns));
+    Buffer<S> s(height, depth), sums(direction ? height : 0, depth), room(height, std::min(m, kTileColumns));
     for (int64_t begin = first; begin < last; begin += height) {
       const int64_t rows = std::min(height, last - begin);
       Running<S> running[kMostRows];
       gather(student, begin, dims, s.slice(0, rows));
-      for (int64_t c = 0; c < n; c += kTileColumns) {
-        Matrix<S> t = all_t.slice(c, std::min(c + kTileColumns, n)), tile{room.data, rows, t.rows, room.stride};
+      for (int64_t c = 0; c < m; c += kTileColumns) {
+        Matrix<S> t = all_t.slice(c, std::min(c + kTileColumns, m)), tile{room.data, rows, t.rows, room.stride};
         product_with_rows(tile, s.slice(0, rows), t);
         for (int64_t r = 0; r < rows; ++r) {
           S factor = exponentials(tile[r], t.rows, begin + r - c, inverse_temperature, running[r]);
@@ -182,18 +182,19 @@ void forward(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const s
   });
 }
 
-// d t_j = 1/T [sum_{i != j} g_i p_ij s_i - g_j (1 - p_jj) s_j], by tiles of z^T. `pull`: g_i/T by row.
+// d t_j = 1/T [sum_{i != j} g_i p_ij s_i - g_j (1 - p_jj) s_j], the last term for j < n, by tiles of z^T. `pull`: g_i/T
+// by row.
 template <class T>
-void teacher_gradient(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width, const std::vector<int64_t>& dims,
-                      compute_t<T> inverse_temperature, const compute_t<T>* pull, const compute_t<T>* stats,
-                      Rows<T> grad) {
+void teacher_gradient(Rows<T> student, Rows<T> teacher, int64_t n, int64_t m, int64_t width,
+                      const std::vector<int64_t>& dims, compute_t<T> inverse_temperature, const compute_t<T>* pull,
+                      const compute_t<T>* stats, Rows<T> grad) {
   using S = compute_t<T>;
   const int64_t depth = dims.size();
   const S *tops = stats + kMax * n, *inverse_sums = stats + kInvSum * n, *others = stats + kOthers * n;
   Buffer<S> all_s(n, depth);
   for_each_block(n,
                  [&](int64_t begin, int64_t end, int64_t) { gather(student, begin, dims, all_s.slice(begin, end)); });
-  for_each_block(n, [&](int64_t first, int64_t last, int64_t height) {
+  for_each_block(m, [&](int64_t first, int64_t last, int64_t height) {
     Buffer<S> t(height, depth), sums(height, depth), room(height, std::min(n, kTileColumns));
     for (int64_t begin = first; begin < last; begin += height) {
       const int64_t rows = std::min(height, last - begin);
@@ -220,7 +221,7 @@ void teacher_gradient(Rows<T> student, Rows<T> teacher, int64_t n, int64_t width
 
 std::tuple<Tensor, Tensor, Tensor> duc_loss_fwd(const Tensor& student, const Tensor& teacher, const Tensor& dims,
                                                 double temperature, int64_t reduction, bool need_student) {
-  const int64_t n = student.size(0), width = student.size(1);
+  const int64_t n = student.size(0), m = teacher.size(0), width = student.size(1);
   ScalarType dtype = compute_dtype(student);
   Tensor stats = empty({kStats, n}, dtype);
   Tensor direction = empty(need_student ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, dtype);
@@ -229,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> duc_loss_fwd(const Tensor& student, const Ten
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     std::vector<S> losses(n);
-    forward<T>(Rows<T>(student), Rows<T>(teacher), n, width, chosen(dims), inverse<S>(temperature), losses.data(),
+    forward<T>(Rows<T>(student), Rows<T>(teacher), n, m, width, chosen(dims), inverse<S>(temperature), losses.data(),
                static_cast<S*>(stats.data_ptr()), need_student ? Rows<S>(direction) : Rows<S>());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = 0;
@@ -245,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> duc_loss_fwd(const Tensor& student, const Ten
 std::tuple<Tensor, Tensor> duc_loss_bwd(const Tensor& grad, const Tensor& student, const Tensor& teacher,
                                         const Tensor& dims, const Tensor& stats, const Tensor& direction,
                                         double temperature, int64_t reduction, bool need_student, bool need_teacher) {
-  const int64_t n = student.size(0), width = student.size(1);
+  const int64_t n = student.size(0), m = teacher.size(0), width = student.size(1);
   Tensor grad_student = empty_grad(student, need_student), grad_teacher = empty_grad(teacher, need_teacher);
   dispatch(student, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -264,10 +265,11 @@ std::tuple<Tensor, Tensor> duc_loss_bwd(const Tensor& grad, const Tensor& studen
         }
       });
     }
-    if (Rows<T> to = need_teacher ? Rows<T>(grad_teacher) : Rows<T>()) {
+    if (n == 0) torch::stable::zero_(grad_teacher);
+    if (Rows<T> to = need_teacher && n ? Rows<T>(grad_teacher) : Rows<T>()) {
       std::vector<S> pull(n);
       for (int64_t r = 0; r < n; ++r) pull[r] = g[r] * scale * inverse<S>(temperature);
-      teacher_gradient<T>(Rows<T>(student), Rows<T>(teacher), n, width, chosen(dims), inverse<S>(temperature),
+      teacher_gradient<T>(Rows<T>(student), Rows<T>(teacher), n, m, width, chosen(dims), inverse<S>(temperature),
                           pull.data(), static_cast<const S*>(stats.data_ptr()), to);
     }
   });

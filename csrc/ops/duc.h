@@ -43,7 +43,10 @@ Tensor duc_loss(const Tensor& student, const Tensor& teacher, const Tensor& dims
                 int64_t reduction) {
   auto dtype = check_tensors("duc_loss", {{"student", student}, {"teacher", teacher}});
   TORCH_CHECK_VALUE(student.dim() == 2, "duc_loss: student must have shape (N, D), got ", python(student.sym_sizes()));
-  check_same_shape("duc_loss", {"student", student}, {"teacher", teacher});
+  TORCH_CHECK_VALUE(
+      teacher.dim() == 2 && teacher.sym_size(1) == student.sym_size(1) && teacher.sym_size(0) >= student.sym_size(0),
+      "duc_loss: teacher must have shape (M, D) with M >= N rows of student's ", python(student.sym_sizes()), ", got ",
+      python(teacher.sym_sizes()));
   check_dense("duc_loss", "dims", dims);
   TORCH_CHECK_TYPE(dims.scalar_type() == at::kBool, "duc_loss: dims must be torch.bool, got ",
                    python(dims.scalar_type()));

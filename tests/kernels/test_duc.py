@@ -106,6 +106,35 @@ def test_nan_stays_in_its_rows(device):
     assert duc_loss(student, teacher, dims, reduction="none").isnan().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n,m,d", [(1, 2, 5), (3, 700, 33), (64, 65, 20), (300, 1300, 7), (0, 4, 3)])
+def test_more_teachers_than_students(n, m, d, dtype, reduction, device):
+    """The first N teachers are positives; the others, a queue, are negatives only."""
+    options = dict(dims=draw_dims(d, device), temperature=2.5, reduction=reduction)
+    ops = [partial(op, **options) for op in (duc_loss, reference.duc_loss)]
+    if n:
+        assert_as_good_as_torch(*ops, lambda: [x[:k] for x, k in zip(draw(m, d, dtype, device), (n, m), strict=True)])
+    student, teacher = (x[:k].double() for x, k in zip(draw(m, d, device=device), (n, m), strict=True))
+    z = student[:, options["dims"]] @ teacher[:, options["dims"]].T / 2.5
+    rows = torch.nn.functional.cross_entropy(z, torch.arange(n, device=device), reduction=reduction)
+    value, *grads = run(ops[0], [student, teacher])
+    torch.testing.assert_close(value, rows, equal_nan=True)
+    assert [g.shape for g in grads] == [(n, d), (m, d)] and (n or not grads[1].any())
+
+
+def test_queue_gradcheck_and_compile(device):
+    dims = draw_dims(4, device)
+    inputs = [x[:k].double().requires_grad_() for x, k in zip(draw(7, 4, device=device), (3, 7), strict=True)]
+    f = partial(duc_loss, dims=dims, temperature=0.7)
+    assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for n, m in ((3, 7), (4, 9), (5, 5)):
+        inputs = [x[:k] for x, k in zip(draw(m, 4, device=device), (n, m), strict=True)]
+        for a, b in zip(run(compiled, inputs), run(f, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_temperatures_at_the_ends(dtype, device, backend):
     student, teacher = (8 * torch.eye(6, 5, device=device, dtype=dtype) for _ in range(2))
@@ -248,7 +277,8 @@ BAD = {
     "dims must be a torch.Tensor, got list": lambda x: duc_loss(x, x, [True] * 4),
     "teacher must be float.*, got torch.int32": lambda x: duc_loss(x, x.int(), DIMS),
     r"student must have shape \(N, D\), got \(4,\)": lambda x: duc_loss(x[0], x[0], DIMS),
-    r"teacher must have student's shape \(3, 4\), got \(3, 3\)": lambda x: duc_loss(x, x[:, :3], DIMS),
+    r"teacher must have .* rows of student's \(3, 4\), got \(3, 3\)": lambda x: duc_loss(x, x[:, :3], DIMS),
+    r"teacher must have .* M >= N rows of student's \(3, 4\), got \(2, 4\)": lambda x: duc_loss(x, x[:2], DIMS),
     "teacher must be on cpu as student is, got meta": lambda x: duc_loss(x, x.to("meta"), DIMS),
     "dims must be torch.bool, got torch.int64": lambda x: duc_loss(x, x, DIMS.long()),
     "dims must be dense, got torch.sparse_coo; call .to_dense": lambda x: duc_loss(x, x, DIMS.to_sparse()),
