@@ -195,7 +195,7 @@ def test_gradients(examples):
         try:
             gram = gramian(grads, stacked=stacked)
         except ValueError as e:
-            assert all(g is None for row in lists for g in row) or "must have strides" in str(e)
+            assert all(g is None for row in lists for g in row), e
             return
         out = weighted_sum(grads, weights, stacked=stacked)
         double = [[None if g is None else g.double() for g in row] for row in lists]
@@ -213,7 +213,7 @@ def test_gradients(examples):
         try:
             plan = GradientPlan(grads, stacked=stacked)
         except ValueError as e:
-            assert "must be dense" in str(e)
+            assert "must be dense" in str(e) or "must have strides" in str(e)  # of two layouts
             return
         assert torch.equal(plan.gramian().nan_to_num(7), gram.nan_to_num(7))
         for a, b in zip(plan.weighted_sum(weights), out, strict=True):
