@@ -26,8 +26,8 @@ using namespace club_stats;  // names of the statistics
 enum Sum { kY, kYY, kSumW, kSumWMu, kCross, kSums };
 
 // w = e^-logvar, at most e^88 or e^680: an infinite w would make NaN of a residual of 0.
-inline Floats weight_of(Floats logvar) { return exp(-logvar > 88.f ? splat(88.f) : -logvar); }  // NaN passes
-inline Doubles weight_of(Doubles logvar) { return exp(-logvar > 680. ? splat(680.) : -logvar); }
+inline Floats weight_of(Floats logvar) { return exp(-logvar, 88.f); }
+inline Doubles weight_of(Doubles logvar) { return exp(-logvar > 680. ? splat(680.) : -logvar); }  // NaN passes
 
 // One row of the inputs, by value: the compiler reloads `Inputs` after every store, which might alias it.
 template <class T>

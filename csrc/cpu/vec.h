@@ -229,10 +229,10 @@ inline Floats scale(Floats p, Int n) {
 #endif
 }
 
-// e^x within 1.05 ulp for every float, subnormal results, infinities and NaN included.
-inline Floats exp(Floats x) {
+// e^x within 1.05 ulp for every float, subnormal results, infinities and NaN included; x above `most` counts as `most`.
+inline Floats exp(Floats x, float most = 89.f) {
   x = x < -105.f ? splat(-105.f) : x;  // written so that NaN passes
-  x = x > 89.f ? splat(89.f) : x;
+  x = x > most ? splat(most) : x;
   Int n;
   Floats p = exp_reduced(x, n);
   return scale(p + 1.f, n);

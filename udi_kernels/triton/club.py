@@ -52,7 +52,7 @@ SUMS = tl.constexpr(5)
 LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
 LOG2E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 LN2 = tl.constexpr(math.log(2))
-LEAST = tl.constexpr(-88.0)  # of logvar in exp(-logvar)
+MOST = tl.constexpr(1.6516362549940018e38)  # e^88
 SCALE = tl.constexpr(256.0)  # w is summed over this: e^88 times some rows overflows
 
 SAMPLES = tl.constexpr(16)  # rows of y whose mean is the shift
@@ -64,13 +64,13 @@ def _weight(logvar):
     """exp(-logvar), at most e^88: an infinite weight would make NaN of a residual of 0.
 
     The hardware's exp2 of logvar times log2(e), corrected for the rounding of that product.  Without the correction a
-    digit is lost already at 10.  That of an infinite logvar is NaN, which becomes 1 and does
-    not matter beside 0 or inf.
+    digit is lost already at 10.  It lies between -1 and 1, and is NaN for an infinite logvar, then 1: neither matters
+    beside 0 or the largest weight.
     """
-    logvar = tl.where(logvar < LEAST, LEAST, logvar)  # NaN passes
     exponent = -LOG2E * logvar
     lost = fma(logvar, -LOG2E_LOW, fma(logvar, -LOG2E, -exponent))
-    return exp2(exponent) * fma(tl.minimum(lost, 1.0), LN2, 1.0)
+    lost = tl.maximum(tl.minimum(lost, 1.0), -1.0)
+    return tl.minimum(exp2(exponent) * fma(lost, LN2, 1.0), MOST, tl.PropagateNan.ALL)
 
 
 @triton.jit
