@@ -271,6 +271,12 @@ def test_options_of_one_s_own(capsys):
     assert main(["--my-alpha", "0.3"]) == 2 and "unrecognized" in one_line(capsys.readouterr().err)
 
 
+def test_an_interrupted_run_of_one_s_own_says_what_to_trust(capsys):
+    Path("of_my_own_too.py").write_text("def mine(run):\n    raise KeyboardInterrupt\n")
+    assert main(["--method", "of_my_own_too:mine", "--dataset", "cgdigits", "--out", "run"]) == 130
+    assert capsys.readouterr().err.rstrip().endswith("--resume run --trust of_my_own_too")
+
+
 METHOD = """
 from dataclasses import dataclass
 
