@@ -347,4 +347,4 @@ def test_a_file_whose_name_ends_like_a_row(tmp_path, options):
     rows = ["label,x"] + [f"{i % 2},x.npy#²" for i in range(12)]
     (tmp_path / "m.csv").write_text("\n".join(rows))
     with pytest.raises(UserError, match="x.npy#²"):
-        dataset(tmp_path / "m.csv", **{**options, "kinds": "x=array"})
+        dataset(tmp_path / "m.csv", options, kinds="x=array")
