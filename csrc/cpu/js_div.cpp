@@ -396,7 +396,8 @@ Tensor empty_logits(const Tensor& like, bool needed) {
 std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
                                       double beta, double temperature, int64_t reduction) {
   if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
-  auto [rows, classes] = shape(input);
+  const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
+  const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
   ScalarType dtype = compute_dtype(input);
   const bool weighted_mean = weight && reduction == kMean;
   Tensor stats = empty({kStats + weighted_mean, rows}, dtype);
@@ -437,7 +438,8 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
         js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
     return {grad_input, grad_target};
   }
-  auto [rows, classes] = shape(input);
+  const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
+  const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
   Tensor grad_input = empty_logits(input, need_input), grad_target = empty_logits(target, need_target);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
