@@ -1,6 +1,5 @@
 """Inner products and weighted sums of gradients, each a list of one tensor per parameter, without concatenation."""
 
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.library import register_fake
 
 from . import reference
-from ._ops import FLOATING, LIBRARY, load_cuda, native, not_a_tensor, ops
+from ._ops import FLOATING, LIBRARY, dtensors, load_cuda, native, not_a_tensor, ops
 
 Gradients = Sequence[Sequence[Tensor | None]] | Sequence[Tensor | None]  # the second form: stacked
 
@@ -48,7 +47,7 @@ def gramian(grads: Gradients, *, stacked: bool = False) -> Tensor:
         TypeError, ValueError: naming the first gradient that does not fit.
     """
     tensors, k, plain = _flatten("gramian", grads, stacked)
-    if not plain and (dtensor := _dtensor(tensors)):
+    if not plain and (dtensor := dtensors(*tensors)):
         return dtensor.gramian(_gramian, tensors, k)
     return _gramian(tensors, k)
 
@@ -124,7 +123,7 @@ def weighted_sum(
         raise ValueError("weighted_sum: like must be None if out is given, whose layouts the sums have")
     written = None if out is None else _output_list("weighted_sum", out)
     parameters = None if like is None else _tensor_list("weighted_sum", "like", like)
-    if not plain and (dtensor := _dtensor(tensors)):
+    if not plain and (dtensor := dtensors(*tensors)):
         return dtensor.weighted_sum(_weighted_sum, tensors, k, weights, written, parameters)
     return _weighted_sum(tensors, k, weights, written, parameters)
 
@@ -262,16 +261,6 @@ def _output_list(op: str, out: Sequence[Tensor]) -> list[Any]:
         if not is_compiling() and t.is_neg():
             raise ValueError(f"{op}: out[{p}] must not be a negative view; call .resolve_neg()")
     return tensors
-
-
-def _dtensor(tensors: list[Tensor | None]) -> Any:
-    """The module for DTensors, if there is one among the tensors; then its slow import has been made already."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed and any(isinstance(t, distributed.DTensor) for t in tensors):
-        from . import _dtensor
-
-        return _dtensor
-    return None
 
 
 def _refuse_subclass(name: str, t: Tensor | None) -> None:
