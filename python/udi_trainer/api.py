@@ -234,7 +234,7 @@ class Training:
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
-                metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
+                metrics["classes"] = self.data.names()
             if written:  # the figures first: nothing after them can lose them
                 predictor.save(run.folder, self.data)
                 run.folder.write("metrics.json", as_json(metrics))
@@ -247,7 +247,8 @@ class Training:
         return Result(metrics, run.history, predictor, folder)
 
     def predictor(self, outcome: Outcome) -> Predictor:
-        return Predictor(self.data.modalities, outcome.models, outcome.rule, self.options.amp)
+        data = self.data
+        return Predictor(data.modalities, outcome.models, outcome.rule, self.options.amp, data.names(), data.recipe)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ from torch import nn
 
 from .data import pipelines
 from .data.dataset import Dataset, Encoder, Modality, Split, presence
+from .data.recipe import samples
+from .data.rows import read
 from .errors import UserError, choose
 from .evaluation.fusion import Rule, combine
 from .models.classifiers import FeatureHead, JointClassifier
@@ -31,9 +33,31 @@ class Predictor:
     """
 
     def __init__(
-        self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"
+        self,
+        modalities: dict[str, Modality],
+        models: dict[str, nn.Module],
+        rule: Rule,
+        amp: str = "none",
+        class_names: Sequence[str] = (),
+        recipe: dict[str, Any] | None = None,
     ) -> None:
+        """``recipe``: how the run's samples were made from the columns of a manifest, see :class:`Dataset`."""
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
+        self.class_names, self.recipe = list(class_names), recipe
+
+    def read(self, manifest: str | Path, *, skip_bad: bool = False, cache_dir: str | None = None) -> Split:
+        """The samples of a manifest, made as those of the run: ``predictor.predict(predictor.read("new.csv"))``.
+
+        The manifest needs the columns of the run's modalities; an empty cell means that a sample lacks one. It needs no
+        labels and no splits; labels that are missing or unknown are -1.
+
+        Args:
+            skip_bad: leave out samples that cannot be read, and list them; otherwise they raise a UserError.
+            cache_dir: where decoded files are kept; by default the user's cache.
+        """
+        if self.recipe is None:
+            raise UserError("this run has not read its data from files by columns, so it cannot read a manifest")
+        return samples(read(manifest, labelled=False), self.recipe, self.class_names, skip_bad, cache_dir)
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
         """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors.
@@ -104,6 +128,8 @@ class Predictor:
         folder.save(
             "model",
             classes=data.classes,
+            class_names=self.class_names,
+            recipe=self.recipe,
             modalities={
                 m: {
                     "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
@@ -176,7 +202,9 @@ def load(
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the encoders are not those of {folder / FILE}: {reason}") from None
         models[name].to(place)
-    return Predictor(views, models, fusion_rules.find(saved["rule"])(**saved["parameters"]), saved["amp"])
+    rule = fusion_rules.find(saved["rule"])(**saved["parameters"])
+    names = saved.get("class_names") or list(map(str, range(saved["classes"])))
+    return Predictor(views, models, rule, saved["amp"], names, saved.get("recipe"))
 
 
 def modalities_of(

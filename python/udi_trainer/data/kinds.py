@@ -107,6 +107,7 @@ class Kind:
     dtype = torch.uint8
     header_size = 4  # numbers in a header; 0: there is no first pass
     shape: tuple[int, ...]  # of a stored sample, set by `configure`
+    state: dict[str, Any]  # all that `configure` has set: plain values, kept to read new files alike
 
     def __init__(self, column: Column) -> None:
         self.column, options = column, column.options
@@ -499,6 +500,7 @@ class Array(Kind):
         if not np.isfinite(x).all():
             raise Unreadable(f"{single_path(cell)}: NaN or inf as {x.dtype}")
         if x.ndim == 2 == len(self.shape) and x.shape[1:] == self.shape[1:]:
+            x = x[: self.shape[0]]
             return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
         if x.shape != self.shape:
             raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}")
@@ -550,7 +552,7 @@ class Text(Kind):
         self.shape = (max(1, int(headers.max())),)
 
     def decode(self, cell: Cell) -> np.ndarray:
-        hashes = [zlib.crc32(word.encode()) % BUCKETS + 1 for word in self.words(cell)]
+        hashes = [zlib.crc32(word.encode()) % BUCKETS + 1 for word in self.words(cell)[: self.shape[0]]]
         return np.array(hashes + [0] * (self.shape[0] - len(hashes)))
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
