@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..console import log
@@ -24,7 +25,18 @@ from ..registry import datasets
 from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
-from .kinds import STATISTICS_SAMPLES, AugmentationOptions, Cell, Column, Kind, PictureOptions, SoundOptions
+from .kinds import (
+    MISSING,
+    STATISTICS_SAMPLES,
+    ArrayOptions,
+    AugmentationOptions,
+    Cell,
+    Column,
+    Damage,
+    Kind,
+    PictureOptions,
+    SoundOptions,
+)
 
 RESERVED = ("label", "split", "group", "id")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -61,13 +73,13 @@ class Columns(Group, title="data of your own"):
         "NAME=COLUMN+COLUMN,...",
         "one modality of them all, called table",
     )
-    skip_bad: bool = option(False, flag, "leave out samples that cannot be read, and list them")
     allow_missing: bool = option(
         False, flag, "keep samples with empty cells, and train on the modalities that they have"
     )
 
 
-BUILD = (Columns, CacheOptions, PictureOptions, SoundOptions, AugmentationOptions)  # what `build` reads
+# What `build` reads.
+BUILD = (Columns, Damage, CacheOptions, PictureOptions, SoundOptions, ArrayOptions, AugmentationOptions)
 
 
 @dataclass
@@ -149,9 +161,10 @@ def build(source: Rows, options: Options) -> Dataset:
         if errors := unseen_classes(kept, splits, labels):
             bad |= errors
             continue
+        training = [row for row, i in enumerate(kept) if splits[i] == "train"]
         columns: dict[str, LoadedColumn] = {}
         for m, kind_class in kind_of.items():
-            column = Column(m, [cells[m][i] for i in kept], options, cache, {})
+            column = Column(m, [cells[m][i] for i in kept], options, cache, {}, training)
             columns[m] = load_column(kind_class(column))
             errors |= {
                 kept[row]: f"column {m}: {reason}" for row, reason in column.bad.items() if kept[row] not in errors
@@ -160,6 +173,9 @@ def build(source: Rows, options: Options) -> Dataset:
             break
         bad |= errors
 
+    for kind, *_ in columns.values():
+        for note in kind.notes:
+            log.warning(note)
     classes = sorted({labels[i] for i in kept if labels[i]}, key=label_order)
     class_index = {label: c for c, label in enumerate(classes)} | {"": -1}
     split_of = {name: [row for row, i in enumerate(kept) if splits[i] == name] for name in SPLIT_FRACTIONS}
@@ -190,13 +206,19 @@ def build(source: Rows, options: Options) -> Dataset:
 
 
 def load_column(kind: Kind) -> LoadedColumn:
-    """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then."""
+    """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then.
+
+    Without training files, all determine the stored shape.
+    """
     keys = kind.keys()
     headers = None if kind.column.bad else kind.read_headers(keys)
     if headers is None:
         return kind, keys, None
-    kind.configure(headers)
-    return kind, keys, kind.read(keys)
+    present = [row for row, key in enumerate(keys) if key != MISSING]
+    of_training = np.isin(present, kind.column.training)
+    kind.configure(headers[of_training] if of_training.any() else headers)
+    kind.review(headers, present)
+    return kind, keys, None if kind.column.bad else kind.read(keys)
 
 
 def label_order(label: str) -> tuple[int, float, str]:
@@ -288,7 +310,7 @@ def collect_cells(source: Rows, kind_of: dict[str, type[Kind]], tables: dict[str
             return [float(x) if is_number(x) else math.nan for x in values] if any(values) else None
         if not row[m]:
             return None
-        return row[m] if kind is kinds.Text and not row[m].endswith(".txt") else paths_of(row[m], source.folder)
+        return row[m] if kind is kinds.Text and not row[m].lower().endswith(".txt") else paths_of(row[m], source.folder)
 
     return {m: [cell_of(m, kind, row) for row in source.rows] for m, kind in kind_of.items()}
 
@@ -327,7 +349,7 @@ def report_bad_rows(source: Rows, bad: dict[int, str], options: Options) -> None
     if not bad:
         return
     lines = [f"{source.location(i)}: {bad[i]}" for i in sorted(bad)]
-    if not options.of(Columns).skip_bad:
+    if not options.of(Damage).skip_bad:
         more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more} (--skip-bad leaves them out and lists them)")
     for line in lines:
