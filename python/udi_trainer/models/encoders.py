@@ -45,19 +45,38 @@ def mlp(shape: torch.Size, features: int = FEATURES) -> nn.Module:
 
 
 @encoders.register("cnn1d")
-def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
-    """Three convolutions along the first axis of sequences (T, D), then the mean over time."""
-    sizes = (shape[1], 64, 128, 128)
-    pairs = zip(sizes, sizes[1:], strict=False)
-    layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
-    return nn.Sequential(
-        Transpose(), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU()
-    )
+class CNN1d(nn.Sequential):
+    """Three convolutions along the first axis of sequences (T, D), then the mean over time.
+
+    Steps of zeros at the end are padding: the features are those of the sequence without them.
+    """
+
+    def __init__(self, shape: torch.Size, features: int = FEATURES):
+        sizes = (shape[1], 64, 128, 128)
+        pairs = zip(sizes, sizes[1:], strict=False)
+        layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
+        head = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU()
+        super().__init__(Transpose(), *layers, *head)
+
+    def forward(self, x):
+        transpose, *layers, pool, flatten, linear, relu = self
+        real = real_steps(x)[:, None]
+        x = transpose(x)
+        for convolution, activation in zip(layers[::2], layers[1::2], strict=True):
+            real = real[..., ::2]
+            x = activation(convolution(x)) * real
+        mean = flatten(pool(x)) * (real.shape[2] / real.sum(2).clamp_min(1))
+        return relu(linear(mean))
 
 
 class Transpose(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)
+
+
+def real_steps(x: torch.Tensor) -> torch.Tensor:
+    """Which steps of sequences (N, T, D) are not zeros at the end, bool (N, T)."""
+    return x.ne(0).any(2).flip(1).cummax(1).values.flip(1)
 
 
 @encoders.register("words")
