@@ -31,10 +31,11 @@ from .evaluation.report import draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .models.classifiers import FeatureHead, JointClassifier
+from .models.encoders import make_encoder
 from .options import Options, find_method, name_of, resumed, spelled
 from .predictor import Predictor
 from .registry import datasets, imported, methods
-from .run import Run, choose_device, identity
+from .run import Run, batch_size, choose_device, identity
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config, write_json
 from .stop import Stop
 
@@ -147,6 +148,9 @@ class Training:
         self.device = choose_device(options.device)
         if options.shard and distributed.world() == 1:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
+        if options.amp == "fp16" and (self.device.type == "cpu" or options.shard):
+            why = "with --shard" if options.shard else "on a CPU"
+            raise UserError(f"--amp fp16 does not work {why}: use --amp bf16")
         if options.tensorboard and find_spec("tensorboard") is None:
             raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
         for kind in {"cpu", self.device.type}:
@@ -164,6 +168,10 @@ class Training:
             check_presence(data)
         for group in options.groups:
             group.check(data)
+        batch_size(options, data)
+        with torch.random.fork_rng(devices=[]):
+            for m in options.encoder_weights or ():
+                make_encoder(m, data.modalities[m], data.train, tell=True)
         self.data = data
 
     @functools.cached_property
@@ -283,7 +291,7 @@ class Training:
 def with_encoders(modalities: dict[str, Modality], options: Options, given: dict[str, Encoder]) -> dict[str, Modality]:
     """The modalities with the encoders given here or by option."""
     chosen, weights = (options.encoder or {}) | given, options.encoder_weights or {}
-    for m in [*chosen, *weights]:
+    for m in [*chosen, *weights, *(options.freeze or {})]:
         choose("modality", m, modalities)
     views = {}
     for m, view in modalities.items():
