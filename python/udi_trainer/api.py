@@ -30,9 +30,10 @@ from .evaluation.predictions import details, predictions_csv
 from .evaluation.report import draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
+from .methods.scikit import too_large
 from .models.classifiers import FeatureHead, JointClassifier
 from .models.encoders import make_encoder
-from .options import Options, find_method, name_of, resumed, spelled
+from .options import SCIKIT, Options, find_method, name_of, resumed, spelled
 from .predictor import Predictor
 from .registry import datasets, imported, methods
 from .run import Run, batch_size, choose_device, identity
@@ -144,7 +145,6 @@ class Training:
     ) -> None:
         self.options = options
         self.method = method if callable(method) else find_method(options.method)
-        self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
         if options.shard and distributed.world() == 1:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
@@ -173,6 +173,17 @@ class Training:
             for m in options.encoder_weights or ():
                 make_encoder(m, data.modalities[m], data.train, tell=True)
         self.data = data
+        self.baselines = {name: methods.find(name) for name in self.baseline_names() if name != options.method}
+
+    def baseline_names(self) -> list[str]:
+        """Those of the options. If there are any, small data has scikit-learn's as well."""
+        chosen = self.options.baselines or ()
+        if not chosen:
+            return []
+        if reason := too_large(self.data):
+            log.info("%s are left out: the data has %s", " and ".join(SCIKIT), reason)
+            return [name for name in chosen if name not in SCIKIT]
+        return list(dict.fromkeys((*chosen, *SCIKIT)))
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -244,7 +255,8 @@ class Training:
                 metrics["fused"] |= details(fused, self.data.test.labels)
                 metrics["classes"] = self.data.names()
             if written:  # the figures first: nothing after them can lose them
-                predictor.save(run.folder, self.data)
+                if outcome.models:
+                    predictor.save(run.folder, self.data)
                 run.folder.write("metrics.json", as_json(metrics))
             run.show("fused", metrics["fused"], options.epochs)
             if written:

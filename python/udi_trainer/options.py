@@ -232,7 +232,11 @@ class ExperimentOptions(Group, title="what to train"):
         "all",
     )
     baselines: tuple[str, ...] | None = option(
-        None, names, "methods to train for comparison, or none", "A,B", "the method's own: {baselines}"
+        None,
+        names,
+        "methods to train for comparison, or none; on small data scikit-learn's come with any but none",
+        "A,B",
+        "the method's own: {baselines}",
     )
     encoder: dict[str, str] | None = option(
         None,
@@ -336,6 +340,7 @@ class MachineOptions(Group, title="machine"):
     out: str | None = option(None, pathname, "run folder to create", "DIR", "a new one under runs/; none from Python")
 
 
+SCIKIT = ("sklearn-late", "sklearn-concat")  # baselines of every run on small data
 RESERVED = ("encoders", "help", "progress", "resume", "trust")  # arguments of `train` and flags of the command
 
 
@@ -444,8 +449,8 @@ def name_of(method: Callable) -> str:
 
 
 def own_baselines(method: str) -> tuple[str, ...]:
-    """The baselines that a registered method brings along."""
-    return methods.recommended.get(method, {}).get("baselines", ())
+    """The baselines that a registered method brings along, and scikit-learn's."""
+    return (*methods.recommended.get(method, {}).get("baselines", ()), *SCIKIT)
 
 
 def readers(method: str | Callable, baselines: Any, dataset: Any) -> list[Callable]:
@@ -528,7 +533,8 @@ def filled(help: str) -> str:
         for name, options in datasets.recommended.items()
         if options
     )
-    said["baselines"] = "; ".join(f"{', '.join(own_baselines(m))} for {m}" for m in methods if own_baselines(m))
+    own = {m: methods.recommended[m].get("baselines") for m in methods}
+    said["baselines"] = "; ".join(f"{', '.join(others)} for {m}" for m, others in own.items() if others)
     for word, words in said.items():
         help = help.replace(f"{{{word}}}", words)
     return help

@@ -64,6 +64,8 @@ class Predictor:
 
         For samples that lack a modality, see :class:`Split`, the predictions of the others are fused.
         """
+        if not self.models:
+            raise UserError("this method keeps no models to predict with")
         return combine(self.rule, torch.stack(list(self.logits(split).values())))
 
     @torch.no_grad()

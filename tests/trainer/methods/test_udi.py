@@ -18,6 +18,7 @@ from udi_trainer.methods import udi
 from udi_trainer.methods.follower import Follower, q_warmup
 from udi_trainer.methods.frozen import Frozen
 from udi_trainer.methods.unimodal import Alone, train_alone
+from udi_trainer.options import SCIKIT
 from udi_trainer.registry import datasets
 from udi_trainer.training.loop import best_epoch
 
@@ -251,7 +252,7 @@ def test_few_labels():
     assert main([*FEW, "--epochs", "8", "--alpha", "1,0", "--baselines", "joint,ogm-ge,dimml", "--out", "run"]) == 0
     metrics = read_metrics("run")
     assert metrics["modalities"]["right"]["test_acc"] > metrics["unimodal"]["right"]["test_acc"]
-    assert set(metrics["baselines"]) == {"joint", "ogm-ge", "dimml"}
+    assert set(metrics["baselines"]) == {"joint", "ogm-ge", "dimml", *SCIKIT}
     rows = [row for row in read_log("run") if row["phase"] == "follower"]
     assert rows[-1]["con"] < rows[0]["con"]
 
