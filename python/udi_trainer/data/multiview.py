@@ -73,6 +73,17 @@ def multiview(options: Options) -> Dataset:
     return build(read(path, own.channels), path.stem.removesuffix("_TRAIN"), options)
 
 
+@datasets.register("breastcancer")
+@reads(Resplit)
+def breastcancer(options: Options) -> Dataset:
+    """Breast cancer of Wisconsin (UCI, CC BY 4.0), from scikit-learn: mean, error and worst value of ten features."""
+    from sklearn.datasets import load_breast_cancer
+
+    x, y = load_breast_cancer(return_X_y=True)
+    arrays = dict(zip(("mean", "error", "worst"), np.split(x, 3, axis=1), strict=True))
+    return build(Views(arrays, [("malignant", "benign")[i] for i in y]), "breastcancer", options)
+
+
 def read(path: Path, channels: dict[str, str] | None = None) -> Views:
     if channels and path.suffix.lower() == ".mat":
         raise UserError(f"--channels is for .ts files, and {path} is none")
@@ -124,7 +135,7 @@ def build(views: Views, name: str, options: Options) -> Dataset:
         std = torch.where(std > 1e-6 * x.abs().amax(0), std, 1)
         pipeline = Features(tuple(x.mean(0).tolist()), tuple(std.tolist()))
         modalities[m] = Modality("mlp" if array.ndim == 2 else "cnn1d", (m,), pipeline)
-    splits = {
+    splits: dict[str, Any] = {
         part: Split(labels[rows], {m: t[rows] for m, t in stored.items()}, [str(i) for i in rows.tolist()])
         for part, rows in (("train", train), ("val", val), ("test", test))
     }
