@@ -13,14 +13,15 @@ from ..study import RESPLIT, Study, Variant, scores_of
 from ..summary import differences, mean_with_interval
 from ..tables import format_scores, markdown
 
-METHODS = """ensemble joint joint-sum ogm-ge gramian mmpareto dgl g2d mla reconboost pdmp pmr g-blending dimml
-co-training sklearn-late sklearn-concat""".split()
+METHODS = "ensemble joint joint-sum ogm-ge gramian mmpareto dgl g2d mla reconboost pdmp pmr g-blending dimml".split()
 SEMI_SUPERVISED = ["self-training", "joint-self-training"]  # further methods that learn from samples without labels
+CO_TRAINING = "--method udi --controller static --alpha 1,0 --teacher fused --rounds 2 --baselines none"
+SCIKIT = "--method sklearn-late --baselines sklearn-concat"  # its own run: these are left out of large data
 REFERENCE = "ensemble"
 BUILT_IN = {"breastcancer": "--resplit 85", "splitdigits": "--resplit 360", "cgdigits": ""}
 FOLDERS = ("cremad", "kinetics-sounds", "ave", "ucf101", "modelnet40", "avmnist")
 SHORTCUT = ("cgdigits",)  # made so that joint training fails: not for few labels
-STEPS, EPOCHS = 1200, (30, 100)  # how many steps epochs aim at, and the bounds of epochs
+STEPS, EPOCHS = 600, (15, 50)  # how many steps epochs aim at, and the bounds of epochs
 FEW = (60, 200)  # bounds of the labels that are kept: ten of each class, at most a quarter
 # The stages that a method trains, as the log names them; by default one of its own name, of all modalities.
 ALONE, JOINT = "anchor", "joint, all"
@@ -28,7 +29,7 @@ STAGES = {
     "udi": (ALONE, "follower"),
     "ensemble": (ALONE,),
     "dimml": ("detached, all", "fusion, all"),
-    "co-training": (ALONE, "co-training"),
+    "co-training": (ALONE, "follower"),
     "self-training": (ALONE, "student"),
     "joint-self-training": (JOINT, "student, all"),
     "g-blending": (ALONE, JOINT, "g-blending, all"),
@@ -54,11 +55,12 @@ class Field(Study):
             if token.startswith("--data-root"):
                 root = Path(token.partition("=")[2] or extra[i + 1])
                 rest = extra[:i] + extra[i + 1 + ("=" not in token) :]
-        self.variants = [variant for few in (False, True) for variant in variants(root, few)]
+        self.variants = [*variants(root, few=False), *variants(root, few=True)]
         return rest
 
     def keep(self, metrics, history):
-        kept = {metrics["method"]: metrics["fused"], **metrics["baselines"]}
+        co_training = metrics["method"] == "udi" and metrics["anchor"] is None
+        kept = {"co-training" if co_training else metrics["method"]: metrics["fused"], **metrics["baselines"]}
         seconds: dict[str, float] = {}
         for row in history:
             stage = row["phase"] if row["modality"] else f"{row['phase']}, all"
@@ -92,22 +94,23 @@ stages that methods share, such as each modality alone. scikit-learn's methods l
 
 
 def variants(root: Path | None, few: bool) -> Iterator[Variant]:
-    """The data sets at hand, by name, as variants of one run each that trains all methods."""
-    names = [m for m in METHODS + few * SEMI_SUPERVISED if m in methods]
+    """The data sets at hand, each with a run of all methods that share stages, and one of the others."""
+    names = ",".join(METHODS + few * SEMI_SUPERVISED)
     for name, options in found(root):
         data = make(options)
         size = len(data.train)
         batch = 32 if size >= 320 else 8
         epochs = min(max(EPOCHS[0], round(STEPS * batch / size)), EPOCHS[1])
-        options += (
-            f" --batch-size {batch} --epochs {epochs} --method udi --controller dynamic --baselines {','.join(names)}"
-        )
-        if not few:
-            yield Variant("udi", options, name)
-            continue
-        labels = min(max(FEW[0], 10 * data.classes), FEW[1])
-        if name not in SHORTCUT and labels >= 2 * data.classes and labels <= size / 4:
-            yield Variant("udi", f"{options} --labels {labels}", f"{name}, {labels} labels")
+        options += f" --batch-size {batch} --epochs {epochs}"
+        if few:
+            labels = min(max(FEW[0], 10 * data.classes), FEW[1])
+            if name in SHORTCUT or not 2 * data.classes <= labels <= size / 4:
+                continue
+            name, options = f"{name}, {labels} labels", f"{options} --labels {labels}"
+        yield Variant("udi", f"{options} --method udi --controller dynamic --baselines {names}", name)
+        yield Variant("co-training", f"{options} {CO_TRAINING}", name)
+        if "sklearn-late" in methods:
+            yield Variant("scikit-learn", f"{options} {SCIKIT}", name)
 
 
 def found(root: Path | None) -> Iterator[tuple[str, str]]:

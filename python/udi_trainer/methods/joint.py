@@ -59,7 +59,7 @@ class Joint(Task):
     def confidence(self, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """The mean probability of the label by each modality's logits, (M,), over the samples that have it."""
         labels = batch["labels"][:, None]
-        p = {name: z.detach().float().softmax(-1).gather(1, labels)[:, 0] for name, z in logits.items()}
+        p = {name: as_float(z.detach()).softmax(-1).gather(1, labels)[:, 0] for name, z in logits.items()}
         means = torch.stack([self.mean(rows, name, batch) for name, rows in p.items()])
         return distributed.total(means) / distributed.world()
 
@@ -77,6 +77,11 @@ class Joint(Task):
         """This modality's share of the logits: a prediction of its own."""
         with self.run.autocast():
             return self.model.shares(self.forward(batch)[0])[modality]
+
+
+def as_float(t: torch.Tensor) -> torch.Tensor:
+    """At least in float32: mixed precision makes bfloat16."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def train_joint(task: Joint) -> Outcome:

@@ -33,6 +33,7 @@ from ..run import Run
 from ..training.inference import outputs
 from ..training.loop import fit
 from ..training.task import Task, trainable, update
+from .joint import as_float
 from .outcome import Outcome
 
 
@@ -117,7 +118,7 @@ class MLA(Task):
             grads = dict(zip(self.parameters, self.gradients(loss, self.parameters), strict=True))
             grads[head.weight] = grads[head.weight] @ self.projection.P
             update(self.optimizer, self.parameters, list(grads.values()))
-            self.projection.add(distributed.total(x.detach().float().mean(0)) / distributed.world())
+            self.projection.add(distributed.total(as_float(x.detach()).mean(0)) / distributed.world())
         self.projection.count += 1
         return {"loss": torch.stack(list(losses.values())).sum()} | {f"loss_{m}": x for m, x in losses.items()}
 

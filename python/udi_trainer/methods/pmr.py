@@ -27,7 +27,7 @@ from ..run import Run
 from ..training.feed import Feed
 from ..training.inference import BATCH
 from ..training.task import update
-from .joint import Joint, train_joint
+from .joint import Joint, as_float, train_joint
 from .outcome import Outcome
 
 MODULATED = 70 / 130  # of all steps
@@ -59,7 +59,9 @@ class PMR(Joint):
         train = self.run.data.train
         labelled = (train.labels >= 0).nonzero().flatten().cpu()
         feed, width = Feed(self.run, train, self.reads), self.run.data.classes
-        sums = {m: torch.zeros(width, c.shape[1] + 1, device=c.device) for m, c in self.prototypes.items()}
+        sums = {
+            m: torch.zeros(width, c.shape[1] + 1, dtype=c.dtype, device=c.device) for m, c in self.prototypes.items()
+        }
         self.model.eval()
         for batch in feed.batches(labelled[distributed.rank() :: distributed.world()], BATCH):
             batch = feed.complete(batch)
@@ -67,7 +69,7 @@ class PMR(Joint):
                 features = self.forward(batch)[0]
             for m, x in features.items():
                 present = batch.get(presence(m), torch.ones_like(batch["labels"]))[:, None].to(sums[m].dtype)
-                sums[m].index_add_(0, batch["labels"], torch.cat((x.float() * present, present), dim=1))
+                sums[m].index_add_(0, batch["labels"], torch.cat((as_float(x) * present, present), dim=1))
         for m, total in sums.items():
             total = distributed.total(total)
             self.prototypes[m].copy_(total[:, :-1] / total[:, -1:].clamp_min(1))
@@ -81,7 +83,9 @@ class PMR(Joint):
             loss = joint = cross_entropy(logits, batch["labels"])
         slowest = torch.zeros(len(features), device=joint.device)
         if modulate:
-            distances = {m: torch.cdist(x.float(), self.prototypes[m], compute_mode=EXACT) for m, x in features.items()}
+            distances = {
+                m: torch.cdist(as_float(x), self.prototypes[m], compute_mode=EXACT) for m, x in features.items()
+            }
             by_prototype = {m: -d for m, d in distances.items()}
             score = self.confidence(by_prototype, batch)
             slowest = (score == score.min()).float() * (score.min() < score.max())

@@ -25,7 +25,7 @@ from ..options import Group, number, option, reads
 from ..registry import methods
 from ..run import Run
 from ..training.task import update
-from .joint import Joint, train_joint
+from .joint import Joint, as_float, train_joint
 from .outcome import Outcome
 from .unimodal import Alone, train_alone
 
@@ -69,7 +69,7 @@ class ReconBoost(Joint):
                 m = self.names[boosted]
                 parameters, shares = self.own[m], self.model.shares(features)
                 others = torch.stack([z.detach() for name, z in shares.items() if name != m]).sum(0)
-                known = others.float().softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
+                known = as_float(others).softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
                 weight = (self.options.reconboost_label - self.options.reconboost_others * known) / logits.shape[1]
                 loss = self.mean(weight * cross_entropy(shares[m], batch["labels"], reduction="none"), m, batch)
         learning = [p for p in self.parameters if p in parameters]
