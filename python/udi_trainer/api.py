@@ -16,6 +16,7 @@ import torch._functorch.config
 from torch import nn
 
 import udi_kernels
+from udi_kernels import _build
 
 from . import distributed
 from .console import console, log
@@ -148,6 +149,8 @@ class Training:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
         if options.tensorboard and find_spec("tensorboard") is None:
             raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
+        for kind in {"cpu", self.device.type}:
+            _build.load(kind)  # compiled now, where nothing was: with a line of its own, not in the middle of training
         data = data or datasets.find(options.dataset)(options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)

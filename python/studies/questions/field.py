@@ -55,7 +55,7 @@ class Field(Study):
             if token.startswith("--data-root"):
                 root = Path(token.partition("=")[2] or extra[i + 1])
                 rest = extra[:i] + extra[i + 1 + ("=" not in token) :]
-        self.variants = [*variants(root, few=False), *variants(root, few=True)]
+        self.variants = list(variants(root))
         return rest
 
     def keep(self, metrics, history):
@@ -93,24 +93,25 @@ Seconds of training in the runs with all labels, in multiples of joint training:
 stages that methods share, such as each modality alone. scikit-learn's methods log no stages."""
 
 
-def variants(root: Path | None, few: bool) -> Iterator[Variant]:
-    """The data sets at hand, each with a run of all methods that share stages, and one of the others."""
-    names = ",".join(METHODS + few * SEMI_SUPERVISED)
+def variants(root: Path | None) -> Iterator[Variant]:
+    """The data sets at hand, each with all labels and with few: a run of all methods that share stages, and others."""
     for name, options in found(root):
         data = make(options)
         size = len(data.train)
         batch = 32 if size >= 320 else 8
         epochs = min(max(EPOCHS[0], round(STEPS * batch / size)), EPOCHS[1])
         options += f" --batch-size {batch} --epochs {epochs}"
-        if few:
-            labels = min(max(FEW[0], 10 * data.classes), FEW[1])
-            if name in SHORTCUT or not 2 * data.classes <= labels <= size / 4:
-                continue
-            name, options = f"{name}, {labels} labels", f"{options} --labels {labels}"
-        yield Variant("udi", f"{options} --method udi --controller dynamic --baselines {names}", name)
-        yield Variant("co-training", f"{options} {CO_TRAINING}", name)
-        if "sklearn-late" in methods:
-            yield Variant("scikit-learn", f"{options} {SCIKIT}", name)
+        yield from runs(name, options, METHODS)
+        labels = min(max(FEW[0], 10 * data.classes), FEW[1])
+        if name not in SHORTCUT and 2 * data.classes <= labels <= size / 4:
+            yield from runs(f"{name}, {labels} labels", f"{options} --labels {labels}", METHODS + SEMI_SUPERVISED)
+
+
+def runs(name: str, options: str, names: list[str]) -> Iterator[Variant]:
+    yield Variant("udi", f"{options} --method udi --controller dynamic --baselines {','.join(names)}", name)
+    yield Variant("co-training", f"{options} {CO_TRAINING}", name)
+    if "sklearn-late" in methods:
+        yield Variant("scikit-learn", f"{options} {SCIKIT}", name)
 
 
 def found(root: Path | None) -> Iterator[tuple[str, str]]:

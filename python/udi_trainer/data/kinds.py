@@ -80,13 +80,17 @@ class AugmentationOptions(Group, title="pictures and sound"):
 
 @dataclass
 class Column:
-    """A column of a manifest: its cells by row, and what reading them needs. ``bad``: reasons of unreadable rows."""
+    """A column of a manifest: its cells by row, and what reading them needs.
+
+    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples.
+    """
 
     name: str
     cells: list
     options: Options
     cache: Cache
     bad: dict[int, str]
+    training: Sequence[int] = ()
 
     def add_errors(self, errors: dict[int, str]) -> None:
         for row, reason in errors.items():
@@ -551,26 +555,3 @@ class Text(Kind):
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
         return Modality(self.encoder, (name,), Tokens())
-
-
-@kinds.register("number")
-class Numbers(Kind):
-    """One or more columns of numbers as a vector per row; cells are lists of floats."""
-
-    header_size = 0
-
-    def keys(self) -> list[bytes]:
-        return [digest(cell) for cell in self.column.cells]
-
-    def read_headers(self, keys: list[bytes]) -> np.ndarray:
-        return np.zeros((len(keys), 0))
-
-    def configure(self, headers: np.ndarray) -> None:
-        self.shape = (max(len(cell) for cell in self.column.cells if cell),)
-
-    def read(self, keys: list[bytes]) -> torch.Tensor:
-        zeros = [0.0] * self.shape[0]
-        return torch.tensor([cell or zeros for cell in self.column.cells])
-
-    def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
-        return Modality("mlp", (name,), Features(*self.normalisation(sample, keys, lambda x: x)))

@@ -26,8 +26,9 @@ from .dataset import DataRoot, Dataset, Modality, Split
 from .digits import Resplit
 from .kinds import first_line
 from .labels import stratified
-from .manifest import SPLIT_FRACTIONS, label_order
 from .pipelines import Features
+from .rows import label_order
+from .splits import SPLIT_FRACTIONS
 
 LABELS = ("y", "gt", "gnd", "label", "labels", "truth", "truelabel", "target", "targets", "class")
 CHANNELS = dict.fromkeys(  # what the channels of known archives measure
