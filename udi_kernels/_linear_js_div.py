@@ -288,11 +288,13 @@ class _LinearJSDiv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         *inputs, scale, grad_input, grad_weight, grad_bias = ctx.saved_tensors
-        grads = [
-            _scaled(g, grad * scale) if need else None
-            for g, need in zip((grad_input, grad_weight, grad_bias), ctx.needs_input_grad, strict=False)
-        ]
-        if torch.is_grad_enabled():
+        recorded = torch.is_grad_enabled()
+        with torch.no_grad():
+            grads = [
+                _scaled(g, grad * scale, recorded) if need else None
+                for g, need in zip((grad_input, grad_weight, grad_bias), ctx.needs_input_grad, strict=False)
+            ]
+        if recorded:
             grads = _NoSecondDerivative.apply(len(grads), *grads, *inputs)
         return (*grads, *[None] * 12)
 
@@ -309,12 +311,12 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """The gradient times the factor; in its own memory where nothing needs it again."""
+def _scaled(grad: Tensor, factor: Tensor, recorded: bool) -> Tensor:
+    """The gradient times the factor: in its own memory if this pass frees the graph, so that none else reads it."""
     if torch.compiler.is_compiling():
         return (grad.to(factor.dtype) * factor).to(grad.dtype)
-    again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-    out = torch.empty_like(grad) if again else grad
+    kept = recorded or torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(grad) if kept else grad
     if grad.dtype == factor.dtype:
         return torch.mul(grad, factor, out=out)
     for part, to in zip(grad.split(1024), out.split(1024), strict=True):  # the factor is not rounded to 16 bits
