@@ -112,28 +112,40 @@ inline V log_ratio(const Pair<V>& c, V x, const V* stats, Constants<S> k) {
   return x - stats[kMaxQ] == -INFINITY ? splat<S>(INFINITY) : c.d;
 }
 
-// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all. `exps`: room for both
-// rows' exponentials, each of `size` rounded up to whole vectors.
+// The maxima, no less than `least`.
 template <class T>
-Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
-               Vec<T>* stats) {
-  using V = Vec<T>;
-  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
-  V max_q = V{} - INFINITY, max_p = max_q;
-  for_each(x, y, 0, size, [&](V a, V b, int64_t, int) {
+void maxima(const T* x, const T* y, int64_t size, bool packed, Vec<T> least, Vec<T>* stats) {
+  Vec<T> max_q = least, max_p = least;
+  for_each(x, y, 0, size, [&](Vec<T> a, Vec<T> b, int64_t, int) {
     max_q = max(a, max_q);
     max_p = max(b, max_p);
   });
-  if (!packed) max_q = across(max_q, max<V>), max_p = across(max_p, max<V>);
-  auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+  if (!packed) max_q = across(max_q, max<Vec<T>>), max_p = across(max_p, max<Vec<T>>);
+  stats[kMaxQ] = max_q, stats[kMaxP] = max_p;
+}
+
+// Fills `exps` with both rows' exponentials, each of `size` rounded up to whole vectors, and returns their sums.
+template <class T>
+std::array<Vec<T>, 2> exponentials(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
+                                   const Vec<T>* stats, compute_t<T>* exps) {
+  using V = Vec<T>;
+  const V max_q = stats[kMaxQ], max_p = stats[kMaxP];
+  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
+  return sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     V q = exp_negative((a - max_q) * k.inverse_temperature), p = exp_negative((b - max_p) * k.inverse_temperature);
     store(exps_q + i, q);
     store(exps_p + i, p);
     sum[0] += q;
     sum[1] += p;
   });
-  stats[kMaxQ] = max_q, stats[kInvQ] = 1 / sum_q;
-  stats[kMaxP] = max_p, stats[kInvP] = 1 / sum_p;
+}
+
+// The divergences, into `stats`, and the loss, given maxima and inverse sums.
+template <class T>
+Vec<T> divergences(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
+                   const compute_t<T>* exps, Vec<T>* stats) {
+  using V = Vec<T>;
+  const compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   const auto compared = [&](V a, V b, int64_t i) {
     auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
@@ -164,6 +176,16 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
   });
   stats[kDivQ] = div_q, stats[kDivP] = div_p;
   return loss;
+}
+
+// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all.
+template <class T>
+Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
+               Vec<T>* stats) {
+  maxima(x, y, size, packed, Vec<T>{} - INFINITY, stats);
+  auto [sum_q, sum_p] = exponentials(x, y, size, packed, k, stats, exps);
+  stats[kInvQ] = 1 / sum_q, stats[kInvP] = 1 / sum_p;
+  return divergences(x, y, size, packed, k, exps, stats);
 }
 
 // d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
@@ -311,27 +333,35 @@ void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optio
   });
 }
 
-// Results of masked rows stay as they are.
-template <class T>
-void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
-                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
+// f(block, x, y, size, packed, room for the exponentials of both) for all rows but the masked ones, in parallel.
+template <class T, class F>
+void for_each_pair(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask, F f) {
   using S = compute_t<T>;
   const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
   for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
-    Vec<T> block_stats[kStats], block_loss;
     if (packed) {
       int64_t size = classes * kLanes;
       pack(x, block, classes, room);
       pack(y, block, classes, room + size);
-      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block_stats);
+      f(block, room, room + size, size, true, room + 2 * size);
     } else {
-      block_loss = forward(x[block.row[0]], y[block.row[0]], classes, false, k, room, block_stats);
-    }
-    for (int lane = 0; lane < block.height; ++lane) {
-      loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
-      for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
+      f(block, x[block.row[0]], y[block.row[0]], classes, false, room);
     }
   });
+}
+
+// Results of masked rows stay as they are.
+template <class T>
+void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
+  for_each_pair(
+      x, y, rows, classes, mask, [&](const Block& block, auto* a, auto* b, int64_t size, bool packed, auto* exps) {
+        Vec<T> block_stats[kStats], block_loss = forward(a, b, size, packed, k, exps, block_stats);
+        for (int lane = 0; lane < block.height; ++lane) {
+          loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
+          for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
+        }
+      });
 }
 
 template <class T>
@@ -454,9 +484,69 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
   return {grad_input, grad_target};
 }
 
+// Where processes have parts of the classes, a forward pass has these two steps, and an exchange after each. beta is at
+// most 1/2.
+
+// (n, R): what f(type, block, x, y, size, packed, room for the exponentials) returns for each row, 0 for masked ones.
+template <size_t n, class F>
+Tensor of_part(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, F f) {
+  const auto size = shape(input);
+  const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
+  Tensor out = empty({n, rows}, compute_dtype(input));
+  dispatch(input, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
+    S* to = static_cast<S*>(out.data_ptr());
+    std::fill(to, to + n * rows, S(0));
+    for_each_pair(Logits<T>(input), Logits<T>(target), rows, classes, mask, [&](const Block& block, auto... pair) {
+      std::array<Vec<T>, n> results = f(type, block, pair...);
+      for (int lane = 0; lane < block.height; ++lane)
+        for (size_t i = 0; i < n; ++i) to[i * rows + block.row[lane]] = results[i][lane];
+    });
+  });
+  return out;
+}
+
+// Maximum and sum of exponentials of the input, the same of the target. The maximum of nothing is the lowest number.
+Tensor js_div_part_sums(const Tensor& input, const Tensor& target, std::optional<Tensor> weight, double temperature) {
+  const auto sums = [=](auto* type, const Block&, auto* x, auto* y, int64_t size, bool packed, auto* exps) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Vec<T> stats[kStats];
+    maxima(x, y, size, packed, splat(std::numeric_limits<S>::lowest()), stats);
+    auto [q, p] = exponentials(x, y, size, packed, Constants<S>(0, temperature), stats, exps);
+    return std::array<Vec<T>, 4>{stats[kMaxQ], q, stats[kMaxP], p};
+  };
+  return of_part<4>(input, target, weight, sums);
+}
+
+// The part of both divergences and of the loss, given the sums of all parts.
+Tensor js_div_part_divergences(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                               const Tensor& sums, double beta, double temperature) {
+  const int64_t rows = sums.size(1);
+  const void* data = sums.data_ptr();
+  const auto parts = [=](auto* type, const Block& block, auto* x, auto* y, int64_t size, bool packed, auto* exps) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Vec<T> stats[kStats];
+    for (int i : {kMaxQ, kInvQ, kMaxP, kInvP})
+      for (int lane = 0; lane < kLanes; ++lane)
+        stats[i][lane] = static_cast<const S*>(data)[i * rows + block.row[lane]];
+    stats[kInvQ] = 1 / stats[kInvQ], stats[kInvP] = 1 / stats[kInvP];
+    const Constants<S> k(beta, temperature);
+    exponentials(x, y, size, packed, k, stats, exps);
+    Vec<T> loss = divergences(x, y, size, packed, k, exps, stats);
+    return std::array<Vec<T>, 3>{stats[kDivQ], stats[kDivP], loss};
+  };
+  return of_part<3>(input, target, weight, parts);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
   m.impl("js_div_fwd", TORCH_BOX(&js_div_fwd));
   m.impl("js_div_bwd", TORCH_BOX(&js_div_bwd));
+  m.impl("js_div_part_sums", TORCH_BOX(&js_div_part_sums));
+  m.impl("js_div_part_divergences", TORCH_BOX(&js_div_part_divergences));
 }
 
 }  // namespace

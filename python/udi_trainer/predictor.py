@@ -19,7 +19,7 @@ from .models.classifiers import FeatureHead, JointClassifier
 from .models.encoders import make_encoder
 from .options import Options, groups_of
 from .registry import check_trusted, classifiers, datasets, fusion_rules, imported
-from .run import choose_device
+from .run import autocast, choose_device
 from .run_folder import RunFolder, load_tensors, read_config
 
 FILE = Path("checkpoints") / "model.pt"
@@ -64,6 +64,8 @@ class Predictor:
 
         For samples that lack a modality, see :class:`Split`, the predictions of the others are fused.
         """
+        if not self.models:
+            raise UserError("this method keeps no models to predict with")
         return combine(self.rule, torch.stack(list(self.logits(split).values())))
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ class Predictor:
         for name, model in self.models.items():
             if isinstance(model, FeatureHead):
                 device = model.head.weight.device
-                with self._autocast(device):
+                with autocast(device, self.amp):
                     logits[name] = model(torch.cat(list(features.values()), dim=1).to(device)).float().cpu()
                 continue
             split_up = shares and isinstance(model, JointClassifier) and len(self.models) == 1
@@ -95,9 +97,6 @@ class Predictor:
                     lacks = ~stored[presence(m)].cpu()[:, None]
                     features[m], logits[m] = features[m].masked_fill(lacks, 0), logits[m].masked_fill(lacks, torch.nan)
         return logits
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16")
 
     def _outputs(
         self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
@@ -112,7 +111,7 @@ class Predictor:
         for start in range(0, max(count, 1), 1000):  # no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
-            with self._autocast(device):
+            with autocast(device, self.amp):
                 if isinstance(model, JointClassifier):
                     features, logits = model(inputs, {m: batch[presence(m)] for m in views if presence(m) in batch})
                     logits = model.shares(features)[share] if share else logits

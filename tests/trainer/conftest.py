@@ -57,6 +57,28 @@ def three_views(register):
 
 
 @pytest.fixture
+def double_views(three_views, register):
+    """The name of the same dataset in float64, which is torch's default dtype for the length of the test.
+
+    Some samples lack the third modality.
+    """
+
+    def double(options):
+        data = datasets[three_views](options)
+        for modality in data.modalities.values():
+            modality.make = torch.Tensor.double
+        for split in data.splits().values():
+            split.stored["worse present"] = torch.arange(len(split)) % 5 > 0
+        return data
+
+    register(datasets, "double", double)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield "double"
+    torch.set_default_dtype(usual)
+
+
+@pytest.fixture
 def mixed():
     """A small dataset of sequences of floats, images and vectors; two classes; sizes that no batch divides."""
     generator = torch.Generator().manual_seed(0)

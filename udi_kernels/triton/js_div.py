@@ -701,16 +701,22 @@ def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
     values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE, stats=stats)
     if C <= TILE_CLASSES:
         return _fwd_by_tiles(R, C, reduction, values)
+    num_warps = _long_rows(C, dtype, values)
+    parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
+    if parts == 1:
+        return _fwd_by_rows(R, reduction, values, num_warps)
+    return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), num_warps)
+
+
+def _long_rows(C, dtype, values):
+    """The warps of a program; its tiles are added to the values."""
     # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
     # More values at a time leave too few registers; each narrow load needs an address and a mask.
     width = min(4, max(2, values["V"]))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
-    parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
-    if parts == 1:
-        return _fwd_by_rows(R, reduction, values, num_warps)
-    return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), num_warps)
+    return num_warps
 
 
 def _mixture(beta):
@@ -837,6 +843,53 @@ def _fwd_by_parts(R, S, reduction, values, num_warps):
         div(input, target, weight, parts, stats)
         join(parts, weight, stats, loss)
         return loss, stats
+
+    return run
+
+
+# Where processes have parts of the classes, a row is split over them.
+
+
+def js_div_part_sums(input, target, weight, temperature):
+    return _of_part("sums", input, target, weight, None, 0.5, temperature)[:4]
+
+
+def js_div_part_divergences(input, target, weight, sums, beta, temperature):
+    return _of_part("divergences", input, target, weight, sums, beta, temperature)[4:]
+
+
+def _of_part(step, input, target, weight, sums, beta, temperature):
+    input, target = _adjacent(input), _adjacent(target)
+    run = _part(
+        step, input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
+        weight is not None and (weight.dtype, weight.stride(0)), beta, temperature,
+    )  # fmt: skip
+    with torch.cuda.device_of(input):
+        return run(input, target, weight, sums)
+
+
+@cached_launch
+def _part(step, _device, dtype, shape, x_strides, y_strides, weight, beta, temperature):
+    R, C = shape
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
+    num_warps = _long_rows(C, dtype, values)
+    values |= dict(S=1, MAX_S=1, span=cdiv(C, values["LANES"] * values["WIDTH"]))
+    kernel = _fwd_split_sums if step == "sums" else _fwd_split_div
+    launch = Launch(kernel, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+
+    def run(input, target, weight, sums):
+        parts = torch.zeros((7, R), dtype=torch.float32, device=input.device)
+        if sums is None:
+            launch(input, target, weight, parts)
+            return parts
+        parts[:4] = sums
+        launch(input, target, weight, parts, torch.empty_like(parts))
+        kl_q, kl_p, kl = parts[4:]
+        if beta != 0:  # a NaN in either row is one in both gradients, and divergences are in bits
+            kl_q += 0 * kl_p
+            kl_p += 0 * kl_q
+            torch.add(beta * kl_p, kl_q, alpha=1 - beta, out=kl).mul_(math.log(2))
+        return parts
 
     return run
 

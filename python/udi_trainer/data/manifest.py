@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..console import log
@@ -23,7 +24,18 @@ from ..registry import datasets
 from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
-from .kinds import STATISTICS_SAMPLES, AugmentationOptions, Cell, Column, Kind, PictureOptions, SoundOptions
+from .kinds import (
+    MISSING,
+    STATISTICS_SAMPLES,
+    ArrayOptions,
+    AugmentationOptions,
+    Cell,
+    Column,
+    Damage,
+    Kind,
+    PictureOptions,
+    SoundOptions,
+)
 from .leaks import warn_about_columns, warn_about_shared_files
 from .rows import RESERVED, Rows, find_labels, label_order, read
 from .splits import SPLIT_FRACTIONS, SPLITS, find_splits
@@ -70,14 +82,13 @@ class Columns(Group, title="data of your own"):
         one_of("impute", "refuse"),
         "an empty number beside others in a table: impute (the median of training, and an indicator) or refuse",
     )
-    skip_bad: bool = option(False, flag, "leave out samples that cannot be read, and list them")
     allow_missing: bool = option(
         False, flag, "keep samples with empty cells, and train on the modalities that they have"
     )
 
 
-PREPROCESSING = (PictureOptions, SoundOptions, AugmentationOptions)  # what the kinds read
-BUILD = (Columns, CacheOptions, *PREPROCESSING)  # what `build` reads
+PREPROCESSING = (PictureOptions, SoundOptions, ArrayOptions, AugmentationOptions)  # what the kinds read
+BUILD = (Columns, Damage, CacheOptions, *PREPROCESSING)  # what `build` reads
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def build(source: Rows, options: Options) -> Dataset:
     splits = find_splits(source, labels)
     kept = list(range(len(labels)))
     while True:
-        report_bad_rows(source, {i: bad[i] for i in kept if i in bad}, chosen.skip_bad)
+        report_bad_rows(source, {i: bad[i] for i in kept if i in bad}, options.of(Damage).skip_bad)
         kept = [i for name in SPLIT_FRACTIONS for i in kept if splits[i] == name and i not in bad]
         check_remaining(source, kept, splits, cells, specs)
         if errors := unseen_classes(kept, splits, labels):
@@ -134,6 +145,7 @@ def build(source: Rows, options: Options) -> Dataset:
         bad |= errors
 
     suggest_categories(source, specs, [kept[row] for row in training])
+    log_notes(loaded)
     classes = sorted({labels[i] for i in kept if labels[i]}, key=label_order)
     class_index = {label: c for c, label in enumerate(classes)} | {"": -1}
     split_of = {name: [row for row, i in enumerate(kept) if splits[i] == name] for name in SPLIT_FRACTIONS}
@@ -192,22 +204,32 @@ def load_columns(
     return loaded, errors
 
 
+def log_notes(loaded: Mapping[str, LoadedColumn]) -> None:
+    for kind, *_ in loaded.values():
+        for note in kind.notes:
+            log.warning(note)
+
+
 def load_column(kind: Kind, state: dict | None = None) -> LoadedColumn:
     """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then.
 
-    ``state``: what an earlier run has configured; by default the headers determine it.
+    ``state``: what an earlier run has configured; by default the headers determine it, those of training files if there
+    are any.
     """
     keys = kind.keys()
     headers = None if kind.column.bad else kind.read_headers(keys)
     if headers is None:
         return kind, keys, None
+    present = [row for row, key in enumerate(keys) if key != MISSING]
     if state is None:
         own = vars(kind).keys() | {"state"}
-        kind.configure(headers)
+        of_training = np.isin(present, kind.column.training)
+        kind.configure(headers[of_training] if of_training.any() else headers)
         kind.state = {name: value for name, value in vars(kind).items() if name not in own}
     else:
         vars(kind).update(state)
-    return kind, keys, kind.read(keys)
+    kind.review(headers, present)
+    return kind, keys, None if kind.column.bad else kind.read(keys)
 
 
 def presences(cells: Mapping[str, list[Cell]], kept: Sequence[int]) -> dict[str, torch.Tensor]:

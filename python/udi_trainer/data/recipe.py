@@ -11,12 +11,14 @@ from ..options import Options
 from . import kinds
 from .cache import CacheOptions
 from .dataset import Split
+from .kinds import Damage
 from .manifest import (
     PREPROCESSING,
     Spec,
     check_cells,
     collect_cells,
     load_columns,
+    log_notes,
     presences,
     report_bad_rows,
 )
@@ -42,7 +44,8 @@ def samples(
             choose(f"column of {source.source}; the run reads", name, header)
     if others := [name for name in header if name not in {*read, *RESERVED}]:
         log.info("%s: columns that the run does not read: %s", source.source, short(", ".join(others)))
-    options = Options.of_flat(recipe["options"] | {"cache_dir": cache_dir}, (*PREPROCESSING, CacheOptions))
+    own = {"cache_dir": cache_dir, "skip_bad": skip_bad}
+    options = Options.of_flat(recipe["options"] | own, (*PREPROCESSING, CacheOptions, Damage))
     cells = collect_cells(source, specs)
     bad = check_cells(source, cells, specs)
     kept = list(range(len(source.rows)))
@@ -55,6 +58,7 @@ def samples(
         loaded, bad = load_columns(specs, cells, kept, options, states=states)
         if not bad:
             break
+    log_notes(loaded)
     index = {name: c for c, name in enumerate(classes)}
     labels = [index.get(label, -1) for label in find_labels(source)] if "label" in header else [-1] * len(source.rows)
     stored = {m: tensor for m, (_, _, tensor) in loaded.items() if tensor is not None} | presences(cells, kept)
