@@ -220,9 +220,8 @@ class Kind:
         """Mean and standard deviation per channel of ``values(sample)`` (..., channels); cached."""
 
         def compute() -> dict:
-            x = values(sample).double().flatten(0, -2)
-            std = x.std(0, correction=0)
-            return {"mean": x.mean(0).tolist(), "std": torch.where(std > 1e-6 * x.abs().amax(0), std, 1).tolist()}
+            mean, std = pipelines.moments(values(sample))
+            return {"mean": mean, "std": std}
 
         key = digest("statistics", VERSION, type(self).__name__, self.settings(), self.shape, settings, *keys)
         statistics = self.column.cache.memoize(key, compute)
