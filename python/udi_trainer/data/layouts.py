@@ -18,7 +18,7 @@ from ..options import Options, reads
 from ..registry import datasets
 from .cache import CacheOptions
 from .dataset import DataRoot, Dataset, Fold
-from .kinds import AugmentationOptions, Damage, PictureOptions, SoundOptions
+from .kinds import AugmentationOptions, Damage, PictureOptions, SoundOptions, is_hidden
 from .manifest import Columns, build
 from .pipelines import Features
 from .rows import Rows
@@ -183,7 +183,7 @@ def modelnet40(options: Options) -> Dataset:
     for split in ("train", "test"):
         for file in sorted(root.glob(f"*/{split}/*.png")):
             view = re.fullmatch(r"(.+?)[._](?:shaded_v)?(\d{3})", file.stem)
-            if view:
+            if view and not is_hidden(file.name):
                 objects.setdefault((file.parent.parent.name, split, view[1]), file.relative_to(root))
     if not objects:
         raise UserError(

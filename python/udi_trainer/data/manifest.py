@@ -332,7 +332,8 @@ def guess_kind(source: Rows, name: str) -> str:
         return "flow" if len(paths) == 2 or (paths[0] / "u").is_dir() else "frames"
     if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
         missing = "" if os.path.exists(paths[0]) else ", and there is no such file"
-        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: give --kinds {name}=KIND")
+        how = f"give --kinds {name}=KIND, one of {', '.join(kinds.kinds)}"
+        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: {how}")
     return "text"
 
 
