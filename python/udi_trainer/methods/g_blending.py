@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..models.classifiers import HeadsClassifier
 from ..registry import methods
@@ -30,9 +29,9 @@ from .unimodal import train_alone
 LEAST = 0.01  # nats
 
 
-def blending_weights(histories: Mapping[str, list[dict]], classes: int) -> dict[str, float]:
+def blending_weights(histories: Mapping[str, list[dict]], classes: int, select: str | None = None) -> dict[str, float]:
     """w_k from the log of each training alone."""
-    kept = {name: best_epoch(history) for name, history in histories.items()}
+    kept = {name: best_epoch(history, select) for name, history in histories.items()}
     gain = {name: max(LEAST, math.log(classes) - row["val_loss"]) for name, row in kept.items()}
     overfitting = {name: max(LEAST, row["val_loss"] - row["loss"]) for name, row in kept.items()}
     ratios = {name: gain[name] / overfitting[name] ** 2 for name in kept}
@@ -50,7 +49,7 @@ class GBlending(Joint):
     def step(self, batch):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
-            losses = {"joint": cross_entropy(logits, batch["labels"])}
+            losses = {"joint": self.cross_entropy(logits, batch["labels"])}
             losses |= self.unimodal_losses(self.model.shares(features), batch)
             loss = self.weights @ torch.stack(list(losses.values())).to(self.weights.dtype)
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
@@ -63,7 +62,7 @@ def g_blending(run: Run) -> Outcome:
     alone, joint = train_alone(run), run.make(Joint)
     fit([joint], run)
     histories = {"joint": run.history[joint.name]} | {m: run.history[task.name] for m, task in alone.items()}
-    weights = blending_weights(histories, run.data.classes)
+    weights = blending_weights(histories, run.data.classes, run.options.select)
     outcome = train_joint(run.make(GBlending, weights=weights))
     outcome.metrics["blending_weights"] = weights
     return outcome

@@ -68,15 +68,16 @@ class Task:
         """Which of the encoders that --freeze names are frozen now: steps differ by it."""
         return tuple(freezing.frozen for freezing in self.freezing)
 
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch, weighted by class if the options say so.
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """The classification loss of a batch, weighted by class if the options say so; ``reduction``: mean or none.
 
         The weights are not normalized by batch, so the mean over several processes is that of one.
         """
         weights = self.run.class_weights
         if weights is None:
-            return cross_entropy(logits, labels)
-        return (weights[labels] * cross_entropy(logits, labels, reduction="none")).mean()
+            return cross_entropy(logits, labels, reduction=reduction)
+        rows = weights[labels] * cross_entropy(logits, labels, reduction="none")
+        return rows.mean() if reduction == "mean" else rows
 
     def place(self, model: Model) -> Model:
         """Moves the model to the run's device, and compiles and shards it if the options say so."""
