@@ -109,21 +109,6 @@ struct JSDiv : Function<JSDiv> {
   }
 };
 
-void check_weight(const Tensor& weight, const Tensor& input) {
-  check_dense("js_div", "weight", weight);
-  const auto type = weight.scalar_type();
-  TORCH_CHECK_TYPE(floating(type) || c10::isIntegralType(type, true),
-                   "js_div: weight must be float16, bfloat16, float32, float64, bool or an integer, got ",
-                   python(type));
-  TORCH_CHECK_VALUE(weight.device() == input.device(), "js_div: weight must be on ", input.device(),
-                    " as input is, got ", weight.device());
-  const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
-  TORCH_CHECK_VALUE(weight.sym_sizes() == rows, "js_div: weight must have shape ", python(rows), ", one per row, got ",
-                    python(weight.sym_sizes()));
-  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(),
-                    "js_div: weight gets no gradient: pass weight.detach(), or weight the 'none' reduction");
-}
-
 Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, double beta, double temperature,
               int64_t reduction) {
   const auto dtype = check_tensors("js_div", {{"input", input}, {"target", target}});
@@ -132,7 +117,7 @@ Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, d
                     "js_div: input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
   TORCH_CHECK_VALUE(0 <= beta && beta <= 1, "js_div: beta must lie in [0, 1], got ", beta);
   check_temperature("js_div", temperature);
-  if (weight) check_weight(*weight, input);
+  if (weight) check_weight("js_div", *weight, {"input", input});
   if (!kernels_serve<JSDiv>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, double, double, int64_t)>(
         "udi_kernels::js_div_reference");
