@@ -116,20 +116,6 @@ struct RowDivergence : Function<RowDivergence<name, Options...>> {
   }
 };
 
-void check_weight(const char* op, const Tensor& weight, const Tensor& input) {
-  check_dense(op, "weight", weight);
-  const auto type = weight.scalar_type();
-  TORCH_CHECK_TYPE(floating(type) || c10::isIntegralType(type, true), op,
-                   ": weight must be float16, bfloat16, float32, float64, bool or an integer, got ", python(type));
-  TORCH_CHECK_VALUE(weight.device() == input.device(), op, ": weight must be on ", input.device(), " as input is, got ",
-                    weight.device());
-  const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
-  TORCH_CHECK_VALUE(weight.sym_sizes() == rows, op, ": weight must have shape ", python(rows), ", one per row, got ",
-                    python(weight.sym_sizes()));
-  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(), op,
-                    ": weight gets no gradient: pass weight.detach(), or weight the 'none' reduction");
-}
-
 // Checks the tensors and calls what serves: kernels, or the reference.
 template <const char* name, class... Options>
 Tensor row_divergence(const Tensor& input, const Tensor& target, const Weight& weight, Options... options) {
@@ -138,7 +124,7 @@ Tensor row_divergence(const Tensor& input, const Tensor& target, const Weight& w
   check_same_shape(name, {"input", input}, {"target", target});
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0, name,
                     ": input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
-  if (weight) check_weight(name, *weight, input);
+  if (weight) check_weight(name, *weight, {"input", input});
   if (!kernels_serve<Node>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, Options...)>(
         c10::str("udi_kernels::", name, "_reference").c_str());
