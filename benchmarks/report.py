@@ -17,6 +17,7 @@ OURS = "udi_kernels"
 # The implementation in most existing code.
 USUAL = {
     "js_div": "eager",
+    "skew_kl": "eager",
     "club_mi": "NxNxD",
     "club_mi(given=)": "eager",
     "gramian": "cat + matmul",
@@ -27,7 +28,7 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div"],
+    "js_div": ["js_div", "skew_kl"],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],

@@ -1,4 +1,4 @@
-// Generalized Jensen-Shannon divergence of rows of logits.
+// Generalized Jensen-Shannon divergence of rows of logits, and skew KL, one of its halves alone.
 //
 // With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq -
 // log(sum_p/sum_q) and beta at most 1/2; otherwise the rows are swapped. Where (1 - beta) q is the larger part of m,
@@ -7,6 +7,10 @@
 // other of q and p, which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta,
 // and for nearly equal rows, where the divergence is of second order in d. Large logits lose no digits, because the
 // maximum and the logarithm of the sum are never added.
+//
+// Skew KL is KL(r || m), r being p or q and s the other one. With v = m/r - 1, its terms are r (v - log(1 + v)), of
+// second order in v. Its gradients need u = (r - m)/m, a multiple of e^w - 1 over m/base, and the slope D = log(r/m) -
+// c u, where c is r's weight in m.
 #include <algorithm>
 #include <array>
 #include <functional>
@@ -29,16 +33,24 @@ constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute t
 
 using namespace js_div_stats;  // names of the statistics
 
+// The whole divergence, or KL(q || m) or KL(p || m) alone.
+enum class Part { kBoth, kQ, kP };
+
 template <class S>
 struct Constants {
   S gamma, beta, edge, inverse_temperature;  // gamma = 1 - beta; beta p < gamma q where d < edge
   bool even;                                 // 1 + c expm1(w) is never small, so that little cancels in it
+  Part part;
 
-  Constants(double b, double temperature)
-      : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25) {
+  Constants(double b, double temperature, Part part = Part::kBoth)
+      : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25), part(part) {
     if (even) beta = 1 - gamma;  // exact, so that they add up to 1
     if (b > 0) beta = std::max(beta, std::numeric_limits<S>::min()), edge = std::log(gamma / beta);
   }
+
+  // Of KL(r || m): the weight in m of r, and of s.
+  S own() const { return part == Part::kQ ? gamma : beta; }
+  S others() const { return part == Part::kQ ? beta : gamma; }
 };
 
 // f(x, y, offset, lanes) for every 16 elements of two rows; what lies beyond the end reads as probability 0.
@@ -100,6 +112,34 @@ inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
   return {c.base, c.base * c.ratio, -L, c.w - L};
 }
 
+// v - log(1 + v) for |v| <= 1/3, with the relative accuracy of a small v: with t = v/(2 + v), log(1 + v) = 2 artanh t.
+template <class V>
+inline V log1p_rest(V v) {
+  constexpr int kTerms = sizeof(v[0]) == 4 ? 5 : 11;
+  V t = v / (2 + v), t2 = t * t, series{};
+  for (int i = kTerms; i > 0; --i) series = series * t2 + 1 / decltype(v[0] + 0)(2 * i + 1);
+  return t * (v - 2 * t2 * series);
+}
+
+// Of KL(r || m): both sides, u, the term and the slope D.
+template <class V>
+struct Skew {
+  V r, s, u, term, slope;
+};
+
+template <class V, class S>
+inline Skew<V> skew(const Pair<V>& c, Constants<S> k) {
+  const auto t = terms(c, k);
+  const auto base = k.part == Part::kQ ? c.below : ~c.below;        // where r is the base
+  const V excess = k.others() * (base ? -c.ratio_m1 : c.ratio_m1);  // (r - m)/base
+  const V m = (c.below ? splat(k.gamma) : splat(k.beta)) + (c.below ? splat(k.beta) : splat(k.gamma)) * c.ratio;
+  const V r = base ? t.base : t.other, log_r = base ? t.log_base : t.log_other, u = excess / m;
+  const V v = -excess / (base ? splat(S(1)) : c.ratio), h = log1p_rest(v);
+  const auto near = max(v, -v) < S(1) / 3;  // elsewhere little cancels
+  return {r, base ? t.other : t.base, u, near ? r * h : r * log_r - t.base * excess,
+          near ? h + (k.others() + v) * u : log_r - k.own() * u};
+}
+
 // Keeps the compiler from contracting a probability with a later subtraction, so that equal ones give exactly 0.
 template <class V>
 inline V rounded(V probability) {
@@ -112,28 +152,40 @@ inline V log_ratio(const Pair<V>& c, V x, const V* stats, Constants<S> k) {
   return x - stats[kMaxQ] == -INFINITY ? splat<S>(INFINITY) : c.d;
 }
 
-// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all. `exps`: room for both
-// rows' exponentials, each of `size` rounded up to whole vectors.
+// The maxima, no less than `least`.
 template <class T>
-Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
-               Vec<T>* stats) {
-  using V = Vec<T>;
-  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
-  V max_q = V{} - INFINITY, max_p = max_q;
-  for_each(x, y, 0, size, [&](V a, V b, int64_t, int) {
+void maxima(const T* x, const T* y, int64_t size, bool packed, Vec<T> least, Vec<T>* stats) {
+  Vec<T> max_q = least, max_p = least;
+  for_each(x, y, 0, size, [&](Vec<T> a, Vec<T> b, int64_t, int) {
     max_q = max(a, max_q);
     max_p = max(b, max_p);
   });
-  if (!packed) max_q = across(max_q, max<V>), max_p = across(max_p, max<V>);
-  auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+  if (!packed) max_q = across(max_q, max<Vec<T>>), max_p = across(max_p, max<Vec<T>>);
+  stats[kMaxQ] = max_q, stats[kMaxP] = max_p;
+}
+
+// Fills `exps` with both rows' exponentials, each of `size` rounded up to whole vectors, and returns their sums.
+template <class T>
+std::array<Vec<T>, 2> exponentials(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
+                                   const Vec<T>* stats, compute_t<T>* exps) {
+  using V = Vec<T>;
+  const V max_q = stats[kMaxQ], max_p = stats[kMaxP];
+  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
+  return sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     V q = exp_negative((a - max_q) * k.inverse_temperature), p = exp_negative((b - max_p) * k.inverse_temperature);
     store(exps_q + i, q);
     store(exps_p + i, p);
     sum[0] += q;
     sum[1] += p;
   });
-  stats[kMaxQ] = max_q, stats[kInvQ] = 1 / sum_q;
-  stats[kMaxP] = max_p, stats[kInvP] = 1 / sum_p;
+}
+
+// The divergences, into `stats`, and the loss, given maxima and inverse sums.
+template <class T>
+Vec<T> divergences(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
+                   const compute_t<T>* exps, Vec<T>* stats) {
+  using V = Vec<T>;
+  const compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   const auto compared = [&](V a, V b, int64_t i) {
     auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
@@ -152,6 +204,16 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
     stats[kDivQ] = rest, stats[kDivP] = div;
     return total;
   }
+  if (k.part != Part::kBoth) {
+    auto [own, others, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+      auto t = skew(compared(a, b, i), k);
+      sum[0] += t.r * t.slope;
+      sum[1] += t.s * t.u;
+      sum[2] += t.term;
+    });
+    stats[k.part == Part::kQ ? kDivQ : kDivP] = own, stats[k.part == Part::kQ ? kDivP : kDivQ] = others;
+    return loss;
+  }
   // The loss is not computed from the two divergences, whose terms are of first order in d; its own are of second.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     auto c = compared(a, b, i);
@@ -166,8 +228,19 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
   return loss;
 }
 
+// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all.
+template <class T>
+Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
+               Vec<T>* stats) {
+  maxima(x, y, size, packed, Vec<T>{} - INFINITY, stats);
+  auto [sum_q, sum_p] = exponentials(x, y, size, packed, k, stats, exps);
+  stats[kInvQ] = 1 / sum_q, stats[kInvP] = 1 / sum_p;
+  return divergences(x, y, size, packed, k, exps, stats);
+}
+
 // d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
-// p/T (log(p/q) - KL(p||q)). `grad` is dL/d(row) in every lane.
+// p/T (log(p/q) - KL(p||q)). With a the weight of s in m, those of KL(r||m) are r/T (D - sum r D) and a/T s (sum s u -
+// u). `grad` is dL/d(row) in every lane.
 template <class T>
 void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
               T* grad_x, T* grad_y) {
@@ -184,6 +257,15 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
       V scale = grad * k.inverse_temperature;
       if (grad_x) put(grad_x, scale * (q - p - q * stats[kDivQ]));
       if (grad_y) put(grad_y, p == 0 ? V{} : V(scale * p * (log_ratio(c, a, stats, k) - stats[kDivP])));
+      return;
+    }
+    if (k.part != Part::kBoth) {
+      auto t = skew(c, k);
+      const bool q = k.part == Part::kQ;
+      V scale = grad * k.inverse_temperature;
+      T *own = q ? grad_x : grad_y, *others = q ? grad_y : grad_x;
+      if (own) put(own, scale * t.r * (t.slope - stats[q ? kDivQ : kDivP]));
+      if (others) put(others, scale * k.others() * t.s * (stats[q ? kDivP : kDivQ] - t.u));
       return;
     }
     auto s = terms(c, k);
@@ -311,27 +393,35 @@ void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optio
   });
 }
 
-// Results of masked rows stay as they are.
-template <class T>
-void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
-                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
+// f(block, x, y, size, packed, room for the exponentials of both) for all rows but the masked ones, in parallel.
+template <class T, class F>
+void for_each_pair(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask, F f) {
   using S = compute_t<T>;
   const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
   for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
-    Vec<T> block_stats[kStats], block_loss;
     if (packed) {
       int64_t size = classes * kLanes;
       pack(x, block, classes, room);
       pack(y, block, classes, room + size);
-      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block_stats);
+      f(block, room, room + size, size, true, room + 2 * size);
     } else {
-      block_loss = forward(x[block.row[0]], y[block.row[0]], classes, false, k, room, block_stats);
-    }
-    for (int lane = 0; lane < block.height; ++lane) {
-      loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
-      for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
+      f(block, x[block.row[0]], y[block.row[0]], classes, false, room);
     }
   });
+}
+
+// Results of masked rows stay as they are.
+template <class T>
+void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
+  for_each_pair(
+      x, y, rows, classes, mask, [&](const Block& block, auto* a, auto* b, int64_t size, bool packed, auto* exps) {
+        Vec<T> block_stats[kStats], block_loss = forward(a, b, size, packed, k, exps, block_stats);
+        for (int lane = 0; lane < block.height; ++lane) {
+          loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
+          for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
+        }
+      });
 }
 
 template <class T>
@@ -393,9 +483,13 @@ Tensor empty_logits(const Tensor& like, bool needed) {
   return empty(sizes, like.scalar_type(), strides);
 }
 
-std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                                      double beta, double temperature, int64_t reduction) {
-  if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
+Part mirrored(Part part) { return part == Part::kP ? Part::kQ : part == Part::kQ ? Part::kP : part; }
+
+std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, double beta, double temperature,
+                                          int64_t reduction, Part part) {
+  if (beta > 0.5)  // by symmetry
+    return divergence_fwd(target, input, weight, 1 - beta, temperature, reduction, mirrored(part));
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
   const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
   ScalarType dtype = compute_dtype(input);
@@ -412,7 +506,7 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
       for (int i = 0; i < kStats; ++i)
         for (int64_t r : mask->masked) kept[i * rows + r] = 0;
     std::vector<S> row_loss(rows);
-    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                  row_loss.data());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = 0, mass = weighted_mean ? 0 : rows;
@@ -430,12 +524,13 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
   return {loss, stats};
 }
 
-std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
-                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+std::tuple<Tensor, Tensor> divergence_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, const Tensor& stats, double beta,
+                                          double temperature, int64_t reduction, bool need_input, bool need_target,
+                                          Part part) {
   if (beta > 0.5) {
-    auto [grad_target, grad_input] =
-        js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
+    auto [grad_target, grad_input] = divergence_bwd(grad, target, input, weight, stats, 1 - beta, temperature,
+                                                    reduction, need_target, need_input, mirrored(part));
     return {grad_input, grad_target};
   }
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
@@ -447,16 +542,106 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
     auto kept = static_cast<const S*>(stats.data_ptr());
     auto factor = !weight ? Factor<S>() : reduction == kMean ? Factor<S>(kept + kShare * rows, 1) : Factor<S>(*weight);
     auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
-    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                   Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
                   need_input ? Logits<T>(grad_input) : Logits<T>(), need_target ? Logits<T>(grad_target) : Logits<T>());
   });
   return {grad_input, grad_target};
 }
 
+std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                      double beta, double temperature, int64_t reduction) {
+  return divergence_fwd(input, target, weight, beta, temperature, reduction, Part::kBoth);
+}
+
+std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
+                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+  return divergence_bwd(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target,
+                        Part::kBoth);
+}
+
+// KL(p || alpha p + (1 - alpha) q); its reverse is the same with the sides exchanged.
+std::tuple<Tensor, Tensor> skew_kl_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                       double alpha, bool reverse, double temperature, int64_t reduction) {
+  return divergence_fwd(reverse ? target : input, reverse ? input : target, weight, alpha, temperature, reduction,
+                        Part::kP);
+}
+
+std::tuple<Tensor, Tensor> skew_kl_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                       std::optional<Tensor> weight, const Tensor& stats, double alpha, bool reverse,
+                                       double temperature, int64_t reduction, bool need_input, bool need_target) {
+  auto [grad_q, grad_p] =
+      divergence_bwd(grad, reverse ? target : input, reverse ? input : target, weight, stats, alpha, temperature,
+                     reduction, reverse ? need_target : need_input, reverse ? need_input : need_target, Part::kP);
+  return reverse ? std::tuple(grad_p, grad_q) : std::tuple(grad_q, grad_p);
+}
+
+// Where processes have parts of the classes, a forward pass has these two steps, and an exchange after each. beta is at
+// most 1/2.
+
+// (n, R): what f(type, block, x, y, size, packed, room for the exponentials) returns for each row, 0 for masked ones.
+template <size_t n, class F>
+Tensor of_part(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, F f) {
+  const auto size = shape(input);
+  const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
+  Tensor out = empty({n, rows}, compute_dtype(input));
+  dispatch(input, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
+    S* to = static_cast<S*>(out.data_ptr());
+    std::fill(to, to + n * rows, S(0));
+    for_each_pair(Logits<T>(input), Logits<T>(target), rows, classes, mask, [&](const Block& block, auto... pair) {
+      std::array<Vec<T>, n> results = f(type, block, pair...);
+      for (int lane = 0; lane < block.height; ++lane)
+        for (size_t i = 0; i < n; ++i) to[i * rows + block.row[lane]] = results[i][lane];
+    });
+  });
+  return out;
+}
+
+// Maximum and sum of exponentials of the input, the same of the target. The maximum of nothing is the lowest number.
+Tensor js_div_part_sums(const Tensor& input, const Tensor& target, std::optional<Tensor> weight, double temperature) {
+  const auto sums = [=](auto* type, const Block&, auto* x, auto* y, int64_t size, bool packed, auto* exps) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Vec<T> stats[kStats];
+    maxima(x, y, size, packed, splat(std::numeric_limits<S>::lowest()), stats);
+    auto [q, p] = exponentials(x, y, size, packed, Constants<S>(0, temperature), stats, exps);
+    return std::array<Vec<T>, 4>{stats[kMaxQ], q, stats[kMaxP], p};
+  };
+  return of_part<4>(input, target, weight, sums);
+}
+
+// The part of both divergences and of the loss, given the sums of all parts.
+Tensor js_div_part_divergences(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                               const Tensor& sums, double beta, double temperature) {
+  const int64_t rows = sums.size(1);
+  const void* data = sums.data_ptr();
+  const auto parts = [=](auto* type, const Block& block, auto* x, auto* y, int64_t size, bool packed, auto* exps) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Vec<T> stats[kStats];
+    for (int i : {kMaxQ, kInvQ, kMaxP, kInvP})
+      for (int lane = 0; lane < kLanes; ++lane)
+        stats[i][lane] = static_cast<const S*>(data)[i * rows + block.row[lane]];
+    stats[kInvQ] = 1 / stats[kInvQ], stats[kInvP] = 1 / stats[kInvP];
+    const Constants<S> k(beta, temperature);
+    exponentials(x, y, size, packed, k, stats, exps);
+    Vec<T> loss = divergences(x, y, size, packed, k, exps, stats);
+    return std::array<Vec<T>, 3>{stats[kDivQ], stats[kDivP], loss};
+  };
+  return of_part<3>(input, target, weight, parts);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
   m.impl("js_div_fwd", TORCH_BOX(&js_div_fwd));
   m.impl("js_div_bwd", TORCH_BOX(&js_div_bwd));
+  m.impl("skew_kl_fwd", TORCH_BOX(&skew_kl_fwd));
+  m.impl("skew_kl_bwd", TORCH_BOX(&skew_kl_bwd));
+  m.impl("js_div_part_sums", TORCH_BOX(&js_div_part_sums));
+  m.impl("js_div_part_divergences", TORCH_BOX(&js_div_part_divergences));
 }
 
 }  // namespace

@@ -113,3 +113,18 @@ def little_mnist(tmp_path):
         write_idx(root / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(root / f"{part}-labels-idx1-ubyte.gz", torch.arange(size, dtype=torch.uint8) % 10)
     return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes files, see files.py."""
+    from .data.files import Folder
+
+    (tmp_path / "files").mkdir()
+    return Folder(tmp_path / "files")
+
+
+@pytest.fixture
+def options(tmp_path):
+    """The options of all runs in these tests."""
+    return {"cache_dir": tmp_path / "cache", "device": "cpu", "progress": False}

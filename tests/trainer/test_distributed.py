@@ -1,5 +1,6 @@
 """Several processes (gloo, CPU) against one with the same global batch; what becomes of them when one is killed."""
 
+import json
 import os
 import signal
 import sys
@@ -88,6 +89,15 @@ def test_same_as_one_process(dtype, tolerance, counts, methods):
 )
 def test_sharded_same_as_one_process(dtype, tolerance, methods):
     compare(dtype, tolerance, (2,), methods, "shard")
+
+
+TRAINING = {"class_weights": "balanced", "clip_grad": 0.5, "warmup": 2.5, "freeze": {"image": 2}, "select": "nll"}
+
+
+@pytest.mark.parametrize("shard", ["", "shard"])
+def test_training_options_same_as_one_process(shard):
+    """Clipped gradients, class weights, an encoder that is frozen at first, and the warm-up."""
+    compare("float64", 1e-12, (2,), ["udi", "joint"], shard, json.dumps(TRAINING))
 
 
 def compare(dtype, tolerance, counts, methods, *shard):

@@ -19,6 +19,7 @@ from . import (
     pdmp,
     pmr,
     reconboost,
+    scikit,
     self_training,
     udi,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "pdmp",
     "pmr",
     "reconboost",
+    "scikit",
     "self_training",
     "udi",
 ]

@@ -14,7 +14,6 @@ here validation decides. Under AdamW a constant alpha changes little.
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..options import Group, number, option, reads
 from ..registry import methods
@@ -40,7 +39,7 @@ class DGL(Joint):
     def step(self, batch):
         with self.run.autocast():
             features = self.forward(batch, training=True)[0]
-            joint = cross_entropy(self.model.fuse({m: x.detach() for m, x in features.items()}), batch["labels"])
+            joint = self.cross_entropy(self.model.fuse({m: x.detach() for m, x in features.items()}), batch["labels"])
             zeros = {m: torch.zeros_like(x) for m, x in features.items()}
             alone = self.unimodal_losses({m: self.model.fuse(zeros | {m: x}) for m, x in features.items()}, batch)
             unimodal = self.run.options.of(DGLOptions).dgl_alpha * torch.stack(list(alone.values())).sum()

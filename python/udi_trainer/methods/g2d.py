@@ -16,7 +16,7 @@ train for 300 epochs by SGD at 0.001, and the epoch that is best on test is kept
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss
 
 from udi_kernels import js_div
 
@@ -61,7 +61,7 @@ class G2D(Joint):
         taught = {m: teacher.outputs(batch) for m, teacher in self.teachers.items()}
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
-            cls = cross_entropy(logits, batch["labels"])
+            cls = self.cross_entropy(logits, batch["labels"])
             con = sum(self.mean(js_div(logits, z, beta=0, reduction="none"), m, batch) for m, (_, z) in taught.items())
             rows = {m: mse_loss(features[m], x, reduction="none").mean(1) for m, (x, _) in taught.items()}
             alike = sum(self.mean(loss, m, batch) for m, loss in rows.items())

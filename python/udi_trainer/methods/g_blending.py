@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..models.classifiers import HeadsClassifier
 from ..registry import methods
@@ -50,7 +49,7 @@ class GBlending(Joint):
     def step(self, batch):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
-            losses = {"joint": cross_entropy(logits, batch["labels"])}
+            losses = {"joint": self.cross_entropy(logits, batch["labels"])}
             losses |= self.unimodal_losses(self.model.shares(features), batch)
             loss = self.weights @ torch.stack(list(losses.values())).to(self.weights.dtype)
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))

@@ -3,13 +3,12 @@
 from functools import partial
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from .. import distributed
 from ..data.dataset import Batch, presence
 from ..evaluation.scores import scores
 from ..models.classifiers import ConcatClassifier, JointClassifier
-from ..models.encoders import is_stochastic, make_encoder
+from ..models.encoders import is_stochastic
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs
@@ -28,7 +27,7 @@ class Joint(Task):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         views = run.data.modalities
-        made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
+        made = {name: self.make_encoder(name) for name in views}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
         self.random = any(view.random for view in views.values()) or any(map(is_stochastic, encoders.values()))
@@ -53,7 +52,7 @@ class Joint(Task):
 
     def unimodal_losses(self, logits: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """The cross-entropy of each modality's logits, over the samples that have it."""
-        rows = {name: cross_entropy(z, batch["labels"], reduction="none") for name, z in logits.items()}
+        rows = {name: self.cross_entropy(z, batch["labels"], reduction="none") for name, z in logits.items()}
         return {name: self.mean(loss, name, batch) for name, loss in rows.items()}
 
     def confidence(self, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -65,7 +64,7 @@ class Joint(Task):
 
     def step(self, batch):
         with self.run.autocast():
-            loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
+            loss = self.cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss}
 

@@ -18,7 +18,6 @@ SGD at 0.001 there, and the epoch that is best on test; here validation decides.
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from .. import distributed
 from ..data.dataset import Batch
@@ -114,7 +113,7 @@ class MLA(Task):
         losses, head = {}, self.model.head
         for m, (x, _) in made.items():  # the turns before have changed the head
             with self.run.autocast():
-                losses[m] = loss = cross_entropy(head(x), batch["labels"])
+                losses[m] = loss = self.cross_entropy(head(x), batch["labels"])
             grads = dict(zip(self.parameters, self.gradients(loss, self.parameters), strict=True))
             grads[head.weight] = grads[head.weight] @ self.projection.P
             update(self.optimizer, self.parameters, list(grads.values()))

@@ -16,7 +16,6 @@ that is best on test; here validation decides. Under AdamW a constant gamma chan
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from udi_kernels import gramian, weighted_sum
 
@@ -48,7 +47,7 @@ class MMPareto(Joint):
     def step(self, batch):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
-            joint = cross_entropy(logits, batch["labels"])
+            joint = self.cross_entropy(logits, batch["labels"])
             alone = self.unimodal_losses(self.model.shares(features), batch)
         # No parameter gets two modalities' gradients, so one backward pass serves all unimodal losses.
         ours = self.gradients(joint, self.parameters, retain_graph=True)

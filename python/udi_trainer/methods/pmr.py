@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from .. import distributed
 from ..data.dataset import presence
@@ -80,7 +79,7 @@ class PMR(Joint):
     def step(self, batch, modulate):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
-            loss = joint = cross_entropy(logits, batch["labels"])
+            loss = joint = self.cross_entropy(logits, batch["labels"])
         slowest = torch.zeros(len(features), device=joint.device)
         if modulate:
             distances = {

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..models.classifiers import SumClassifier
 from ..options import Group, number, option, reads
@@ -63,7 +62,7 @@ class ReconBoost(Joint):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
             if boosted == RECTIFY:
-                loss = cross_entropy(logits, batch["labels"])
+                loss = self.cross_entropy(logits, batch["labels"])
                 parameters = set(self.parameters)
             else:
                 m = self.names[boosted]
@@ -71,7 +70,7 @@ class ReconBoost(Joint):
                 others = torch.stack([z.detach() for name, z in shares.items() if name != m]).sum(0)
                 known = as_float(others).softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
                 weight = (self.options.reconboost_label - self.options.reconboost_others * known) / logits.shape[1]
-                loss = self.mean(weight * cross_entropy(shares[m], batch["labels"], reduction="none"), m, batch)
+                loss = self.mean(weight * self.cross_entropy(shares[m], batch["labels"], reduction="none"), m, batch)
         learning = [p for p in self.parameters if p in parameters]
         grads = dict(zip(learning, self.gradients(loss, learning), strict=True))
         update(self.optimizer, self.parameters, [grads.get(p) for p in self.parameters])

@@ -318,3 +318,9 @@ def test_a_file_whose_name_ends_like_a_row(tmp_path, options):
     (tmp_path / "m.csv").write_text("\n".join(rows))
     with pytest.raises(UserError, match="x.npy#²"):
         dataset(tmp_path / "m.csv", options, kinds="x=array")
+
+
+def test_words_that_are_names_of_folders(folder, options):
+    """Such as a word that one of the folders of clips has as its name."""
+    rows = [row | {"place": ["images", "street", "home"][i % 3]} for i, row in enumerate(folder.pairs(24))]
+    assert dataset(folder.manifest(rows), options).modalities["place"].encoder == "words"
