@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 Lists = Sequence[Sequence[Tensor | None]]  # K lists of P gradients; None is a zero gradient
 
@@ -67,6 +68,34 @@ def _log_probabilities(
         input, target = (torch.where(kept[..., None], z, 0) for z in (input, target))
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
     return log_q, log_p, weight
+
+
+def linear_js_div(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    target_bias: Tensor | None,
+    *,
+    soft: Tensor,
+    hard: Tensor | None,
+    labels: Tensor | None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over the rows of soft times the divergence plus hard times the cross-entropy; rows (..., H) or (..., V)."""
+    kept = soft != 0 if hard is None else (soft != 0) | (hard != 0)
+    input = torch.where(kept[:, None], input.flatten(0, -2), 0)
+    z, y = linear(input, weight, bias), target.flatten(0, -2)
+    if target_weight is not None:
+        y = linear(torch.where((soft != 0)[:, None], y, 0), target_weight, target_bias)
+    loss = js_div(z, y, beta=beta, temperature=temperature, weight=soft, reduction="sum")
+    if hard is None or labels is None:
+        return loss
+    z = z.to(loss.dtype)
+    own = z.gather(1, torch.where(hard != 0, labels, 0)[:, None])[:, 0]
+    return loss + torch.where(hard != 0, hard * (z.logsumexp(1) - own), 0).sum()
 
 
 def _reduced(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

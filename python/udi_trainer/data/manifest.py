@@ -63,7 +63,8 @@ class Columns(Group, title="data of your own"):
     kinds: dict[str, str] | None = option(
         None,
         assignments,
-        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
+        "what columns hold, where file endings do not tell: image, frames, flow, audio, video, videosound (the sound"
+        " track), array, text or number",
         "COLUMN=KIND,...",
     )
     tables: dict[str, str] | None = option(
@@ -323,6 +324,7 @@ def guess_kind(source: Rows, name: str) -> str:
     for kind, suffixes in {
         "image": kinds.IMAGES,
         "audio": kinds.SOUNDS,
+        "video": kinds.VIDEOS,
         "array": kinds.ARRAYS,
         "text": (".txt",),
     }.items():
@@ -332,7 +334,8 @@ def guess_kind(source: Rows, name: str) -> str:
         return "flow" if len(paths) == 2 or (paths[0] / "u").is_dir() else "frames"
     if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
         missing = "" if os.path.exists(paths[0]) else ", and there is no such file"
-        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: give --kinds {name}=KIND")
+        how = f"give --kinds {name}=KIND, one of {', '.join(kinds.kinds)}"
+        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: {how}")
     return "text"
 
 

@@ -131,11 +131,7 @@ def build(views: Views, name: str, options: Options) -> Dataset:
     stored, modalities = {}, {}
     for m, array in views.arrays.items():
         stored[m] = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
-        x = stored[m][train].double().flatten(0, -2)
-        std = x.std(0, correction=0)
-        std = torch.where(std > 1e-6 * x.abs().amax(0), std, 1)
-        pipeline = Features(tuple(x.mean(0).tolist()), tuple(std.tolist()))
-        modalities[m] = Modality("mlp" if array.ndim == 2 else "cnn1d", (m,), pipeline)
+        modalities[m] = Modality("mlp" if array.ndim == 2 else "cnn1d", (m,), Features.of(stored[m][train]))
     splits: dict[str, Any] = {
         part: Split(labels[rows], {m: t[rows] for m, t in stored.items()}, [str(i) for i in rows.tolist()])
         for part, rows in (("train", train), ("val", val), ("test", test))

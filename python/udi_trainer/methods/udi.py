@@ -230,7 +230,7 @@ def udi(run: Run) -> Outcome:
             collapses[modality] = reason
             log.warning("follower %s collapsed: %s", modality, reason)
     own = "loglinear" if losses.follower_loss == "residual" else "auto"
-    fused, rule = fuse(run.fusion(own), logits, run.labels)
+    fused, rule = fuse(run.fusion(own), logits, run.labels, run.options.select)
     metrics = {
         "anchor": None if co_training else name,
         "part": "follower",
@@ -244,6 +244,6 @@ def udi(run: Run) -> Outcome:
         "fused": fused,
     }
     if len(alone) == len(logits) and not unfinished:
-        metrics["ensemble"] = fuse(run.fusion(), alone, run.labels)[0]
+        metrics["ensemble"] = fuse(run.fusion(), alone, run.labels, run.options.select)[0]
     models: dict[str, nn.Module] = {m: {**tasks, **followers}[m].model for m in run.data.modalities}
     return Outcome(metrics, models, rule)

@@ -69,7 +69,7 @@ class Task:
         return tuple(freezing.frozen for freezing in self.freezing)
 
     def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """The mean loss of a batch, or with "none" of each sample, weighted by class if the options say so.
+        """The classification loss of a batch, weighted by class if the options say so; ``reduction``: mean or none.
 
         The weights are not normalized by batch, so the mean over several processes is that of one.
         """
