@@ -24,6 +24,7 @@ from udi_kernels import (
     js_div,
     linear_js_div,
     reference,
+    skew_kl,
     weighted_sum,
 )
 
@@ -137,6 +138,25 @@ def linear_js_div_cases():
                 bytes=(heads + classes * 512) * dtype.itemsize,
                 draw=draw,
                 providers=loss_providers((0, 1), table),
+            )  # fmt: skip
+
+
+def skew_kl_cases():
+    table = {
+        "udi_kernels": (1, {"": skew_kl}),
+        "eager": (6, {"": peers.skew_kl_eager}),
+        "torch.compile": (
+            3, {"eager": compiled(peers.skew_kl_eager), "reference": compiled(reference.skew_kl)}
+        ),
+    }  # fmt: skip
+    for dtype in DTYPES:
+        for rows, classes in ((64, 101), (1024, 1000), (4096, 32000)):
+            yield Case(
+                "skew_kl", f"{rows}x{classes}", dtype, "+ backward", rank=int(dtype == torch.bfloat16),
+                elements=2 * rows * classes,
+                bytes=5 * rows * classes * dtype.itemsize,
+                draw=lambda randn, s=(rows, classes): require([randn(*s), randn(*s)], (0,)),
+                providers=loss_providers((0,), table),
             )  # fmt: skip
 
 
@@ -452,6 +472,7 @@ def step_cases():
 GROUPS = (
     js_div_cases,
     linear_js_div_cases,
+    skew_kl_cases,
     club_cases,
     club_given_cases,
     duc_cases,

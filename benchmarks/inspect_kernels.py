@@ -48,6 +48,7 @@ JS_DIV_SHAPES = (
 )  # fmt: skip
 BETAS = (0.0, 0.3)  # besides 1/2, for BETA_SHAPES
 BETA_SHAPES = (8192, 4096), (4096, 32000)
+SKEW_SHAPES = (64, 6), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
 # Masked, and with classes that are not adjacent: (4, C, R / 4).
 MASKED_SHAPES = (64, 6), (1024, 150), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
 LINEAR_SHAPES = (512, 4096), (512, 32000), (512, 128256)
@@ -79,6 +80,10 @@ def cases():
                 for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
                     backward = js_div.js_div_bwd, scalar, x, y, None, stats, *options, *needs
                     yield case("js_div", (R, C), words, *backward)
+            if (R, C) in SKEW_SHAPES:
+                options = 0.1, False, 1.0, 2
+                yield case("skew_kl", (R, C), "", js_div.skew_kl_fwd, x, y, None, *options)
+                yield case("skew_kl", (R, C), "", js_div.skew_kl_bwd, scalar, x, y, None, stats, *options, True, True)
         for R, C in MASKED_SHAPES:
             x, first = torch.empty(R, C, **new), torch.empty(4, C, R // 4, **new).mT
             weight = torch.empty(R, device="meta")

@@ -18,6 +18,7 @@ OURS = "udi_kernels"
 USUAL = {
     "js_div": "eager",
     "linear_js_div": "TRL",
+    "skew_kl": "eager",
     "club_mi": "NxNxD",
     "club_mi(given=)": "eager",
     "gramian": "cat + matmul",
@@ -28,7 +29,7 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div", "linear_js_div"],
+    "js_div": ["js_div", "linear_js_div", "skew_kl"],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],

@@ -8,6 +8,7 @@ from ._gradients import GradientPlan, alignment_weights, gramian, weighted_sum
 from ._info import build_info
 from ._js_div import js_div
 from ._linear_js_div import LinearJSDiv, linear_js_div
+from ._skew_kl import skew_kl
 
 __all__ = [
     "CLUB",
@@ -23,6 +24,7 @@ __all__ = [
     "gramian",
     "js_div",
     "linear_js_div",
+    "skew_kl",
     "weighted_sum",
 ]
 __version__ = "0.2.0"

@@ -1,8 +1,7 @@
-// Generalized Jensen-Shannon divergence of rows of logits; its arithmetic is in js_div.h.
+// Generalized Jensen-Shannon divergence of rows of logits, and skew KL, one of its halves alone;
+// its arithmetic is in js_div.h.
 #include "js_div.h"
 
-#include <algorithm>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -16,8 +15,11 @@ namespace {
 // packed, one row per lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
 
+constexpr auto nothing = [](auto...) {};
+
 // d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
-// p/T (log(p/q) - KL(p||q)). `grad` is dL/d(row) in every lane.
+// p/T (log(p/q) - KL(p||q)). With a the weight of s in m, those of KL(r||m) are r/T (D - sum r D) and a/T s (sum s u -
+// u). `grad` is dL/d(row) in every lane.
 template <class T>
 void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
               T* grad_x, T* grad_y) {
@@ -34,6 +36,15 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
       V scale = grad * k.inverse_temperature;
       if (grad_x) put(grad_x, scale * (q - p - q * stats[kDivQ]));
       if (grad_y) put(grad_y, p == 0 ? V{} : V(scale * p * (log_ratio(c, a, stats, k) - stats[kDivP])));
+      return;
+    }
+    if (k.part != Part::kBoth) {
+      auto t = skew(c, k);
+      const bool q = k.part == Part::kQ;
+      V scale = grad * k.inverse_temperature;
+      T *own = q ? grad_x : grad_y, *others = q ? grad_y : grad_x;
+      if (own) put(own, scale * t.r * (t.slope - stats[q ? kDivQ : kDivP]));
+      if (others) put(others, scale * k.others() * t.s * (stats[q ? kDivP : kDivQ] - t.u));
       return;
     }
     auto s = terms(c, k);
@@ -161,28 +172,35 @@ void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optio
   });
 }
 
-// Results of masked rows stay as they are.
-template <class T>
-void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
-                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
+// f(block, x, y, size, packed, room for the exponentials of both) for all rows but the masked ones, in parallel.
+template <class T, class F>
+void for_each_pair(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask, F f) {
   using S = compute_t<T>;
   const bool packed = classes <= kPackedClasses || x.step != 1 || y.step != 1;
-  const auto nothing = [](auto...) {};
   for_each_block<S>(rows, classes, packed, mask, [&](const Block& block, S* room) {
-    Vec<T> block_stats[kStats], block_loss;
     if (packed) {
       int64_t size = classes * kLanes;
       pack(x, block, classes, room);
       pack(y, block, classes, room + size);
-      block_loss = forward(room, room + size, size, true, k, room + 2 * size, block_stats, nothing);
+      f(block, room, room + size, size, true, room + 2 * size);
     } else {
-      block_loss = forward(x[block.row[0]], y[block.row[0]], classes, false, k, room, block_stats, nothing);
-    }
-    for (int lane = 0; lane < block.height; ++lane) {
-      loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
-      for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
+      f(block, x[block.row[0]], y[block.row[0]], classes, false, room);
     }
   });
+}
+
+// Results of masked rows stay as they are.
+template <class T>
+void forward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, const std::optional<Mask>& mask,
+                  Constants<compute_t<T>> k, compute_t<T>* stats, compute_t<T>* loss) {
+  for_each_pair(
+      x, y, rows, classes, mask, [&](const Block& block, auto* a, auto* b, int64_t size, bool packed, auto* exps) {
+        Vec<T> block_stats[kStats], block_loss = forward(a, b, size, packed, k, exps, block_stats, nothing);
+        for (int lane = 0; lane < block.height; ++lane) {
+          loss[block.row[lane]] = block_loss[lane] < 0 ? 0 : block_loss[lane];  // rounding may be negative; NaN stays
+          for (int i = 0; i < kStats; ++i) stats[i * rows + block.row[lane]] = block_stats[i][lane];
+        }
+      });
 }
 
 template <class T>
@@ -244,9 +262,13 @@ Tensor empty_logits(const Tensor& like, bool needed) {
   return empty(sizes, like.scalar_type(), strides);
 }
 
-std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                                      double beta, double temperature, int64_t reduction) {
-  if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
+Part mirrored(Part part) { return part == Part::kP ? Part::kQ : part == Part::kQ ? Part::kP : part; }
+
+std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, double beta, double temperature,
+                                          int64_t reduction, Part part) {
+  if (beta > 0.5)  // by symmetry
+    return divergence_fwd(target, input, weight, 1 - beta, temperature, reduction, mirrored(part));
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
   const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
   ScalarType dtype = compute_dtype(input);
@@ -263,7 +285,7 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
       for (int i = 0; i < kStats; ++i)
         for (int64_t r : mask->masked) kept[i * rows + r] = 0;
     std::vector<S> row_loss(rows);
-    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                  row_loss.data());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = 0, mass = weighted_mean ? 0 : rows;
@@ -281,12 +303,13 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
   return {loss, stats};
 }
 
-std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
-                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+std::tuple<Tensor, Tensor> divergence_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, const Tensor& stats, double beta,
+                                          double temperature, int64_t reduction, bool need_input, bool need_target,
+                                          Part part) {
   if (beta > 0.5) {
-    auto [grad_target, grad_input] =
-        js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
+    auto [grad_target, grad_input] = divergence_bwd(grad, target, input, weight, stats, 1 - beta, temperature,
+                                                    reduction, need_target, need_input, mirrored(part));
     return {grad_input, grad_target};
   }
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
@@ -298,16 +321,106 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
     auto kept = static_cast<const S*>(stats.data_ptr());
     auto factor = !weight ? Factor<S>() : reduction == kMean ? Factor<S>(kept + kShare * rows, 1) : Factor<S>(*weight);
     auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
-    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                   Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
                   need_input ? Logits<T>(grad_input) : Logits<T>(), need_target ? Logits<T>(grad_target) : Logits<T>());
   });
   return {grad_input, grad_target};
 }
 
+std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                      double beta, double temperature, int64_t reduction) {
+  return divergence_fwd(input, target, weight, beta, temperature, reduction, Part::kBoth);
+}
+
+std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
+                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+  return divergence_bwd(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target,
+                        Part::kBoth);
+}
+
+// KL(p || alpha p + (1 - alpha) q); its reverse is the same with the sides exchanged.
+std::tuple<Tensor, Tensor> skew_kl_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                       double alpha, bool reverse, double temperature, int64_t reduction) {
+  return divergence_fwd(reverse ? target : input, reverse ? input : target, weight, alpha, temperature, reduction,
+                        Part::kP);
+}
+
+std::tuple<Tensor, Tensor> skew_kl_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                       std::optional<Tensor> weight, const Tensor& stats, double alpha, bool reverse,
+                                       double temperature, int64_t reduction, bool need_input, bool need_target) {
+  auto [grad_q, grad_p] =
+      divergence_bwd(grad, reverse ? target : input, reverse ? input : target, weight, stats, alpha, temperature,
+                     reduction, reverse ? need_target : need_input, reverse ? need_input : need_target, Part::kP);
+  return reverse ? std::tuple(grad_p, grad_q) : std::tuple(grad_q, grad_p);
+}
+
+// Where processes have parts of the classes, a forward pass has these two steps, and an exchange after each. beta is at
+// most 1/2.
+
+// (n, R): what f(type, block, x, y, size, packed, room for the exponentials) returns for each row, 0 for masked ones.
+template <size_t n, class F>
+Tensor of_part(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, F f) {
+  const auto size = shape(input);
+  const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
+  Tensor out = empty({n, rows}, compute_dtype(input));
+  dispatch(input, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
+    S* to = static_cast<S*>(out.data_ptr());
+    std::fill(to, to + n * rows, S(0));
+    for_each_pair(Logits<T>(input), Logits<T>(target), rows, classes, mask, [&](const Block& block, auto... pair) {
+      std::array<Vec<T>, n> results = f(type, block, pair...);
+      for (int lane = 0; lane < block.height; ++lane)
+        for (size_t i = 0; i < n; ++i) to[i * rows + block.row[lane]] = results[i][lane];
+    });
+  });
+  return out;
+}
+
+// Maximum and sum of exponentials of the input, the same of the target. The maximum of nothing is the lowest number.
+Tensor js_div_part_sums(const Tensor& input, const Tensor& target, std::optional<Tensor> weight, double temperature) {
+  const auto sums = [=](auto* type, const Block&, auto* x, auto* y, int64_t size, bool packed, auto* exps) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Vec<T> stats[kStats];
+    maxima(x, y, size, packed, splat(std::numeric_limits<S>::lowest()), stats);
+    auto [q, p] = exponentials(x, y, size, packed, Constants<S>(0, temperature), stats, exps);
+    return std::array<Vec<T>, 4>{stats[kMaxQ], q, stats[kMaxP], p};
+  };
+  return of_part<4>(input, target, weight, sums);
+}
+
+// The part of both divergences and of the loss, given the sums of all parts.
+Tensor js_div_part_divergences(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                               const Tensor& sums, double beta, double temperature) {
+  const int64_t rows = sums.size(1);
+  const void* data = sums.data_ptr();
+  const auto parts = [=](auto* type, const Block& block, auto* x, auto* y, int64_t size, bool packed, auto* exps) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using S = compute_t<T>;
+    Vec<T> stats[kStats];
+    for (int i : {kMaxQ, kInvQ, kMaxP, kInvP})
+      for (int lane = 0; lane < kLanes; ++lane)
+        stats[i][lane] = static_cast<const S*>(data)[i * rows + block.row[lane]];
+    stats[kInvQ] = 1 / stats[kInvQ], stats[kInvP] = 1 / stats[kInvP];
+    const Constants<S> k(beta, temperature);
+    exponentials(x, y, size, packed, k, stats, exps);
+    Vec<T> loss = divergences(x, y, size, packed, k, exps, stats, nothing);
+    return std::array<Vec<T>, 3>{stats[kDivQ], stats[kDivP], loss};
+  };
+  return of_part<3>(input, target, weight, parts);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
   m.impl("js_div_fwd", TORCH_BOX(&js_div_fwd));
   m.impl("js_div_bwd", TORCH_BOX(&js_div_bwd));
+  m.impl("skew_kl_fwd", TORCH_BOX(&skew_kl_fwd));
+  m.impl("skew_kl_bwd", TORCH_BOX(&skew_kl_bwd));
+  m.impl("js_div_part_sums", TORCH_BOX(&js_div_part_sums));
+  m.impl("js_div_part_divergences", TORCH_BOX(&js_div_part_divergences));
 }
 
 }  // namespace

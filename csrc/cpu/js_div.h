@@ -1,4 +1,4 @@
-// The arithmetic of the generalized Jensen-Shannon divergence of two rows of logits.
+// The arithmetic of the generalized Jensen-Shannon divergence of two rows of logits, and of skew KL.
 //
 // With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq -
 // log(sum_p/sum_q) and beta at most 1/2; otherwise the rows are swapped. Where (1 - beta) q is the larger part of m,
@@ -7,6 +7,10 @@
 // other of q and p, which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta,
 // and for nearly equal rows, where the divergence is of second order in d. Large logits lose no digits, because the
 // maximum and the logarithm of the sum are never added.
+//
+// Skew KL is KL(r || m), r being p or q and s the other one. With v = m/r - 1, its terms are r (v - log(1 + v)), of
+// second order in v. Its gradients need u = (r - m)/m, a multiple of e^w - 1 over m/base, and the slope D = log(r/m) -
+// c u, where c is r's weight in m.
 #pragma once
 
 #include <algorithm>
@@ -23,16 +27,24 @@ constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute t
 
 using namespace js_div_stats;  // names of the statistics
 
+// The whole divergence, or KL(q || m) or KL(p || m) alone.
+enum class Part { kBoth, kQ, kP };
+
 template <class S>
 struct Constants {
   S gamma, beta, edge, inverse_temperature;  // gamma = 1 - beta; beta p < gamma q where d < edge
   bool even;                                 // 1 + c expm1(w) is never small, so that little cancels in it
+  Part part;
 
-  Constants(double b, double temperature)
-      : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25) {
+  Constants(double b, double temperature, Part part = Part::kBoth)
+      : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25), part(part) {
     if (even) beta = 1 - gamma;  // exact, so that they add up to 1
     if (b > 0) beta = std::max(beta, std::numeric_limits<S>::min()), edge = std::log(gamma / beta);
   }
+
+  // Of KL(r || m): the weight in m of r, and of s.
+  S own() const { return part == Part::kQ ? gamma : beta; }
+  S others() const { return part == Part::kQ ? beta : gamma; }
 };
 
 // f(x, y, offset, lanes) for every 16 elements of two rows; what lies beyond the end reads as probability 0.
@@ -94,6 +106,34 @@ inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
   return {c.base, c.base * c.ratio, -L, c.w - L};
 }
 
+// v - log(1 + v) for |v| <= 1/3, with the relative accuracy of a small v: with t = v/(2 + v), log(1 + v) = 2 artanh t.
+template <class V>
+inline V log1p_rest(V v) {
+  constexpr int kTerms = sizeof(v[0]) == 4 ? 5 : 11;
+  V t = v / (2 + v), t2 = t * t, series{};
+  for (int i = kTerms; i > 0; --i) series = series * t2 + 1 / decltype(v[0] + 0)(2 * i + 1);
+  return t * (v - 2 * t2 * series);
+}
+
+// Of KL(r || m): both sides, u, the term and the slope D.
+template <class V>
+struct Skew {
+  V r, s, u, term, slope;
+};
+
+template <class V, class S>
+inline Skew<V> skew(const Pair<V>& c, Constants<S> k) {
+  const auto t = terms(c, k);
+  const auto base = k.part == Part::kQ ? c.below : ~c.below;        // where r is the base
+  const V excess = k.others() * (base ? -c.ratio_m1 : c.ratio_m1);  // (r - m)/base
+  const V m = (c.below ? splat(k.gamma) : splat(k.beta)) + (c.below ? splat(k.beta) : splat(k.gamma)) * c.ratio;
+  const V r = base ? t.base : t.other, log_r = base ? t.log_base : t.log_other, u = excess / m;
+  const V v = -excess / (base ? splat(S(1)) : c.ratio), h = log1p_rest(v);
+  const auto near = max(v, -v) < S(1) / 3;  // elsewhere little cancels
+  return {r, base ? t.other : t.base, u, near ? r * h : r * log_r - t.base * excess,
+          near ? h + (k.others() + v) * u : log_r - k.own() * u};
+}
+
 // Keeps the compiler from contracting a probability with a later subtraction, so that equal ones give exactly 0.
 template <class V>
 inline V rounded(V probability) {
@@ -106,30 +146,42 @@ inline V log_ratio(const Pair<V>& c, V x, const V* stats, Constants<S> k) {
   return x - stats[kMaxQ] == -INFINITY ? splat<S>(INFINITY) : c.d;
 }
 
-// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all. `exps`: room for both
-// rows' exponentials, each of `size` rounded up to whole vectors. keep(offset, q, terms of KL(q||m), p, terms of
-// KL(p||m)) gets what the gradients are made of, after the last use of the exponentials there; at beta = 0 the terms
-// are those of the statistics.
-template <class T, class F>
-Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
-               Vec<T>* stats, F keep) {
-  using V = Vec<T>;
-  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
-  V max_q = V{} - INFINITY, max_p = max_q;
-  for_each(x, y, 0, size, [&](V a, V b, int64_t, int) {
+// The maxima, no less than `least`.
+template <class T>
+void maxima(const T* x, const T* y, int64_t size, bool packed, Vec<T> least, Vec<T>* stats) {
+  Vec<T> max_q = least, max_p = least;
+  for_each(x, y, 0, size, [&](Vec<T> a, Vec<T> b, int64_t, int) {
     max_q = max(a, max_q);
     max_p = max(b, max_p);
   });
-  if (!packed) max_q = across(max_q, max<V>), max_p = across(max_p, max<V>);
-  auto [sum_q, sum_p] = sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+  if (!packed) max_q = across(max_q, max<Vec<T>>), max_p = across(max_p, max<Vec<T>>);
+  stats[kMaxQ] = max_q, stats[kMaxP] = max_p;
+}
+
+// Fills `exps` with both rows' exponentials, each of `size` rounded up to whole vectors, and returns their sums.
+template <class T>
+std::array<Vec<T>, 2> exponentials(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
+                                   const Vec<T>* stats, compute_t<T>* exps) {
+  using V = Vec<T>;
+  const V max_q = stats[kMaxQ], max_p = stats[kMaxP];
+  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
+  return sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     V q = exp_negative((a - max_q) * k.inverse_temperature), p = exp_negative((b - max_p) * k.inverse_temperature);
     store(exps_q + i, q);
     store(exps_p + i, p);
     sum[0] += q;
     sum[1] += p;
   });
-  stats[kMaxQ] = max_q, stats[kInvQ] = 1 / sum_q;
-  stats[kMaxP] = max_p, stats[kInvP] = 1 / sum_p;
+}
+
+// The divergences, into `stats`, and the loss, given maxima and inverse sums. keep(offset, q, terms of KL(q||m), p,
+// terms of KL(p||m)) gets what the whole divergence's gradients are made of, after the last use of the exponentials
+// there; at beta = 0 the terms are those of the statistics.
+template <class T, class F>
+Vec<T> divergences(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
+                   const compute_t<T>* exps, Vec<T>* stats, F keep) {
+  using V = Vec<T>;
+  const compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   const auto compared = [&](V a, V b, int64_t i) {
     auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
@@ -150,6 +202,16 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
     stats[kDivQ] = rest, stats[kDivP] = div;
     return total;
   }
+  if (k.part != Part::kBoth) {
+    auto [own, others, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
+      auto t = skew(compared(a, b, i), k);
+      sum[0] += t.r * t.slope;
+      sum[1] += t.s * t.u;
+      sum[2] += t.term;
+    });
+    stats[k.part == Part::kQ ? kDivQ : kDivP] = own, stats[k.part == Part::kQ ? kDivP : kDivQ] = others;
+    return loss;
+  }
   // The loss is not computed from the two divergences, whose terms are of first order in d; its own are of second.
   auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
     auto c = compared(a, b, i);
@@ -163,6 +225,16 @@ Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<comp
   });
   stats[kDivQ] = div_q, stats[kDivP] = div_p;
   return loss;
+}
+
+// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all.
+template <class T, class F>
+Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
+               Vec<T>* stats, F keep) {
+  maxima(x, y, size, packed, Vec<T>{} - INFINITY, stats);
+  auto [sum_q, sum_p] = exponentials(x, y, size, packed, k, stats, exps);
+  stats[kInvQ] = 1 / sum_q, stats[kInvP] = 1 / sum_p;
+  return divergences(x, y, size, packed, k, exps, stats, keep);
 }
 
 }  // namespace

@@ -111,6 +111,15 @@ def assignments(x):
     return dict(pairs)
 
 
+def epochs_by_modality(x: Any) -> dict[str, str | int]:
+    """How many epochs, or "all", by modality; in text MODALITY or MODALITY=EPOCHS, separated by commas."""
+    if isinstance(x, str):
+        x = {name: epochs or "all" for name, _, epochs in (part.partition("=") for part in x.split(","))}
+    if not isinstance(x, dict) or not all(isinstance(name, str) and name for name in x):
+        raise ValueError(f"{x!r} is not a list such as audio,image=5")
+    return {name: epochs if epochs == "all" else number(int, 1)(epochs) for name, epochs in x.items()}
+
+
 def one_of(*choices: str) -> Callable:
     def parse(x):
         return choose("value", x, choices)
@@ -223,7 +232,11 @@ class ExperimentOptions(Group, title="what to train"):
         "all",
     )
     baselines: tuple[str, ...] | None = option(
-        None, names, "methods to train for comparison, or none", "A,B", "the method's own: {baselines}"
+        None,
+        names,
+        "methods to train for comparison, or none; on small data scikit-learn's come with any but none",
+        "A,B",
+        "the method's own: {baselines}",
     )
     encoder: dict[str, str] | None = option(
         None,
@@ -233,6 +246,13 @@ class ExperimentOptions(Group, title="what to train"):
     )
     encoder_weights: dict[str, str] | None = option(
         None, assignments, "files of initial weights for encoders, such as torchvision's", "MODALITY=FILE,..."
+    )
+    freeze: dict[str, str | int] | None = option(
+        None,
+        epochs_by_modality,
+        "encoders that stay as they are in the first EPOCHS epochs of a stage, or in all; with --encoder-weights, a"
+        " final layer that the file lacks is trained",
+        "MODALITY[=EPOCHS],...",
     )
     features: int = option(64, number(int, 1), "width of the encoders' features")
 
@@ -258,6 +278,27 @@ class TrainingOptions(Group, title="training"):
         "EPOCHS,FACTOR",
         needs={"schedule": "step"},
     )
+    warmup: float = option(
+        0.0,
+        number(float, 0),
+        "epochs of warm-up, such as 5 or 0.5: the learning rate rises from 0 to the schedule's, linearly by step",
+        "EPOCHS",
+    )
+    clip_grad: float | None = option(
+        None, number(float, above=0), "scale the gradients of a network down to this norm if theirs is larger", "NORM"
+    )
+    class_weights: str = option(
+        "none",
+        one_of("balanced", "none"),
+        "weights of the classes in the classification loss: none; or balanced: inverse to a class's number of labelled"
+        " training samples, with mean 1 over these",
+    )
+    select: str | None = option(
+        None,
+        one_of("acc", "macro-f1", "nll"),
+        "what chooses anchor, epoch and fusion rule on validation: acc, macro-f1 or nll (mean negative log-likelihood)",
+        shown="acc for anchor and epoch",
+    )
     momentum: float = option(0.9, number(float, 0, below=1), "momentum of sgd", needs={"optimizer": "sgd"})
     weight_decay: float | None = option(None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd")
     seed: int = option(
@@ -280,7 +321,12 @@ class MachineOptions(Group, title="machine"):
         "where samples live: device, host (prefetched), or auto: on the device if they fit",
         movable=True,
     )
-    amp: str = option("none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
+    amp: str = option(
+        "none",
+        one_of("none", "bf16", "fp16"),
+        "mixed precision: none, bf16, or fp16 with loss scaling, for GPUs without bf16",
+        "bf16|fp16",
+    )
     tf32: bool = option(False, flag, "float32 convolutions and matrix products in TF32 on a GPU")
     tensorboard: bool = option(False, flag, "also write metrics to the run folder as TensorBoard events", movable=True)
     shard: bool = option(
@@ -294,6 +340,7 @@ class MachineOptions(Group, title="machine"):
     out: str | None = option(None, pathname, "run folder to create", "DIR", "a new one under runs/; none from Python")
 
 
+SCIKIT = ("sklearn-late", "sklearn-concat")  # baselines of every run on small data
 RESERVED = ("encoders", "help", "progress", "resume", "trust")  # arguments of `train` and flags of the command
 
 
@@ -402,8 +449,8 @@ def name_of(method: Callable) -> str:
 
 
 def own_baselines(method: str) -> tuple[str, ...]:
-    """The baselines that a registered method brings along."""
-    return methods.recommended.get(method, {}).get("baselines", ())
+    """The baselines that a registered method brings along, and scikit-learn's."""
+    return (*methods.recommended.get(method, {}).get("baselines", ()), *SCIKIT)
 
 
 def readers(method: str | Callable, baselines: Any, dataset: Any) -> list[Callable]:
@@ -486,7 +533,8 @@ def filled(help: str) -> str:
         for name, options in datasets.recommended.items()
         if options
     )
-    said["baselines"] = "; ".join(f"{', '.join(own_baselines(m))} for {m}" for m in methods if own_baselines(m))
+    own = {m: methods.recommended[m].get("baselines") for m in methods}
+    said["baselines"] = "; ".join(f"{', '.join(others)} for {m}" for m, others in own.items() if others)
     for word, words in said.items():
         help = help.replace(f"{{{word}}}", words)
     return help

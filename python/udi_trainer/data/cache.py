@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..options import Group, option, pathname
 from ..run_folder import read_json, write_json
 
-VERSION = 2  # of the decoders; a new number invalidates the cache
+VERSION = 3  # of the decoders; a new number invalidates the cache
 KEY = 16  # bytes
 RECORD = KEY + 4  # bytes of a sample in the index: its key, and a CRC-32 of its data
 

@@ -18,11 +18,12 @@ from ..options import Options, reads
 from ..registry import datasets
 from .cache import CacheOptions
 from .dataset import DataRoot, Dataset, Fold
-from .kinds import AugmentationOptions, PictureOptions, SoundOptions
-from .manifest import Columns, Rows, build
+from .kinds import AugmentationOptions, Damage, PictureOptions, SoundOptions
+from .manifest import Columns, build
 from .pipelines import Features
+from .rows import Rows
 
-FILES = (DataRoot, Columns, CacheOptions)  # options of all readers here
+FILES = (DataRoot, Columns, Damage, CacheOptions)  # options of all readers here
 FOLDS = 7  # of cremad's actors: one fold for validation, the next for test
 
 

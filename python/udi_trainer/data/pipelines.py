@@ -116,15 +116,20 @@ class Spectrogram:
 
 @dataclass(frozen=True)
 class Features:
-    """Normalised arrays (N, ...), with one mean or one per position of the last axis, reshaped to ``shape``."""
+    """Normalised arrays (N, ...), with one mean or one per position of the last axis, reshaped to ``shape``.
+
+    ``padded``: sequences (N, T, D) whose steps after the end are NaN. They become zeros, the mean.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shape: tuple[int, ...] | None = None
+    padded: bool = False
 
     def __call__(self, x):
         x = x if self.shape is None else x.view(len(x), *self.shape)
-        return (x.float() - constant(self.mean, x.device)) / constant(self.std, x.device)
+        x = (x.float() - constant(self.mean, x.device)) / constant(self.std, x.device)
+        return x.nan_to_num(0) if self.padded else x
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .manifest import RESERVED, write
+from .rows import RESERVED, write
 
 GROUPS = ("group", "speaker", "actor", "subject", "patient", "singer", "person")  # fields that define a group
 

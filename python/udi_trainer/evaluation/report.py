@@ -37,6 +37,9 @@ def table(metrics: dict) -> str:
         numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
         lines.append(f"{name:<28}{numbers}   {fusion_text(scores)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
+    if likelihoods := metrics["fused"].get("log_likelihood"):
+        found = ", ".join(f"{rule} {value:.4f}" for rule, value in sorted(likelihoods.items(), key=lambda x: -x[1]))
+        lines.append(f"fusion {metrics['fused']['rule']}, by cross-validated log-likelihood on validation: {found}")
     for m, dims in metrics.get("effective_dims", {}).items():
         lacking = ", ".join(f"{n} not in {other}" for other, n in dims["lacking_in"].items())
         lines.append(f"effective dimensions: {m} {len(dims['dims'])} of {dims['of']}; of these {lacking}")

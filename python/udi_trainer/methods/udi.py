@@ -23,13 +23,14 @@ from ..options import Group, number, one_of, option, reads, text
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs, predict
-from ..training.loop import best_epoch, fit
+from ..training.loop import best_epoch, fit, merit
 from .follower import Follower, FollowerOptions, q_warmup
 from .frozen import Frozen, Fused
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
 
-NEAR_TIE = 0.005  # validation accuracies this close leave the anchor's choice to predictive entropy
+NEAR_TIE = 0.005  # merits on validation this close leave the anchor's choice to predictive entropy
+CRITERIA = {None: "accuracy", "acc": "accuracy", "macro-f1": "macro-F1", "nll": "likelihood"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class UDIOptions(Group, title="UDI"):
     def check(self, data: Dataset) -> None:
         if self.anchor != "auto":
             choose("anchor", self.anchor, data.modalities)
+        if self.teacher == "fused" and (lacking := [m for m in data.modalities if data.train.present(m) is not None]):
+            raise UserError(f"--teacher fused fuses all modalities, and samples lack {', '.join(lacking)}")
 
 
 def anchor_phase(run: Run) -> tuple[dict[str, Alone], str, dict]:
@@ -77,7 +80,7 @@ def anchor_phase(run: Run) -> tuple[dict[str, Alone], str, dict]:
     selected_at = math.ceil(options.race * epochs) if options.race else epochs  # epoch
     tasks = train_alone(run, [options.anchor] if only_anchor else None, selected_at, phase="anchor")
     histories = {m: run.history[task.name][:selected_at] for m, task in tasks.items()}
-    anchor, selection = choose_anchor(options.anchor, histories)
+    anchor, selection = choose_anchor(options.anchor, histories, run.options.select)
     accuracies = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
     log.info("anchor: %s, by %s (validation: %s)", anchor, selection["by"], accuracies)
     if selected_at < epochs:
@@ -85,24 +88,27 @@ def anchor_phase(run: Run) -> tuple[dict[str, Alone], str, dict]:
     return tasks, anchor, selection
 
 
-def choose_anchor(option: str, histories: dict[str, list[dict]]) -> tuple[str, dict]:
+def choose_anchor(option: str, histories: dict[str, list[dict]], select: str | None = None) -> tuple[str, dict]:
     """The modality that is best on validation, and the criterion; near ties go to the lower predictive entropy.
 
     Each modality is judged by the best epoch of its history.
     """
-    best = {m: best_epoch(history) for m, history in histories.items()}
-    merits = {m: {name: row[name] for name in ("epoch", "val_acc", "val_entropy")} for m, row in best.items()}
-    ranked = sorted(merits, key=lambda m: -merits[m]["val_acc"])
-    lead = merits[ranked[0]]["val_acc"]
-    near = [m for m in ranked if lead - merits[m]["val_acc"] <= NEAR_TIE]
+    best = {m: best_epoch(history, select) for m, history in histories.items()}
+    judged = {m: merit(row, select) for m, row in best.items()}
+    shown = ["epoch", "val_acc", "val_entropy"]
+    shown += {"macro-f1": ["val_macro_f1"], "nll": ["val_loss"]}.get(select or "acc", [])
+    merits = {m: {name: row[name] for name in shown} for m, row in best.items()}
+    ranked = sorted(judged, key=lambda m: -judged[m])
+    lead = judged[ranked[0]]
+    near = [m for m in ranked if lead - judged[m] <= NEAR_TIE]
     if option != "auto":
         by, anchor = "option", option
     elif len(near) > 1:
         by, anchor = "predictive entropy", min(near, key=lambda m: merits[m]["val_entropy"])
     else:
-        by, anchor = "validation accuracy", ranked[0]
-    rivals = [merits[m]["val_acc"] for m in merits if m != anchor]
-    margin = merits[anchor]["val_acc"] - max(rivals) if rivals else None
+        by, anchor = f"validation {CRITERIA[select]}", ranked[0]
+    rivals = [judged[m] for m in judged if m != anchor]
+    margin = judged[anchor] - max(rivals) if rivals else None
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
@@ -202,8 +208,6 @@ def udi(run: Run) -> Outcome:
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
     options, losses = run.options.of(UDIOptions), run.options.of(FollowerOptions)
     co_training = options.teacher == "fused"
-    if co_training and (lacking := [m for m in run.data.modalities if run.data.train.present(m) is not None]):
-        raise UserError(f"--teacher fused fuses all modalities, and samples lack {', '.join(lacking)}")
     tasks, name, selection = anchor_phase(run)
     features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}

@@ -6,6 +6,9 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from udi_trainer.data.manifest import build, read
+from udi_trainer.options import Options
+
 RATE = 4000
 
 
@@ -53,6 +56,16 @@ class Folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def write_sound(self, name, x, rate=RATE, **form):
+        soundfile.write(self._path(name), x, rate, **form)
+        return name
+
+    def save_picture(self, name, picture, **form):
+        """``picture``: of Pillow, or its pixels."""
+        picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        picture.save(self._path(name), **form)
+        return name
+
     def manifest(self, rows, name="data.csv"):
         path = self.path / name
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -60,6 +73,11 @@ class Folder:
             writer.writeheader()
             writer.writerows(rows)
         return path
+
+    def split_pairs(self, count=30):
+        """Rows of image and sound with ids and splits; the sample 2 is in training."""
+        parts = ("train", "train", "train", "val", "test")
+        return [row | {"id": f"s{i}", "split": parts[i // 4 % 5]} for i, row in enumerate(self.pairs(count))]
 
     def pairs(self, count=48, classes=4):
         """Rows of image and sound; each of them reveals half of the label."""
@@ -71,3 +89,17 @@ class Folder:
             }
             for i in range(count)
         ]
+
+
+def dataset(path, options, **more):
+    """The data set of a manifest."""
+    given = {name: value for name, value in options.items() if name != "progress"} | more
+    return build(read(path), Options.make(dataset="manifest", **given))
+
+
+def stored(data, m, name):
+    """What is stored of a sample, by its id."""
+    for split in data.splits().values():
+        if name in split.ids:
+            return split.stored[m][list(split.ids).index(name)]
+    raise AssertionError(f"{name} is in no split")

@@ -1,9 +1,7 @@
 """Manifests: all kinds of files can be trained on, splits follow their rules, damage is reported before training."""
 
 import os
-import random
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[d
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
 from udi_trainer import UserError, load, train
-from udi_trainer.data.manifest import build, draw_splits, read
+from udi_trainer.data.manifest import build, read
 from udi_trainer.options import Options
 
 
@@ -80,34 +78,6 @@ def test_labels_of_numbers_in_their_order(folder, options):
 
 
 # --- splits ---
-
-
-def test_drawn_splits_are_stratified_and_the_same_again():
-    labels = ["x"] * 700 + ["y"] * 200 + ["z"] * 100
-    names = draw_splits(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
-    assert names == draw_splits(labels, [str(i) for i in range(1000)], {"train": 0.7, "val": 0.15, "test": 0.15})
-    for label, count in Counter(labels).items():
-        got = Counter(name for name, x in zip(names, labels, strict=True) if x == label)
-        assert abs(got["train"] - 0.7 * count) <= 2 and abs(got["val"] - got["test"]) <= 2
-
-
-def test_groups_stay_together():
-    pick = random.Random(0)
-    groups = [f"g{pick.randrange(40)}" for _ in range(1000)]
-    labels = [str(pick.randrange(5)) for _ in groups]
-    names = draw_splits(labels, groups, {"train": 0.7, "val": 0.15, "test": 0.15})
-    homes = {}
-    for group, name in zip(groups, names, strict=True):
-        assert homes.setdefault(group, name) == name
-    counts = Counter(names)
-    assert 600 < counts["train"] < 800 and counts["val"] > 100 and counts["test"] > 100
-
-
-def test_three_groups_are_enough_and_two_are_not():
-    shares = {"train": 0.7, "val": 0.15, "test": 0.15}
-    assert sorted(set(draw_splits(["a", "b"] * 9, list("xxyyzz") * 3, shares))) == ["test", "train", "val"]
-    with pytest.raises(UserError, match="2 groups"):
-        draw_splits(["a", "b"] * 4, list("xxyy") * 2, shares)
 
 
 def test_given_splits_are_kept_and_an_absent_one_drawn(folder, options):
@@ -344,7 +314,13 @@ def test_a_nul_character(tmp_path):
 def test_a_file_whose_name_ends_like_a_row(tmp_path, options):
     """² is a digit to Python, but no number."""
     np.save(tmp_path / "x.npy", np.ones((4, 3)))
-    rows = ["label,x"] + [f"{i % 2},x.npy#²" for i in range(12)]
+    rows = ["label,x,y"] + [f"{i % 2},x.npy#²,{i}" for i in range(12)]
     (tmp_path / "m.csv").write_text("\n".join(rows))
     with pytest.raises(UserError, match="x.npy#²"):
         dataset(tmp_path / "m.csv", options, kinds="x=array")
+
+
+def test_words_that_are_names_of_folders(folder, options):
+    """Such as a word that one of the folders of clips has as its name."""
+    rows = [row | {"place": ["images", "street", "home"][i % 3]} for i, row in enumerate(folder.pairs(24))]
+    assert dataset(folder.manifest(rows), options).modalities["place"].encoder == "words"

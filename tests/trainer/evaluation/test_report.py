@@ -69,6 +69,15 @@ def test_every_line_is_named_and_has_a_color_of_its_own(modalities, baselines, c
     assert len(colors) == len(baselines)
 
 
+def test_table_says_which_fusion_rule_and_why():
+    metrics, _ = run(("gray", "color"))
+    metrics["fused"] |= {"rule": "loglinear", "log_likelihood": {"sum": -0.5, "loglinear": -0.25}}
+    wanted = "fusion loglinear, by cross-validated log-likelihood on validation: loglinear -0.2500, sum -0.5000"
+    assert wanted in report.table(metrics).splitlines()
+    metrics["fused"]["log_likelihood"] = {}
+    assert "cross-validated" not in report.table(metrics)
+
+
 def test_without_followers(tmp_path):
     metrics, history = run(("gray", "color"))
     metrics |= {"method": "ensemble", "anchor": None, "modalities": metrics["unimodal"]}
