@@ -18,6 +18,7 @@ OURS = "udi_kernels"
 USUAL = {
     "js_div": "eager",
     "linear_js_div": "TRL",
+    "js_div_topk": "scatter + js_div",
     "skew_kl": "eager",
     "js_div(views)": "eager",
     "js_div(weight=)": "indexed rows",

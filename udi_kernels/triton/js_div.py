@@ -682,6 +682,7 @@ def _weighted_mean(
     R,
     w_stride,
     BLOCK: tl.constexpr,
+    ROW: tl.constexpr,  # of the statistics, for the shares
 ):
     """The weighted mean, and each row's share, in float64: sums of weights may overflow.  0 if all weights are."""
     total = tl.zeros([BLOCK], tl.float64)
@@ -696,7 +697,7 @@ def _weighted_mean(
         kept |= (w != 0).to(tl.int32)
     inverse = tl.where(tl.max(kept, 0) == 0, 1.0, 1 / tl.sum(mass, 0))
     tl.store(OUT, (tl.sum(total, 0) * inverse).to(tl.float32))
-    SHARES = _stat(STATS, R, SHARE)
+    SHARES = _stat(STATS, R, ROW)
     for start in range(0, R, BLOCK):
         row = start + tl.arange(0, BLOCK)
         w = tl.load(W + row.to(tl.int64) * w_stride, row < R, other=0.0)
@@ -746,7 +747,7 @@ def _forward(_device, dtype, shape, x_strides, y_strides, weight, beta, temperat
 def _fwd_weighted_mean(R, C, dtype, values):
     each = _fwd_reduced(R, C, dtype, NONE, values | dict(WEIGH=False), stats=7)
     block = min(4096, next_power_of_2(R))
-    mean = Launch(_weighted_mean, (1,), values | dict(BLOCK=block), num_warps=warps(block, 8))
+    mean = Launch(_weighted_mean, (1,), values | dict(BLOCK=block, ROW=SHARE.value), num_warps=warps(block, 8))
 
     def run(input, target, weight):
         losses, stats = each(input, target, weight)
