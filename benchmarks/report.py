@@ -32,7 +32,7 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div", "linear_js_div", "skew_kl", "js_div(views)", "js_div(weight=)"],
+    "js_div": ["js_div", "linear_js_div", "js_div_topk", "skew_kl", "js_div(views)", "js_div(weight=)"],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
