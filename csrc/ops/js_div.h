@@ -96,16 +96,20 @@ struct JSDiv : Function<JSDiv> {
                                       double, int64_t, bool, bool)>("udi_kernels::js_div_bwd");
     auto saved = ctx->get_saved_variables();
     auto [beta, temperature, reduction] = ctx->saved_data["options"].to<Options>();
+    const bool need_x = ctx->needs_input_grad(0), need_y = ctx->needs_input_grad(1);  // 0.1 us each
     BackwardMode mode;
     auto [x, y] = logit_rows(saved[0], saved[1]);
-    auto grads = bwd.call(grad[0].dim() > 1 ? grad[0].reshape(-1) : grad[0], x, y, row_weights(saved[2], x), saved[3],
-                          beta, temperature, reduction, ctx->needs_input_grad(0), ctx->needs_input_grad(1));
-    const auto like = [&](int i, const Tensor& rows) {
-      if (!ctx->needs_input_grad(i)) return rows;
-      const Tensor g = converted(rows, saved[i].scalar_type());
-      return saved[i].dim() == 2 ? g : g.view_symint(saved[i].sym_sizes());
-    };
-    return needed(ctx, 6, like(0, std::get<0>(grads)), like(1, std::get<1>(grads)));
+    auto [dx, dy] = bwd.call(grad[0].dim() > 1 ? grad[0].reshape(-1) : grad[0], x, y, row_weights(saved[2], x),
+                             saved[3], beta, temperature, reduction, need_x, need_y);
+    variable_list grads(6);
+    if (need_x) grads[0] = shaped(dx, saved[0]);
+    if (need_y) grads[1] = shaped(dy, saved[1]);
+    return grads;
+  }
+
+  static Tensor shaped(const Tensor& rows, const Tensor& logits) {
+    const Tensor g = converted(rows, logits.scalar_type());
+    return logits.dim() == 2 ? g : g.view_symint(logits.sym_sizes());
   }
 };
 
