@@ -27,7 +27,7 @@ from .data.labels import hide
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
 from .evaluation.predictions import details, predictions_csv
-from .evaluation.report import draw, table
+from .evaluation.report import controller_table, draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .methods.scikit import too_large
@@ -65,8 +65,8 @@ class Result:
         return self.predictor.models
 
     def table(self) -> str:
-        """The comparison of everything that was trained, as text."""
-        return table(self.metrics)
+        """The comparison of everything that was trained, and what the dynamic controller measured, as text."""
+        return "\n\n".join(filter(None, (controller_table(self.history), table(self.metrics))))
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
         """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors."""
@@ -75,7 +75,7 @@ class Result:
 
 def train(
     dataset: Dataset | str = "fewdigits",
-    method: Method = "udi",
+    method: Method | None = None,
     encoders: dict[str, Encoder] | None = None,
     *,
     resume: str | Path | None = None,
@@ -89,7 +89,8 @@ def train(
 
     Args:
         dataset: tensors in memory, or the name of a registered data set.
-        method: ``"udi"``, ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an :class:`Outcome`.
+        method: ``"udi"`` (the default), ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an
+            :class:`Outcome`.
         encoders: replace the modalities' own, by modality: a name, or a callable from a sample's shape to a fresh
             module from inputs ``(N, *shape)`` to features (N, width). It is called once for each model.
         resume: the folder of an interrupted run, which continues with its options; give data set and encoders again.
@@ -112,9 +113,9 @@ def train(
             folder, chosen = None, Options.make(method=method, dataset=dataset, **options)
         else:
             said = {"dataset": dataset if isinstance(dataset, str) else dataset.name}
-            said |= {"method": method if isinstance(method, str) else name_of(method)}
+            said |= {"method": method if isinstance(method, str) else name_of(method)} if method else {}
             said = {key: value for key, value in said.items() if value != getattr(Options, key)}  # not the defaults
-            own = None if isinstance(method, str) else method
+            own = method if callable(method) else None
             folder, chosen = restored(resume, options | said, method=own, encoders=encoders or {}, trust=trust)
         training = Training(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:

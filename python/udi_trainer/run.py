@@ -54,7 +54,7 @@ class Run:
 
     def make(self, task: Callable[..., T], **arguments: Any) -> T:
         """A task of this class with these arguments; its initial weights are drawn from the seed of its name."""
-        with seeded(self.seed(task.name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
+        with seeded(self.seed(task.seed_name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
             return task(self, **arguments)
 
     def autocast(self) -> torch.autocast:

@@ -55,7 +55,7 @@ class Field(Study):
             if token.startswith("--data-root"):
                 root = Path(token.partition("=")[2] or extra[i + 1])
                 rest = extra[:i] + extra[i + 1 + ("=" not in token) :]
-        self.variants = list(variants(root))
+        self.variants = variants(root)
         return rest
 
     def keep(self, metrics, history):
@@ -93,25 +93,27 @@ Seconds of training in the runs with all labels, in multiples of joint training:
 stages that methods share, such as each modality alone. scikit-learn's methods log no stages."""
 
 
-def variants(root: Path | None) -> Iterator[Variant]:
-    """The data sets at hand, each with all labels and with few: a run of all methods that share stages, and others."""
+def variants(root: Path | None) -> list[Variant]:
+    """The runs of each data set at hand, with all labels and with few; co-training and scikit-learn's methods last."""
+    made = []
     for name, options in found(root):
         data = make(options)
         size = len(data.train)
         batch = 32 if size >= 320 else 8
         epochs = min(max(EPOCHS[0], round(STEPS * batch / size)), EPOCHS[1])
         options += f" --batch-size {batch} --epochs {epochs}"
-        yield from runs(name, options, METHODS)
+        made.append(runs(name, options, METHODS))
         labels = min(max(FEW[0], 10 * data.classes), FEW[1])
         if name not in SHORTCUT and 2 * data.classes <= labels <= size / 4:
-            yield from runs(f"{name}, {labels} labels", f"{options} --labels {labels}", METHODS + SEMI_SUPERVISED)
+            made.append(runs(f"{name}, {labels} labels", f"{options} --labels {labels}", METHODS + SEMI_SUPERVISED))
+    return [variant for column in zip(*made, strict=True) for variant in column]
 
 
-def runs(name: str, options: str, names: list[str]) -> Iterator[Variant]:
-    yield Variant("udi", f"{options} --method udi --controller dynamic --baselines {','.join(names)}", name)
-    yield Variant("co-training", f"{options} {CO_TRAINING}", name)
-    if "sklearn-late" in methods:
-        yield Variant("scikit-learn", f"{options} {SCIKIT}", name)
+def runs(name: str, options: str, names: list[str]) -> list[Variant]:
+    """One of all methods that share stages, and those of the others."""
+    main = Variant("udi", f"{options} --method udi --controller dynamic --baselines {','.join(names)}", name)
+    scikit = [Variant("scikit-learn", f"{options} {SCIKIT}", name)] if "sklearn-late" in methods else []
+    return [main, *scikit, Variant("co-training", f"{options} {CO_TRAINING}", name)]
 
 
 def found(root: Path | None) -> Iterator[tuple[str, str]]:

@@ -40,6 +40,7 @@ DEEP_STILLS = 8  # of a clip, evenly spaced, whose range of values is looked at
 BUCKETS = 8191  # of hashed words; 0 is padding
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+VIDEOS = (".mp4", ".avi", ".flv", ".mkv", ".webm", ".mov")
 ARRAYS = (".npy", ".npz", ".pt")
 
 Cell = Any  # a list of paths, a text, or a list of numbers, as its kind takes it

@@ -63,7 +63,8 @@ class Columns(Group, title="data of your own"):
     kinds: dict[str, str] | None = option(
         None,
         assignments,
-        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
+        "what columns hold, where file endings do not tell: image, frames, flow, audio, video, videosound (the sound"
+        " track), array, text or number",
         "COLUMN=KIND,...",
     )
     tables: dict[str, str] | None = option(
@@ -335,6 +336,7 @@ def guess_kind(source: Rows, name: str) -> str:
     for kind, suffixes in {
         "image": kinds.IMAGES,
         "audio": kinds.SOUNDS,
+        "video": kinds.VIDEOS,
         "array": kinds.ARRAYS,
         "text": (".txt",),
     }.items():

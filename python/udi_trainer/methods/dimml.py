@@ -229,7 +229,7 @@ def dimml(run: Run) -> Outcome:
     )
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
-    fused, rule = fuse(run.fusion("certainty"), heads, run.labels)
+    fused, rule = fuse(run.fusion("certainty"), heads, run.labels, run.options.select)
     metrics = {
         "modalities": {name: scores(z, run.labels) for name, z in own.items()},
         "part": "own head",

@@ -29,9 +29,9 @@ from .unimodal import train_alone
 LEAST = 0.01  # nats
 
 
-def blending_weights(histories: Mapping[str, list[dict]], classes: int) -> dict[str, float]:
+def blending_weights(histories: Mapping[str, list[dict]], classes: int, select: str | None = None) -> dict[str, float]:
     """w_k from the log of each training alone."""
-    kept = {name: best_epoch(history) for name, history in histories.items()}
+    kept = {name: best_epoch(history, select) for name, history in histories.items()}
     gain = {name: max(LEAST, math.log(classes) - row["val_loss"]) for name, row in kept.items()}
     overfitting = {name: max(LEAST, row["val_loss"] - row["loss"]) for name, row in kept.items()}
     ratios = {name: gain[name] / overfitting[name] ** 2 for name in kept}
@@ -62,7 +62,7 @@ def g_blending(run: Run) -> Outcome:
     alone, joint = train_alone(run), run.make(Joint)
     fit([joint], run)
     histories = {"joint": run.history[joint.name]} | {m: run.history[task.name] for m, task in alone.items()}
-    weights = blending_weights(histories, run.data.classes)
+    weights = blending_weights(histories, run.data.classes, run.options.select)
     outcome = train_joint(run.make(GBlending, weights=weights))
     outcome.metrics["blending_weights"] = weights
     return outcome

@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..evaluation.fusion import FusionOptions, Rule, fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import Classifier
-from ..models.encoders import is_stochastic, make_encoder
+from ..models.encoders import is_stochastic
 from ..options import reads
 from ..registry import fusion_rules, methods
 from ..run import Run
@@ -93,7 +93,7 @@ class MLA(Task):
             raise UserError("method mla projects its head's gradients as a whole: leave out --shard")
         if lacking := [m for m in self.views if run.data.train.present(m) is not None]:
             raise UserError(f"method mla trains all modalities on each batch, and samples lack {', '.join(lacking)}")
-        made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
+        made = {name: self.make_encoder(name) for name in self.views}
         self.random = any(view.random for view in self.views.values()) or any(
             is_stochastic(e) for e, _ in made.values()
         )
@@ -138,6 +138,6 @@ def mla(run: Run) -> Outcome:
     fit([task], run)
     parts = {split: z.split(run.data.classes, dim=1) for split, z in outputs(task, run, task.each).items()}
     logits = {m: {split: z[i] for split, z in parts.items()} for i, m in enumerate(run.data.modalities)}
-    fused, rule = fuse(run.fusion("entropy"), logits, run.labels)
+    fused, rule = fuse(run.fusion("entropy"), logits, run.labels, run.options.select)
     metrics = {"modalities": {m: scores(z, run.labels) for m, z in logits.items()}, "unimodal": {}, "fused": fused}
     return Outcome(metrics, dict(task.model.alone.items()), rule)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..options import Group, number, option, reads
 from ..registry import methods
 from ..run import Run
-from ..training.loop import best_epoch
+from ..training.loop import best_epoch, merit
 from .joint import Joint, train_joint
 from .outcome import Outcome
 from .unimodal import train_alone
@@ -48,7 +48,8 @@ class PDMP(Joint):
 @reads(PDMPOptions)
 def pdmp(run: Run) -> Outcome:
     """Joint training in which the encoder of the modality that is best alone learns faster than the others (PDMP)."""
-    best = {m: best_epoch(run.history[task.name])["val_acc"] for m, task in train_alone(run).items()}
+    select, histories = run.options.select, {m: run.history[task.name] for m, task in train_alone(run).items()}
+    best = {m: merit(best_epoch(history, select), select) for m, history in histories.items()}
     dominant = max(best, key=lambda m: best[m])
     outcome = train_joint(run.make(PDMP, dominant=dominant))
     outcome.metrics["dominant"] = dominant

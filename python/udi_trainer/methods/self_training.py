@@ -64,7 +64,7 @@ def self_training(run: Run) -> Outcome:
     tasks = {m: run.make(AloneStudent, modality=m, teacher=teacher) for m, teacher in teachers.items()}
     fit(list(tasks.values()), run)
     logits = {m: outputs(task, run) for m, task in tasks.items()}
-    fused, rule = fuse(run.fusion(), logits, run.labels)
+    fused, rule = fuse(run.fusion(), logits, run.labels, run.options.select)
     metrics = {
         "modalities": {m: scores(z, run.labels) for m, z in logits.items()},
         "unimodal": {m: scores(outputs(teacher, run), run.labels) for m, teacher in teachers.items()},

@@ -45,25 +45,26 @@ def mlp(shape: torch.Size, features: int = FEATURES) -> nn.Module:
 
 
 @encoders.register("cnn1d")
-class CNN1d(nn.Sequential):
+def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     """Three convolutions along the first axis of sequences (T, D), then the mean over time.
 
     Steps of zeros at the end are padding: the features are those of the sequence without them.
     """
+    sizes = (shape[1], 64, 128, 128)
+    pairs = zip(sizes, sizes[1:], strict=False)
+    layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
+    return Padded(Transpose(), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU())
 
-    def __init__(self, shape: torch.Size, features: int = FEATURES):
-        sizes = (shape[1], 64, 128, 128)
-        pairs = zip(sizes, sizes[1:], strict=False)
-        layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
-        head = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU()
-        super().__init__(Transpose(), *layers, *head)
+
+class Padded(nn.Sequential):
+    """The layers of :func:`cnn1d`, applied to the real steps only."""
 
     def forward(self, x):
         transpose, *layers, pool, flatten, linear, relu = self
         real = real_steps(x)[:, None]
         x = transpose(x)
         for convolution, activation in zip(layers[::2], layers[1::2], strict=True):
-            real = real[..., ::2]
+            real = real[..., :: convolution.stride[0]]
             x = activation(convolution(x)) * real
         mean = flatten(pool(x)) * (real.shape[2] / real.sum(2).clamp_min(1))
         return relu(linear(mean))

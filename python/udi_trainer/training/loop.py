@@ -117,7 +117,7 @@ class Stage:
         self.best: dict | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
-        self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
+        self.engine = engine(task, self.feed, run.seed(task.seed_name, "steps"))
 
     def restore(self) -> None:
         """Continues from the last checkpoint, if there is one."""
@@ -171,7 +171,7 @@ class Stage:
     def epoch_steps(self) -> Iterator[int]:
         """Trains an epoch, or what is left of it; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
-        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
+        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.seed_name, self.epoch))
         kept = [self.labelled, self.present] if self.task.semi_supervised else [self.labelled]
         orders = [
             cycle(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
@@ -222,6 +222,7 @@ class Stage:
         if fault or not math.isfinite(val["val_loss"]):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
+        row |= self.task.measured()
         row["seconds"] = self.seconds + (time.perf_counter() - began) / shared
         self.history.append(row)
         if self.best_row() is row:

@@ -28,6 +28,7 @@ class Task:
     """
 
     key = ""  # first part of its name; the name seeds the task and names its checkpoint
+    seed_key = ""  # the key of another task whose random numbers it draws
     capturable = True  # whether a CUDA graph can hold its steps: nothing in them synchronises with the GPU
     semi_supervised = False  # whether a batch holds samples with or without label, then as many labelled ones
     random = True  # whether its steps may draw random numbers; only tasks that do not can run in parallel threads
@@ -39,7 +40,7 @@ class Task:
     def __init__(self, run: Run, modality: str | None = None) -> None:
         self.run, self.modality = run, modality
         self.phase = self.key  # its name in the log
-        self.name = self.name_of(modality)
+        self.name, self.seed_name = self.name_of(modality), self.seed_name_of(modality)
         # The modalities that it needs as input.
         self.reads = tuple(run.data.modalities) if modality is None else (modality,)
         self.loss_scale = LossScale().to(run.device) if run.options.amp == "fp16" else None
@@ -48,6 +49,10 @@ class Task:
     @classmethod
     def name_of(cls, modality: str | None) -> str:
         return "-".join(filter(None, (cls.key, modality)))
+
+    @classmethod
+    def seed_name_of(cls, modality: str | None) -> str:
+        return "-".join(filter(None, (cls.seed_key or cls.key, modality)))
 
     def make_encoder(self, modality: str) -> tuple[nn.Module, int]:
         """A new encoder for this modality, and the width of its features; frozen as the options say."""
@@ -69,7 +74,7 @@ class Task:
         return tuple(freezing.frozen for freezing in self.freezing)
 
     def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """The mean loss of a batch, or with "none" of each sample, weighted by class if the options say so.
+        """The classification loss of a batch, weighted by class if the options say so; ``reduction``: mean or none.
 
         The weights are not normalized by batch, so the mean over several processes is that of one.
         """
@@ -160,6 +165,10 @@ class Task:
         # autograd.grad would bypass FSDP2's hooks, which average.
         torch.autograd.backward(losses, weights, retain_graph)
         return [parameter.grad for parameter in parameters]
+
+    def measured(self) -> dict[str, Any]:
+        """What else the log says of an epoch, at its end."""
+        return {}
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""

@@ -74,6 +74,10 @@ def test_table_says_which_fusion_rule_and_why():
     metrics["fused"] |= {"rule": "loglinear", "log_likelihood": {"sum": -0.5, "loglinear": -0.25}}
     wanted = "fusion loglinear, by cross-validated log-likelihood on validation: loglinear -0.2500, sum -0.5000"
     assert wanted in report.table(metrics).splitlines()
+    metrics["fused"]["judged"] = {"by": "macro-F1", "candidates": {"sum": 0.5, "loglinear": 0.25}}
+    wanted = "fusion loglinear, by cross-validated macro-F1 on validation: sum 0.5000, loglinear 0.2500"
+    assert wanted in report.table(metrics).splitlines()
+    del metrics["fused"]["judged"]
     metrics["fused"]["log_likelihood"] = {}
     assert "cross-validated" not in report.table(metrics)
 

@@ -289,7 +289,7 @@ def test_fused_teacher():
 def test_fused_teacher_needs_all_modalities(mixed):
     for split in mixed.splits().values():
         split.stored[presence("audio")] = torch.arange(len(split)) % 3 > 0
-    with pytest.raises(UserError, match="--teacher fused fuses all modalities, and samples lack audio"):
+    with pytest.raises(UserError, match="co-training fuses all modalities, and samples lack audio"):
         train(mixed, teacher="fused", epochs=1, baselines=[], progress=False)
 
 

@@ -103,7 +103,8 @@ PLAIN = {"udi": {"alpha": (0, 0)}, "dimml": {"contrast_weight": 0},
          "self-training": {"self_training_weight": 0}}  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "ogm-ge"] + ["dimml", "self-training"])
+@pytest.mark.parametrize("method", [*(m for m in METHODS if m != "ogm-ge"), "dimml", "self-training",
+                                    "dgl", "g-blending", "mmpareto", "pdmp"])  # fmt: skip
 def test_balanced_classes_are_as_repeated_samples(mixed, method):
     """A third as many samples of one class train as that class three times, in full batches; without weights not."""
     train_split, losses = mixed.train, []
