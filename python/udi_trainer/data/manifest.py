@@ -172,12 +172,24 @@ def build(source: Rows, options: Options) -> Dataset:
     shapes = ", ".join(f"{m} {'x'.join(map(str, modalities[m].sample(made['train']).shape[1:]))}" for m in modalities)
     counts = ", ".join(f"{len(split)} {name}" for name, split in made.items())
     log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
-    recipe = {
+    recipe: dict[str, Any] | None = {
         "options": {n: v for n, v in options.flat().items() if any(n in fields_of(group) for group in PREPROCESSING)},
         "modalities": {m: specs[m].described(kind.state) for m, (kind, *_) in loaded.items()},
     }
+    if not is_plain(recipe):  # of a kind of the user's own
+        log.info("%s: predict will not read new files, as a kind of column has state that is no plain value", name)
+        recipe = None
     checked = frozenset(specs)
     return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=checked, recipe=recipe)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a run folder can keep the value without running code when it is loaded."""
+    if isinstance(value, dict):
+        return all(is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, torch.dtype, torch.Tensor)
 
 
 def load_columns(
