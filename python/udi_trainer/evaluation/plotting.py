@@ -1,7 +1,9 @@
 """Plotting helpers for runs and studies: colors, figures, and lines with labels at their ends."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,6 +12,25 @@ from matplotlib.ticker import MaxNLocator
 INK, MUTED = "#222222", "#8f8f8f"
 MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
 METHOD_COLORS = ("#6b7a8f", "#c4476a", "#17a2a2", "#a89a1f", "#7b5fc7", "#5b5b5b")  # models of all modalities
+
+
+@contextlib.contextmanager
+def fonts_for(text: str) -> Iterator[set[str]]:
+    """Draws with fonts that have the characters of the text; yields those that no installed font has."""
+    lacking = {c for c in text if c > "~" and not c.isspace()}
+    families = ["DejaVu Sans"]
+    fonts = [(font.name, str(font.fname)) for font in font_manager.fontManager.ttflist if font.style == "normal"]
+    for name, file in [(families[0], str(font_manager.findfont(families[0]))), *sorted(fonts)]:
+        if not lacking:
+            break
+        if name.startswith("Last Resort"):  # a box for every character
+            continue
+        font = font_manager.get_font(file)
+        if found := {c for c in lacking if font.get_char_index(ord(c))}:
+            families.append(name)
+            lacking -= found
+    with rc_context({"font.family": list(dict.fromkeys(families))}):
+        yield lacking
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -1,9 +1,11 @@
 """The report of a run: the table on the terminal, and report.png."""
 
+import json
 from pathlib import Path
 from typing import IO, Any
 
-from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, new_figure, style_axes
+from ..console import log
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, fonts_for, new_figure, style_axes
 
 ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
 LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
@@ -52,9 +54,18 @@ def fusion_text(scores: dict) -> str:
 def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Draws report.png: accuracies above; below, the followers' losses, effective dimensions and results by class.
 
-    Each modality has its own color.
+    Each modality has its own color. Class names that no installed font can draw are replaced by their numbers.
     """
-    metrics, history = literal(metrics), literal(history)
+    with fonts_for(json.dumps([metrics, history], ensure_ascii=False, default=str)) as lacking:
+        if lacking:
+            some = "".join(sorted(lacking))[:20]
+            log.warning("no installed font has the characters %s: report.png shows numbers and codes instead", some)
+            classes = enumerate(metrics.get("classes", ()))
+            metrics = metrics | {"classes": [str(i) if lacking & set(name) else name for i, name in classes]}
+        draw_report(literal(metrics, lacking), literal(history, lacking), path)
+
+
+def draw_report(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
     if "controller" not in metrics:  # they belong to a baseline
@@ -83,13 +94,15 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def literal(value: Any) -> Any:
-    """The same with all strings escaped, so that a $ in a name starts no formula."""
+def literal(value: Any, lacking: set[str]) -> Any:
+    """The same with all strings escaped: a $ in a name starts no formula, and lacking characters are codes."""
     if isinstance(value, dict):
-        return {literal(name): literal(part) for name, part in value.items()}
+        return {literal(name, lacking): literal(part, lacking) for name, part in value.items()}
     if isinstance(value, list):
-        return [literal(part) for part in value]
-    return value.replace("$", r"\$") if isinstance(value, str) else value
+        return [literal(part, lacking) for part in value]
+    if not isinstance(value, str):
+        return value
+    return "".join(f"U+{ord(c):04X}" if c in lacking else c for c in value).replace("$", r"\$")
 
 
 def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):

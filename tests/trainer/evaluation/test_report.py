@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from udi_trainer.evaluation import report
 
@@ -46,6 +47,42 @@ def test_dollars_in_class_names(tmp_path):
     figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0], "test_confusion": [[1, 0], [1, 0]]}
     metrics |= {"fused": metrics["fused"] | figures, "classes": ["$5_$", "$"]}
     report.draw(metrics, history, tmp_path / "report.png")
+
+
+def named(classes, modalities=("gray", "color")):
+    metrics, history = run(modalities)
+    figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0, 0.5]}
+    figures["test_confusion"] = [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
+    return metrics | {"fused": metrics["fused"] | figures, "classes": classes}, history
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_font_has(tmp_path, monkeypatch, caplog):
+    """They would be boxes. Characters of a private plane stand for a script without a font."""
+    metrics, history = named(["happy", "\U000f1234\U000f1235", "高\U000f1234"], ("图\U000f1234", "\U000f1235"))
+    *_, confusion, _ = panels(metrics, history, tmp_path / "report.png", monkeypatch)
+    assert [label.get_text() for label in confusion.get_yticklabels()] == ["happy", "1", "2"]
+    assert "no installed font has the characters" in caplog.text
+    monkeypatch.undo()
+    report.draw(metrics, history, tmp_path / "report.png")
+    assert metrics["classes"][1] == "\U000f1234\U000f1235"
+
+
+@pytest.mark.filterwarnings("error")
+def test_another_font_helps_out(tmp_path, monkeypatch, caplog):
+    """A character that only STIX has, of the fonts that come with matplotlib."""
+    stix = get_font(findfont("STIXGeneral"))
+    character = next(chr(i) for i in sorted(stix.get_charmap()) if chr(i).isprintable() and not has_usual_font(chr(i)))
+    metrics, history = named([character, "sad", "angry"])
+    *_, confusion, _ = panels(metrics, history, tmp_path / "report.png", monkeypatch)
+    assert confusion.get_yticklabels()[0].get_text() == character and not caplog.text
+    assert confusion.get_yticklabels()[0].get_fontfamily()[0] == "DejaVu Sans"
+    monkeypatch.undo()
+    report.draw(metrics, history, tmp_path / "report.png")
+
+
+def has_usual_font(character):
+    return get_font(findfont("DejaVu Sans")).get_char_index(ord(character)) > 0
 
 
 @pytest.mark.parametrize("modalities", [("gray", "color"), ("a", "b", "c", "d", "e", "f")])
