@@ -21,6 +21,12 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
     raise UserError(f"unknown {kind} {name!r}: choose from {', '.join(names)}{hint}")
 
 
+def short(value: object, limit: int = 200) -> str:
+    """The value as part of a message: cells of a file may be of any length."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
 @contextlib.contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
     """Turns out-of-memory errors into a UserError that names the remedy."""

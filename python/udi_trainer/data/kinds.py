@@ -132,6 +132,7 @@ class Kind:
     dtype = torch.uint8
     header_size = 4  # numbers in a header; 0: there is no first pass
     shape: tuple[int, ...]  # of a stored sample, set by `configure`
+    state: dict[str, Any]  # all that `configure` has set: plain values, kept to read new files alike
 
     def __init__(self, column: Column) -> None:
         self.column, options = column, column.options
@@ -220,18 +221,22 @@ class Kind:
         """Mean and standard deviation per channel of ``values(sample)`` (..., channels); cached."""
 
         def compute() -> dict:
-            x = values(sample).double().flatten(0, -2)
-            std = x.std(0, correction=0)
-            return {"mean": x.mean(0).tolist(), "std": torch.where(std > 1e-6 * x.abs().amax(0), std, 1).tolist()}
+            mean, std = pipelines.moments(values(sample))
+            return {"mean": mean, "std": std}
 
         key = digest("statistics", VERSION, type(self).__name__, self.settings(), self.shape, settings, *keys)
         statistics = self.column.cache.memoize(key, compute)
         return tuple(statistics["mean"]), tuple(statistics["std"])
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data, but left by an operating system, an editor or a notebook."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
 def natural_sort_key(path: Path) -> list:
     """Sorts frame 2 before frame 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_of(paths: list[Path]) -> list[Path]:
@@ -241,7 +246,8 @@ def frames_of(paths: list[Path]) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     try:
-        images = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=natural_sort_key)
+        found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not is_hidden(p.name))
+        images = sorted(found, key=natural_sort_key)
     except OSError as error:
         raise Unreadable(f"{folder}: {error.strerror}") from None
     if not images:
@@ -495,13 +501,18 @@ class Array(Kind):
 
     def array(self, cell: Cell) -> np.ndarray:
         path, row = split_row(single_path(cell))
+        if path.suffix.lower() not in ARRAYS:
+            raise Unreadable(f"{path}: arrays are read from {', '.join(ARRAYS)} (numpy.save writes one)")
         try:
             x = load_array(path, path.stat().st_mtime_ns)
             return x if row is None else x[row]
         except pickle.UnpicklingError:  # torch's message recommends weights_only=False
             raise Unreadable(f"{single_path(cell)}: not a tensor") from None
         except Exception as error:
-            raise Unreadable(f"{single_path(cell)}: not a readable array ({first_line(error)})") from None
+            reason = first_line(error)
+            if "allow_pickle" in reason or "Python objects" in reason:  # NumPy's advice would run code from the file
+                reason = "it holds Python objects, or is no such file: save numbers, with rows of the same shape"
+            raise Unreadable(f"{single_path(cell)}: not a readable array ({reason})") from None
 
     def probe(self, cell: Cell) -> list[int]:
         x = self.array(cell)
@@ -545,7 +556,9 @@ class Array(Kind):
             if self.dtype == torch.float32:
                 x = np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)), constant_values=np.nan)
         if x.shape != self.shape:
-            raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}")
+            turned = x.ndim == 2 == len(self.shape) and x.shape[0] == self.shape[0]
+            hint = ": sequences may differ along their first axis, so save them as (steps, features)" * turned
+            raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}{hint}")
         return x
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
@@ -605,26 +618,3 @@ class Text(Kind):
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
         return Modality(self.encoder, (name,), Tokens())
-
-
-@kinds.register("number")
-class Numbers(Kind):
-    """One or more columns of numbers as a vector per row; cells are lists of floats."""
-
-    header_size = 0
-
-    def keys(self) -> list[bytes]:
-        return [digest(cell) for cell in self.column.cells]
-
-    def read_headers(self, keys: list[bytes]) -> np.ndarray:
-        return np.zeros((len(keys), 0))
-
-    def configure(self, headers: np.ndarray) -> None:
-        self.shape = (max(len(cell) for cell in self.column.cells if cell),)
-
-    def read(self, keys: list[bytes]) -> torch.Tensor:
-        zeros = [0.0] * self.shape[0]
-        return torch.tensor([cell or zeros for cell in self.column.cells])
-
-    def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
-        return Modality("mlp", (name,), Features(*self.normalisation(sample, keys, lambda x: x)))

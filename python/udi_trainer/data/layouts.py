@@ -19,9 +19,10 @@ from ..options import Options, reads
 from ..registry import datasets
 from .cache import CacheOptions
 from .dataset import DataRoot, Dataset, Fold
-from .kinds import VIDEOS, AugmentationOptions, Damage, PictureOptions, SoundOptions
-from .manifest import Columns, Rows, build
+from .kinds import VIDEOS, AugmentationOptions, Damage, PictureOptions, SoundOptions, is_hidden
+from .manifest import Columns, build
 from .pipelines import Features
+from .rows import Rows
 
 FILES = (DataRoot, Columns, Damage, CacheOptions)  # options of all readers here
 FOLDS = 7  # of cremad's actors: one fold for validation, the next for test
@@ -215,7 +216,7 @@ def modelnet40(options: Options) -> Dataset:
     for split in ("train", "test"):
         for file in sorted(root.glob(f"*/{split}/*.png")):
             view = re.fullmatch(r"(.+?)[._](?:shaded_v)?(\d{3})", file.stem)
-            if view:
+            if view and not is_hidden(file.name):
                 objects.setdefault((file.parent.parent.name, split, view[1]), file.relative_to(root))
     if not objects:
         raise UserError(

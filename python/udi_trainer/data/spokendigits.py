@@ -20,7 +20,7 @@ from ..registry import datasets
 from .cache import Cache, CacheOptions
 from .dataset import DataRoot, Dataset, Fold, Modality, Split
 from .digits import mnist
-from .kinds import Audio, AugmentationOptions, Column, Damage, Kind, SoundOptions
+from .kinds import Audio, AugmentationOptions, Column, Damage, Kind, SoundOptions, is_hidden
 from .manifest import load_column
 from .noise import add_noise
 from .pipelines import Features
@@ -42,7 +42,9 @@ def spokendigits(options: Options) -> Dataset:
     if data_root is None:
         raise UserError("dataset spokendigits needs --data-root DIR, with the wav files and MNIST's four idx.gz files")
     root = Path(data_root)
-    files = sorted((p for p in root.rglob("*.wav") if NAME.fullmatch(p.name)), key=lambda p: p.name)
+    found = (p for p in root.rglob("*.wav") if NAME.fullmatch(p.name))
+    visible = (p for p in found if not any(map(is_hidden, p.relative_to(root).parts)))
+    files = sorted(visible, key=lambda p: p.name)
     if not files:
         raise UserError(f"--data-root {root} and its subfolders contain no recordings such as 7_jackson_32.wav")
     speakers = sorted({speaker for _, speaker in map(parts_of, files)})

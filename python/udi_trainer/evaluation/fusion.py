@@ -5,7 +5,7 @@ A rule is a dataclass. ``fit`` creates one from validation logits (M, N, C) and 
 modality, its logits are NaN, and :func:`combine` fuses the other modalities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from udi_kernels import certainty_fusion
 from ..errors import choose
 from ..options import Group, option, text
 from ..registry import fusion_rules
-from .scores import accuracy, scores
+from .scores import accuracy, macro_f1, scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class FusionOptions(Group, title="fusion"):
     fusion: str = option(
         "auto",
         text,
-        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else what the"
-        " data set recommends, else the best on validation of mean, sum, weighted",
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, entropy for mla, loglinear for residual followers,"
+        " else what the data set recommends, else the one of sum, loglinear, certainty and calibrated with the highest"
+        " cross-validated likelihood on validation, or what --select says",
     )
 
     def __post_init__(self) -> None:
@@ -127,6 +128,15 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 1 / weight
 
 
+@fusion_rules.register("calibrated")
+class Calibrated(LogLinear):
+    """Sum of the logits after temperature scaling of each modality by itself."""
+
+    @classmethod
+    def fit(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Rule":
+        return cls([1 / temperature(z, labels) for z in logits])
+
+
 def combine(rule: Rule, logits: torch.Tensor) -> torch.Tensor:
     """The rule's probabilities (N, C) of logits (M, N, C); each sample is predicted from the modalities that it has."""
     present = ~logits.isnan().any(-1)
@@ -158,33 +168,71 @@ class Certainty(Rule):
         return certainty_fusion(logits, temperature=self.temperature).softmax(-1)
 
 
-AUTO = ("mean", "sum", "weighted")  # the candidates of "auto"
+AUTO = ("sum", "loglinear", "certainty", "calibrated")  # the candidates of "auto"
+FOLDS = 5  # of the validation samples
 
 
-def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) -> tuple[dict, Rule]:
-    """The scores of the fused prediction and its rule: ``option``, or for "auto" the most accurate one on validation.
+def fit_rule(name: str, logits: torch.Tensor, labels: torch.Tensor) -> Rule:
+    """The rule fitted on the complete ones of these samples, if there are any."""
+    complete = ~logits.isnan().any(-1).any(0)
+    if not complete.any():
+        return fusion_rules[name].fit(logits.nan_to_num(0), labels)
+    return fusion_rules[name].fit(logits[:, complete], labels[complete])
 
-    ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise. Ties go to the higher likelihood.
+
+def log_likelihood(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log p of each label (N,), not below that of a probability of 1e-12."""
+    return probabilities[torch.arange(len(labels)), labels].double().clamp_min(1e-12).log()
+
+
+def mean_log_likelihood(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    return log_likelihood(probabilities, labels).mean().item()
+
+
+Judge = Callable[[torch.Tensor, torch.Tensor], float]
+JUDGES: dict[str, Judge] = {"acc": accuracy, "macro-f1": macro_f1, "nll": mean_log_likelihood}  # by --select
+
+
+def cross_validated(name: str, logits: torch.Tensor, labels: torch.Tensor, judge: Judge = mean_log_likelihood) -> float:
+    """The judgement on predictions of samples that the rule was not fitted on, by folds stratified by class."""
+    folds = min(FOLDS, len(labels))
+    fold = torch.empty_like(labels)
+    fold[labels.argsort(stable=True)] = torch.arange(len(labels)) % folds
+    fused = torch.empty(logits.shape[1:], dtype=torch.float64)
+    for k in range(folds):
+        held_out = fold == k
+        seen = ~held_out if folds > 1 else held_out  # a single sample cannot be held out
+        rule = fit_rule(name, logits[:, seen], labels[seen])
+        fused[held_out] = combine(rule, logits[:, held_out]).double()
+    return judge(fused, labels)
+
+
+def fuse(
+    option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor], select: str | None = None
+) -> tuple[dict, Rule]:
+    """The scores of the fused prediction and its rule.
+
+    ``option``: its name, or "auto" for the candidate of the highest cross-validated log-likelihood on validation; with
+    ``select`` acc or macro-f1, of the highest score of that kind, and ties go to the higher log-likelihood.
+    ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise.
     """
     stacked = {split: torch.stack([z[split] for z in logits.values()]) for split in ("val", "test")}
-    complete = ~stacked["val"].isnan().any(-1).any(0)  # rules are fitted on complete samples, if there are any
-    fit_data = (
-        (stacked["val"][:, complete], labels["val"][complete])
-        if complete.any()
-        else (stacked["val"].nan_to_num(0), labels["val"])
-    )
-    fitted = {name: rule.fit(*fit_data) for name, rule in fusion_rules.items()}
+    fitted = {name: fit_rule(name, stacked["val"], labels["val"]) for name in fusion_rules}
     probabilities = {name: {s: combine(rule, stacked[s]) for s in stacked} for name, rule in fitted.items()}
-
-    def quality(name: str) -> tuple[float, float]:
-        p = probabilities[name]["val"]
-        return accuracy(p, labels["val"]), p[torch.arange(len(p)), labels["val"]].clamp_min(1e-12).log().mean().item()
-
-    best = max(AUTO, key=quality) if option == "auto" else option
+    candidates = AUTO if option == "auto" else ()
+    likelihoods = {name: cross_validated(name, stacked["val"], labels["val"]) for name in candidates}
+    judged = {}
+    if select in ("acc", "macro-f1"):
+        judged = {name: cross_validated(name, stacked["val"], labels["val"], JUDGES[select]) for name in candidates}
+    best = max(likelihoods, key=lambda name: (judged.get(name, 0), likelihoods[name]), default=option)
     weights = fitted[best].weights
     metrics = {
         "rule": best,
         "weights": dict(zip(logits, weights, strict=True)) if weights else None,
+        "log_likelihood": likelihoods,  # cross-validated, of the candidates of "auto"
+        **(
+            {"judged": {"by": {"acc": "accuracy"}.get(str(select), "macro-F1"), "candidates": judged}} if judged else {}
+        ),
         "temperature": {m: temperature(z["val"], labels["val"]) for m, z in logits.items()},
         **scores(probabilities[best], labels),
         "without": accuracy_without_each(fitted[best], dict(zip(logits, stacked["test"], strict=True)), labels["test"]),

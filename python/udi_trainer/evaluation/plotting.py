@@ -1,36 +1,17 @@
 """Plotting helpers for runs and studies: colors, figures, and lines with labels at their ends."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 
 INK, MUTED = "#222222", "#8f8f8f"
 MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
 METHOD_COLORS = ("#6b7a8f", "#c4476a", "#17a2a2", "#a89a1f", "#7b5fc7", "#5b5b5b")  # models of all modalities
-
-
-@contextlib.contextmanager
-def fonts_for(text: str) -> Iterator[set[str]]:
-    """Draws with fonts that have the characters of the text; yields those that no installed font has."""
-    lacking = {c for c in text if c > "~" and not c.isspace()}
-    families = ["DejaVu Sans"]
-    fonts = [(font.name, str(font.fname)) for font in font_manager.fontManager.ttflist if font.style == "normal"]
-    for name, file in [(families[0], str(font_manager.findfont(families[0]))), *sorted(fonts)]:
-        if not lacking:
-            break
-        if name.startswith("Last Resort"):  # a box for every character
-            continue
-        font = font_manager.get_font(file)
-        if found := {c for c in lacking if font.get_char_index(ord(c))}:
-            families.append(name)
-            lacking -= found
-    with rc_context({"font.family": list(dict.fromkeys(families))}):
-        yield lacking
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -39,6 +20,26 @@ def new_figure(width: float, height: float) -> Figure:
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
     return figure
+
+
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """The font families that draw the text, the usual one first, and its characters that no installed font has."""
+    families = ["DejaVu Sans"]
+    missing = {c for c in text if c.isprintable()} - characters_of(findfont(families[0]))
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    for font in regular if missing else ():
+        if "Last Resort" not in font.name and (found := missing & characters_of(font.fname)):
+            families.append(font.name)
+            missing -= found
+    return families, "".join(sorted(missing))
+
+
+def characters_of(file: str) -> set[str]:
+    """The characters that a font has."""
+    try:
+        return set(map(chr, FT2Font(file).get_charmap()))
+    except (OSError, RuntimeError):  # of a format that Matplotlib does not read
+        return set()
 
 
 def style_axes(axes: Axes, title: str, xlabel: str = "epoch"):

@@ -1,13 +1,14 @@
 """The content of report.png, for all kinds of runs."""
 
+import warnings
+
 import pytest
 
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 
-from udi_trainer.evaluation import report
+from udi_trainer.evaluation import plotting, report
 
 SCORES = {"val_acc": 0.8, "test_acc": 0.7, "test_macro_f1": 0.6}
 
@@ -49,40 +50,24 @@ def test_dollars_in_class_names(tmp_path):
     report.draw(metrics, history, tmp_path / "report.png")
 
 
-def named(classes, modalities=("gray", "color")):
-    metrics, history = run(modalities)
-    figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0, 0.5]}
-    figures["test_confusion"] = [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
-    return metrics | {"fused": metrics["fused"] | figures, "classes": classes}, history
-
-
-@pytest.mark.filterwarnings("error")
-def test_names_that_no_font_has(tmp_path, monkeypatch, caplog):
-    """They would be boxes. Characters of a private plane stand for a script without a font."""
-    metrics, history = named(["happy", "\U000f1234\U000f1235", "高\U000f1234"], ("图\U000f1234", "\U000f1235"))
-    *_, confusion, _ = panels(metrics, history, tmp_path / "report.png", monkeypatch)
-    assert [label.get_text() for label in confusion.get_yticklabels()] == ["happy", "1", "2"]
-    assert "no installed font has the characters" in caplog.text
-    monkeypatch.undo()
-    report.draw(metrics, history, tmp_path / "report.png")
-    assert metrics["classes"][1] == "\U000f1234\U000f1235"
-
-
-@pytest.mark.filterwarnings("error")
-def test_another_font_helps_out(tmp_path, monkeypatch, caplog):
-    """A character that only STIX has, of the fonts that come with matplotlib."""
-    stix = get_font(findfont("STIXGeneral"))
-    character = next(chr(i) for i in sorted(stix.get_charmap()) if chr(i).isprintable() and not has_usual_font(chr(i)))
-    metrics, history = named([character, "sad", "angry"])
-    *_, confusion, _ = panels(metrics, history, tmp_path / "report.png", monkeypatch)
-    assert confusion.get_yticklabels()[0].get_text() == character and not caplog.text
-    assert confusion.get_yticklabels()[0].get_fontfamily()[0] == "DejaVu Sans"
-    monkeypatch.undo()
-    report.draw(metrics, history, tmp_path / "report.png")
-
-
-def has_usual_font(character):
-    return get_font(findfont("DejaVu Sans")).get_char_index(ord(character)) > 0
+@pytest.mark.parametrize("fonts", [["STIXGeneral"], []])
+def test_class_names_beyond_the_usual_font(tmp_path, monkeypatch, fonts):
+    """Drawn with another font that has them, else as escapes, and never as boxes."""
+    chosen = [font for font in plotting.fontManager.ttflist if font.name in fonts]
+    monkeypatch.setattr(plotting.fontManager, "ttflist", chosen)
+    assert plotting.fonts_for("happy $ é") == (["DejaVu Sans"], "")
+    assert plotting.fonts_for("高兴 \u1d81") == (
+        ["DejaVu Sans", *fonts],
+        "".join(sorted("高兴" + "\u1d81" * (not fonts))),
+    )
+    metrics, history = run(("gray", "color"))
+    figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0], "test_confusion": [[1, 0], [1, 0]]}
+    metrics |= {"fused": metrics["fused"] | figures, "classes": ["高兴", "sad"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of glyphs that are missing
+        report.draw(metrics, history, tmp_path / "report.png")
+    classes = panels(metrics, history, tmp_path / "report.png", monkeypatch)[-2]
+    assert [label.get_text() for label in classes.get_yticklabels()] == [r"\u9ad8\u5174", "sad"]
 
 
 @pytest.mark.parametrize("modalities", [("gray", "color"), ("a", "b", "c", "d", "e", "f")])
@@ -104,6 +89,19 @@ def test_every_line_is_named_and_has_a_color_of_its_own(modalities, baselines, c
     assert len(labels) == len(set(labels)) == 2 * len(modalities) + 1 + len(baselines)
     colors = {bar.get_facecolor() for bar, label in zip(bars.patches, labels, strict=True) if label in baselines}
     assert len(colors) == len(baselines)
+
+
+def test_table_says_which_fusion_rule_and_why():
+    metrics, _ = run(("gray", "color"))
+    metrics["fused"] |= {"rule": "loglinear", "log_likelihood": {"sum": -0.5, "loglinear": -0.25}}
+    wanted = "fusion loglinear, by cross-validated log-likelihood on validation: loglinear -0.2500, sum -0.5000"
+    assert wanted in report.table(metrics).splitlines()
+    metrics["fused"]["judged"] = {"by": "macro-F1", "candidates": {"sum": 0.5, "loglinear": 0.25}}
+    wanted = "fusion loglinear, by cross-validated macro-F1 on validation: sum 0.5000, loglinear 0.2500"
+    assert wanted in report.table(metrics).splitlines()
+    del metrics["fused"]["judged"]
+    metrics["fused"]["log_likelihood"] = {}
+    assert "cross-validated" not in report.table(metrics)
 
 
 def test_without_followers(tmp_path):
