@@ -127,11 +127,25 @@ def test_no_video(folder, options, content, wanted):
     assert {name for split in data.splits().values() for name in split.ids} == {f"s{i}" for i in range(20)} - {"s2"}
 
 
-def test_tracks_that_are_missing(folder, options, tmp_path):
+def test_tracks_that_are_missing(folder, options, caplog):
+    """In training they are refused unless --allow-missing is given; elsewhere the sample lacks the modality."""
     rows = clips(folder, 20)
+    path = folder.manifest(rows)
+    write_video(folder.path / "clips/16.mp4", RAMP)
+    data = dataset(path, options, kinds=KINDS)
+    assert data.test.present("track").tolist() == [False, True, True, True] and data.train.present("track") is None
+    assert f"column track is empty in 1 of 20 rows: {folder.path}/clips/16.mp4: no sound track" in caplog.text
     write_video(folder.path / "clips/2.mp4", RAMP)
-    with pytest.raises(UserError, match="line 4: column track: .*clips/2.mp4: no sound track"):
-        dataset(folder.manifest(rows), options, kinds=KINDS)
+    with pytest.raises(UserError, match="line 4: column track: .*clips/2.mp4: no sound track .--allow-missing trains"):
+        dataset(path, options, kinds=KINDS)
+    data = dataset(path, options, kinds=KINDS, allow_missing=True)
+    assert [i for i, has in zip(data.train.ids, data.train.present("track"), strict=True) if not has] == ["s2"]
+    skipped = dataset(path, options, kinds=KINDS, skip_bad=True)
+    assert set(data.train.ids) - set(skipped.train.ids) == {"s2"} and len(skipped.test) == 4
+    for row in rows:
+        row["film"] = folder.image(f"{row['id']}.png", 1) if row["id"] != "s2" else ""
+    with pytest.raises(UserError, match="line 4: all modalities are empty"):
+        dataset(folder.manifest(rows), options, kinds="track=videosound", allow_missing=True)
     folder.write_sound("x.wav", tone())
     with pytest.raises(Unreadable, match="no pictures"):
         frame_times(folder.path / "x.wav")
