@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("av", reason='needs PyAV: pip install -e ".[video]"')
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import UserError, train
+from udi_trainer import UserError, load, train
 from udi_trainer.data.cache import Unreadable
 from udi_trainer.data.layouts import in_videos
 from udi_trainer.data.video import VideoSound, frame_times
@@ -158,6 +159,25 @@ def test_a_folder_of_clips_trains(folder, options):
                    **options)  # fmt: skip
     alone = [figures["test_acc"] for figures in result.metrics["unimodal"].values()]
     assert result.metrics["fused"]["test_acc"] > max(alone) + 0.2
+
+
+def test_new_videos_are_read_as_in_training(folder, options, tmp_path):
+    rows = clips(folder, 20)
+    path = folder.manifest(rows)
+    train("manifest", "ensemble", manifest=path, kinds=KINDS, epochs=1, batch_size=4, baselines=[],
+          out=tmp_path / "run", **options)  # fmt: skip
+    data = dataset(path, options, kinds=KINDS)
+    new = [row for row in rows if row["split"] == "test"]
+    predictor = load(tmp_path / "run", device="cpu")
+    split = predictor.read(folder.manifest(new, "new.csv"), cache_dir=options["cache_dir"])
+    assert all(torch.equal(split.stored[m], data.test.stored[m]) for m in KINDS)
+    assert torch.equal(predictor.predict(split), predictor.predict(data.test))
+    for row in new:
+        row["track"] = "longer.mkv"
+    write_video(folder.path / "longer.mkv", RAMP, sound=tone(2, 44100), rate=44100, sound_codec="flac")
+    write_video(folder.path / new[0]["film"], RAMP, size=(64, 48))
+    split = predictor.read(folder.manifest(new, "new.csv"), cache_dir=options["cache_dir"])
+    assert [t.shape[1:] for t in split.stored.values()] == [t.shape[1:] for t in data.test.stored.values()]
 
 
 def reader(name, folder, options, **more):
