@@ -10,7 +10,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ class Damage(Group, title="data of your own"):
 class Column:
     """A column of a manifest: its cells by row, and what reading them needs.
 
-    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples.
+    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples. ``lacking``: rows whose file is
+    whole but lacks this modality, with what it lacks.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Column:
     cache: Cache
     bad: dict[int, str]
     training: Sequence[int] = ()
+    lacking: dict[int, str] = field(default_factory=dict)
 
     def add_errors(self, errors: dict[int, str]) -> None:
         for row, reason in errors.items():
