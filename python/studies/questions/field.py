@@ -144,14 +144,14 @@ def make(text: str) -> Dataset:
 
 
 def collect(records: list[dict], half: str) -> dict[str, dict[str, dict[int, float]]]:
-    """Test accuracies in percent; only methods that all data sets have."""
+    """Test accuracies in percent; only methods that have run on all data sets with all seeds."""
     scores: dict = {}
     kept = [r for r in records if ("labels" in r["condition"]) == (half == "few")]
     for record in kept:
         for method, each in record["metrics"]["scores"].items():
             scores.setdefault(method, {}).setdefault(record["condition"], {})[record["seed"]] = 100 * each["test_acc"]
-    count = len({r["condition"] for r in kept})
-    return {method: by_set for method, by_set in scores.items() if len(by_set) == count}
+    count = len({(r["condition"], r["seed"]) for r in kept})
+    return {m: by_set for m, by_set in scores.items() if sum(map(len, by_set.values())) == count}
 
 
 def means(scores: dict) -> dict[str, dict[str, float]]:
