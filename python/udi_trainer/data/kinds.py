@@ -30,6 +30,7 @@ MAX_SECONDS = 10.0  # of sound, unless an option sets the length
 MAX_SAMPLE_RATE = 22050  # hertz; the usual rate in the field
 MISSING = b"-" * KEY  # the key of an empty cell
 MAX_WORDS = 64  # of a text; the rest is ignored
+SHORT = 512  # steps of a sequence that is convolved at full length
 BUCKETS = 8191  # of hashed words; 0 is padding
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SOUNDS = (".wav", ".flac", ".ogg")
@@ -487,7 +488,7 @@ class Array(Kind):
         length = sizes[:, 0].max() if axes == 2 else np.bincount(sizes[:, 0]).argmax()
         self.shape = (int(length), *map(int, rest))
         self.dtype = torch.uint8 if headers[:, 0].all() else torch.float32
-        self.encoder = {1: "mlp", 2: "cnn1d", 3: "cnn"}.get(axes, "mlp")
+        self.encoder = {1: "mlp", 2: "fcn" if length <= SHORT else "cnn1d", 3: "cnn"}.get(axes, "mlp")
 
     def decode(self, cell: Cell) -> np.ndarray:
         with np.errstate(over="ignore"):
