@@ -29,6 +29,14 @@ def js_div_probabilities(input, target):
     return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1).mean()
 
 
+def skew_kl_eager(input, target):
+    """The code of DistiLLM's authors, alpha = 0.1."""
+    p, q = target.softmax(-1, dtype=torch.float32), input.softmax(-1, dtype=torch.float32)
+    log_p = target.log_softmax(-1, dtype=torch.float32)
+    log_m = (0.1 * p + 0.9 * q).log()
+    return (p * (log_p - log_m)).sum(-1).mean()
+
+
 def js_div_liger(input, target):
     try:
         from liger_kernel.transformers import LigerJSD

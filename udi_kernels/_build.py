@@ -79,27 +79,35 @@ def _load_or_build(kind):
         return BuildError(_cache.cannot_write(e))
 
 
-def library(kind):
-    """File name of the module for this machine."""
+def library(kind, capability=None):
+    """File name of the module for CPUs of this capability; by default this machine's."""
     if sys.platform == "win32":
         raise BuildError("the native build supports Linux and macOS; use WSL on Windows")
-    return f"_{kind}-{_key(kind)}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return f"_{kind}-{_key(kind, capability or _capability())}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def build(kind, folder):
-    """Compiles the module into `folder` and returns its path. Waits while another process compiles it."""
-    target = Path(folder).absolute() / library(kind)
+def capabilities(kind):
+    """All capabilities that a library for other machines must serve."""
+    return ["DEFAULT", *CPU_FLAGS] if kind == "cpu" and platform.machine() in ("x86_64", "AMD64") else ["DEFAULT"]
+
+
+def build(kind, folder, capabilities=None):
+    """Compiles the module into `folder`, for CPUs of these capabilities; by default for this machine.
+
+    Waits while another process compiles it.
+    """
+    folder = Path(folder).absolute()
+    targets = {folder / library(kind, capability): capability for capability in capabilities or [_capability()]}
     tools = _tools(kind)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if reason := _noexec(target.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        if reason := _noexec(folder):
             raise BuildError(reason)
-        with _cache.lock(target):
-            if not intact(target):
-                _compile(kind, tools, target)
+        with _cache.lock(next(iter(targets))):
+            if missing := {path: capability for path, capability in targets.items() if not intact(path)}:
+                _compile(kind, tools, missing)
     except OSError as e:
         raise BuildError(_cache.cannot_write(e)) from e
-    return target
 
 
 def _noexec(folder):
@@ -109,17 +117,19 @@ def _noexec(folder):
     return f"{folder} is mounted noexec, so no library loads from it; set UDI_KERNELS_CACHE to a folder elsewhere"
 
 
-def _compile(kind, tools, target):
+def _compile(kind, tools, targets):
     _cache.say(f"compiling the {kind} kernels, once for this machine; this takes about a minute ...")
-    work = target.parent / f"{target.stem}.build"
+    first = next(iter(targets))
+    work = first.parent / f"{first.stem}.build"
     work.mkdir(0o700, exist_ok=True)
-    (work / "build.ninja").write_bytes(os.fsencode(_ninja_file(kind, tools, target.name)))
+    (work / "build.ninja").write_bytes(os.fsencode(_ninja_file(kind, tools, targets)))
     code, output = _run([tools["ninja"], "-C", work])
     if code:
         log = work / "log.txt"
         log.write_bytes(os.fsencode(output))
         raise BuildError(f"compiling failed: {_first_error(output)} (full output in {log})")
-    _cache.publish(work / target.name, target)
+    for target in targets:
+        _cache.publish(work / target.name, target)
     shutil.rmtree(work)
 
 
@@ -138,11 +148,11 @@ def _first_error(output):
     return next((line for line in lines if "error:" in line), lines[-1] if lines else "no output")
 
 
-def _ninja_file(kind, tools, output):
+def _ninja_file(kind, tools, targets):
     torch = _torch()
     include = [torch / "include", SOURCES, sysconfig.get_paths()["include"], tools["pybind11"]]
     flags = [*CXX_FLAGS.split(), f"-DUDI_MODULE=_{kind}", *(f"-I{folder}" for folder in include)]
-    flags += CPU_FLAGS.get(_capability(), "").split() if kind == "cpu" else ["-DUSE_CUDA"]
+    flags += ["-DUSE_CUDA"] if kind == "cuda" else []
     # torch's own libstdc++, by name: a compiler that finds only the static one would link a second copy, and
     # std::ostream of one copy with the locales of the other crashes when a message holds a number.
     runtime = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-l:libstdc++.so.6"]
@@ -150,16 +160,20 @@ def _ninja_file(kind, tools, output):
     lines = [
         f"cxx = {_command(tools['cxx'])}",
         "rule cxx",
-        f"  command = $cxx {_command(flags)} -c $in -o $out",
+        f"  command = $cxx {_command(flags)} $target -c $in -o $out",
         "rule link",
         f"  command = $cxx -shared $in {_command(libraries)} -o $out",
     ]
-    objects = []
-    for source in _sources(kind):
-        objects.append(f"{source.name}.o")
-        lines.append(f"build {objects[-1]}: cxx " + re.sub("[$ :]", r"$\g<0>", os.fspath(source)))
-    lines.append(f"build {output}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    steps = {}
+    for target, capability in targets.items():
+        objects = []
+        for source in _sources(kind):
+            own = source.parent.name == "cpu"  # a kernel; the rest is the same for every capability
+            objects.append(f"{capability if own else kind}/{source.name}.o")
+            path = re.sub("[$ :]", r"$\g<0>", os.fspath(source))
+            steps[objects[-1]] = f"cxx {path}" + (f"\n  target = {_flags(kind, capability)}" if own else "")
+        steps[target.name] = f"link {' '.join(objects)}"
+    return "\n".join([*lines, *(f"build {output}: {step}" for output, step in steps.items())]) + "\n"
 
 
 def _command(words):
@@ -218,6 +232,7 @@ def _torch():
 @functools.cache
 def _capability():
     """torch's name for this CPU's instruction set (ATEN_CPU_CAPABILITY lowers it)."""
+    _torch()  # raises where there is none
     try:
         import torch
     except (ImportError, OSError) as e:
@@ -226,17 +241,21 @@ def _capability():
 
 
 @functools.cache
-def _key(kind):
+def _key(kind, capability):
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.is_file() and path.parent.name in (kind, "ops", SOURCES.name):
             digest.update(path.name.encode() + path.read_bytes())
-    for part in (_torch_version(), CXX_FLAGS, CPU_FLAGS.get(_capability(), ""), platform.machine()):
+    for part in (torch_version(), CXX_FLAGS, _flags(kind, capability), platform.machine()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
 
-def _torch_version():
+def _flags(kind, capability):
+    return CPU_FLAGS.get(capability, "") if kind == "cpu" else ""
+
+
+def torch_version():
     """What binary compatibility depends on: major.minor of a release, all of a pre-release."""
     version = re.search(r"__version__ = '(.+)'", (_torch() / "version.py").read_text())[1]
     release = re.fullmatch(r"(\d+\.\d+)[.\d]*(\+(?!git).*)?", version)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ops import SUM
+from ._ops import NONE, SUM, ops
 from .reference import accumulation_dtype, add_rows, inverse_variance, take_rows
 
 SCALE = 2.0**16  # w is summed over this, so that no sum of weights overflows
@@ -95,6 +95,104 @@ def duc_loss(
     times = dist.get_world_size(process_group) if times is None else times
     value = total[0] + times * (local - local.detach())
     return value if reduction == "sum" else value / total[1]
+
+
+def js_div(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    beta: float,
+    temperature: float,
+    process_group: "dist.ProcessGroup",
+) -> Tensor:
+    """The divergence of each row, (R,), the same in every process; each has the logits (..., C_local) of some classes.
+
+    The processes gather 4 R numbers and add up 3 R in the forward pass, and exchange nothing in the backward pass. A
+    process may have no class. Rows of weight 0 are skipped; other weights are not used.
+    """
+    if beta > 0.5:  # by symmetry
+        input, target, beta = target, input, 1 - beta
+    return _JSDiv.apply(input, target, weight, beta, temperature, process_group)
+
+
+class _JSDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        beta, temperature, group = options
+        x, y, mask = _logit_rows(input, target, weight)
+        sums = part_sums(x, y, mask, temperature)
+        parts = sums.new_empty((dist.get_world_size(group), *sums.shape))
+        dist.all_gather(list(parts), sums, group=group)
+        sums = joined_sums(parts, temperature)
+        divergences = part_divergences(x, y, mask, sums, beta, temperature)
+        dist.all_reduce(divergences, group=group)
+        sums[1::2].reciprocal_()  # as statistics have them
+        ctx.save_for_backward(input, target, weight, torch.cat((sums, divergences[:2])))
+        ctx.options = beta, temperature
+        loss = divergences[2]
+        return torch.where(loss < 0, 0, loss)  # rounding may be negative; NaN stays
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("js_div: gradients in logits sharded over classes cannot be differentiated again")
+        input, target, weight, stats = ctx.saved_tensors
+        x, y, mask = _logit_rows(input, target, weight)
+        needs = ctx.needs_input_grad[:2]
+        grads = (x, y)
+        if x.numel():
+            grads = ops.js_div_bwd(grad, x, y, mask, stats, *ctx.options, NONE, *needs)
+        likes = zip(grads, (input, target), needs, strict=True)
+        return *(g.reshape(z.shape).to(z.dtype) if need else None for g, z, need in likes), *[None] * 4
+
+
+def part_sums(input: Tensor, target: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
+    """(4, R): maximum and sum of exponentials of these classes' logits (R, C), of input and target."""
+    if input.numel():
+        return ops.js_div_part_sums(input, target, weight, temperature)
+    dtype = accumulation_dtype(input.dtype)
+    return input.new_tensor([torch.finfo(dtype).min, 0] * 2, dtype=dtype)[:, None].repeat(1, len(input))
+
+
+def joined_sums(parts: Tensor, temperature: float) -> Tensor:
+    """(4, R): those of all classes, given the results (W, 4, R) of `part_sums` from W processes."""
+    maxima, sums = parts[:, ::2].double(), parts[:, 1::2]
+    top = maxima.amax(0)
+    total = (sums * ((maxima - top) / temperature).exp()).sum(0)
+    total = torch.where(total == 0, torch.nan, total)  # a row with no class above -inf, as in torch
+    return torch.stack((top, total), 1).flatten(0, 1).to(parts.dtype)
+
+
+def part_divergences(
+    input: Tensor, target: Tensor, weight: Tensor | None, sums: Tensor, beta: float, temperature: float
+) -> Tensor:
+    """(3, R), to be added up over the parts: what the backward kernel's statistics end with, and the divergences.
+
+    sums: those of all classes. beta is at most 1/2.
+    """
+    if input.numel():
+        return ops.js_div_part_divergences(input, target, weight, sums, beta, temperature)
+    return sums.new_zeros(3, len(input))
+
+
+def _logit_rows(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As kernels take them: logits (R, C) of one dtype, weights (R,)."""
+    rows, dtype = input.shape[:-1].numel(), torch.promote_types(input.dtype, target.dtype)
+    x, y = (z.to(dtype).reshape(rows, z.shape[-1]) for z in (input, target))
+    return x, y, None if weight is None else weight.to(accumulation_dtype(dtype)).reshape(rows)
+
+
+class Reduced(torch.autograd.Function):
+    """`value`, whose gradient in the rows is `share`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, share: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 class _Gather(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from . import _distributed, reference
+from ._ops import NONE, backend
 
 
 def gramian(compute: Callable, tensors: Sequence[Tensor | None], k: int | None) -> Tensor:
@@ -142,15 +143,8 @@ def _rows(
 
     Other placements than rows and copies are redistributed to those of the first tensor with sharded rows.
     """
-    for name, t in zip(names, tensors, strict=True):
-        if t is not None and not isinstance(t, DTensor):
-            raise TypeError(f"{op}: {name} must be a DTensor as the others are, got {type(t).__name__}")
-    present = [t for t in tensors if t is not None]
-    mesh = present[0].device_mesh
-    for name, t in zip(names, tensors, strict=True):
-        if t is not None and t.device_mesh != mesh:
-            raise ValueError(f"{op}: {name} must be on {mesh} as {names[0]} is, got {t.device_mesh}")
-    by_tensor = ([d for d, p in enumerate(t.placements) if p.is_shard(0)] for t in present)
+    mesh = _one_mesh(op, names, tensors)
+    by_tensor = ([d for d, p in enumerate(t.placements) if p.is_shard(0)] for t in tensors if t is not None)
     shards = next(filter(None, by_tensor), [])
     if len(shards) > 1:
         raise ValueError(f"{op}: rows must be sharded over one dimension of the mesh, got {len(shards)}")
@@ -163,3 +157,58 @@ def _rows(
         return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
     return local, mesh.get_group(shards[0]) if shards else None, place
+
+
+def _one_mesh(op: str, names: Sequence[str], tensors: Sequence[Any]) -> DeviceMesh:
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and not isinstance(t, DTensor):
+            raise TypeError(f"{op}: {name} must be a DTensor as the others are, got {type(t).__name__}")
+    mesh = tensors[0].device_mesh
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and t.device_mesh != mesh:
+            raise ValueError(f"{op}: {name} must be on {mesh} as {names[0]} is, got {t.device_mesh}")
+    return mesh
+
+
+def js_div(
+    op: Any, input: Any, target: Any, weight: Any, beta: float, temperature: float, reduction: str, code: int
+) -> Tensor:
+    """Every process computes its rows, or its classes of them; ``op`` takes plain tensors and a code."""
+    mesh = _one_mesh("js_div", ("input", "target", "weight"), (input, target, weight))
+    input, target, weight, *_ = op.checked(input, target, weight, beta, temperature, code)
+    for name, t in (("input", input), ("target", target)):
+        if any(p.is_shard() and type(p) is not Shard for p in t.placements):
+            raise ValueError(f"js_div: {name} must be sharded by Shard, got placements {t.placements}")
+    # Along each dimension of the mesh as the first of both that is sharded there.
+    pairs = zip(input.placements, target.placements, strict=True)
+    placements = [next((p for p in pair if p.is_shard()), Replicate()) for pair in pairs]
+    split = [d for d, p in enumerate(placements) if p.is_shard(input.ndim - 1)]
+    if len(split) > 1:
+        raise ValueError(f"js_div: classes must be sharded over one dimension of the mesh, got {len(split)}")
+    of_rows = [Replicate() if d in split else p for d, p in enumerate(placements)]
+    if split and backend("losses", input.device.type, input.dtype) == "reference":
+        split, placements = [], of_rows
+    x, y = (t.redistribute(mesh, placements).to_local() for t in (input, target))
+    w = None if weight is None else weight.redistribute(mesh, of_rows).to_local()
+    mask = None if w is None else w != 0
+    if split:
+        rows = _distributed.js_div(x, y, mask, beta, temperature, mesh.get_group(split[0])).reshape(x.shape[:-1])
+    else:
+        rows = op(x, y, mask, beta, temperature, NONE)
+    shape = input.shape[:-1]
+    if reduction == "none":
+        strides = torch.empty(shape, device="meta").stride()
+        rows = rows if w is None else rows * w.to(rows.dtype)
+        return DTensor.from_local(rows, mesh, of_rows, run_check=False, shape=shape, stride=strides)
+    w = torch.ones_like(rows, dtype=torch.float64) if w is None else w.double()
+    sums = torch.stack(((rows.detach() * w).sum(), w.sum(), w.count_nonzero()))
+    for d, p in enumerate(of_rows):
+        if p.is_shard():
+            dist.all_reduce(sums, group=mesh.get_group(d))
+    value, mass, kept = sums
+    if reduction == "mean":
+        if shape.numel():
+            mass = torch.where(kept == 0, 1, mass)  # so that the mean is 0
+        value, w = value / mass, w / mass
+    loss = _distributed.Reduced.apply(rows, w.to(rows.dtype), value.to(rows.dtype))
+    return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)

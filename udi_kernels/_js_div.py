@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import FLOATING, INTEGERS, MEAN, NONE, Argument, Op, not_a_tensor, reduction_code
+from ._ops import (
+    FLOATING,
+    INTEGERS,
+    MEAN,
+    NONE,
+    TEMPERATURE,
+    Argument,
+    Op,
+    define,
+    dtensors,
+    launched_by_triton,
+    not_a_tensor,
+    reduction_code,
+)
 
 
 def js_div(
@@ -54,13 +67,24 @@ def js_div(
         float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The divergence of a row is never
         negative. The mean of rows that are all masked is 0, with gradients of 0; that of no rows is NaN.
 
+    DTensors give the value of all rows as a DTensor: a replicated scalar, or with ``"none"`` one placed as the rows
+    are. Rows may be sharded over any dimensions of the mesh, and classes over one (vocabulary-parallel logits). In the
+    latter case the processes exchange two small messages in the forward pass and none in the backward pass, and the
+    gradient cannot be differentiated again. Tensors placed otherwise are redistributed, as the first of input and
+    target that is sharded.
+
     Raises:
-        TypeError: an argument is not a floating-point tensor, or ``beta`` or ``temperature`` is not a number.
-        ValueError: shapes or devices disagree, C is 0, or a number is out of range.
+        TypeError: an argument is not a floating-point tensor, or ``beta`` or ``temperature`` is not a number; or only
+            some are DTensors.
+        ValueError: shapes, devices or meshes disagree, C is 0, or a number is out of range.
     """
     if dim != -1:
         input, target = (classes_last("js_div", name, z, dim) for name, z in (("input", input), ("target", target)))
-    return JS_DIV(input, target, weight, beta, temperature, reduction_code("js_div", reduction))
+    code = reduction_code("js_div", reduction)
+    plain = type(input) is type(target) is Tensor and (weight is None or type(weight) is Tensor)
+    if not plain and (module := dtensors(input, target, weight)):
+        return module.js_div(JS_DIV, input, target, weight, beta, temperature, reduction, code)
+    return JS_DIV(input, target, weight, beta, temperature, code)
 
 
 def classes_last(op: str, name: str, logits: Tensor, dim: int) -> Tensor:
@@ -76,12 +100,12 @@ def classes_last(op: str, name: str, logits: Tensor, dim: int) -> Tensor:
 # Kernels take logits (R, C), or (A, B, C) with A B rows, of any strides; weights and losses are (R,).
 
 
-def _rows_loss(input: Tensor, reduction: int, **_: object) -> Tensor:
+def row_losses(input: Tensor, reduction: int, **_: object) -> Tensor:
     shape = (input.shape[:-1].numel(),) if reduction == NONE else ()
     return input.new_empty(shape, dtype=reference.accumulation_dtype(input.dtype))
 
 
-def _stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) -> tuple[int, int]:
+def row_stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) -> tuple[int, int]:
     """For a weighted mean, the last statistic is each row's share in the sum of the weights."""
     return 6 + (weight is not None and reduction == MEAN), input.shape[:-1].numel()
 
@@ -99,11 +123,22 @@ JS_DIV = Op(
     Argument("Tensor target", "* C+", grad=True),
     Argument("Tensor? weight", "*", (*FLOATING, *INTEGERS, torch.bool)),
     Argument("float beta", valid=lambda beta: 0 <= beta <= 1),
-    Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37),
+    TEMPERATURE,
     Argument("int reduction"),
     reference=reference.js_div,
-    result=_rows_loss,
-    saved={"stats": _stats},
+    result=row_losses,
+    saved={"stats": row_stats},
     empty_grad=gradient_like,
     triton="js_div",
 )
+
+# Where processes have parts of the classes; beta is at most 1/2, and results of rows of weight 0 are 0. The first gives
+# (4, R): maximum and sum of exponentials of the input, the same of the target. The second takes those of all classes
+# and gives (3, R): the part of what the statistics end with, and of the divergence.
+define("js_div_part_sums", ["Tensor input", "Tensor target", "Tensor? weight", "float temperature"])
+define(
+    "js_div_part_divergences",
+    ["Tensor input", "Tensor target", "Tensor? weight", "Tensor sums", "float beta", "float temperature"],
+)
+launched_by_triton("js_div", "js_div_part_sums")
+launched_by_triton("js_div", "js_div_part_divergences")

@@ -16,6 +16,7 @@ import torch._functorch.config
 from torch import nn
 
 import udi_kernels
+from udi_kernels import _build
 
 from . import distributed
 from .console import console, log
@@ -31,10 +32,11 @@ from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .methods.scikit import too_large
 from .models.classifiers import FeatureHead, JointClassifier
+from .models.encoders import make_encoder
 from .options import SCIKIT, Options, find_method, name_of, resumed, spelled
 from .predictor import Predictor
 from .registry import datasets, imported, methods
-from .run import Run, choose_device, identity
+from .run import Run, batch_size, choose_device, identity
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config, write_json
 from .stop import Stop
 
@@ -148,8 +150,13 @@ class Training:
         self.device = choose_device(options.device)
         if options.shard and distributed.world() == 1:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
+        if options.amp == "fp16" and (self.device.type == "cpu" or options.shard):
+            why = "with --shard" if options.shard else "on a CPU"
+            raise UserError(f"--amp fp16 does not work {why}: use --amp bf16")
         if options.tensorboard and find_spec("tensorboard") is None:
             raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
+        for kind in {"cpu", self.device.type}:
+            _build.load(kind)  # compiled now, where nothing was: with a line of its own, not in the middle of training
         data = data or datasets.find(options.dataset)(options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
         check(data)
@@ -163,7 +170,12 @@ class Training:
             check_presence(data)
         for group in options.groups:
             group.check(data)
-        self.data, self.options = data, options.sized(len(data.train))
+        self.options = options = options.sized(len(data.train))
+        batch_size(options, data)
+        with torch.random.fork_rng(devices=[]):
+            for m in options.encoder_weights or ():
+                make_encoder(m, data.modalities[m], data.train, tell=True)
+        self.data = data
         self.baselines = {name: methods.find(name) for name in self.baseline_names() if name != options.method}
 
     def baseline_names(self) -> list[str]:
@@ -244,7 +256,7 @@ class Training:
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
-                metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
+                metrics["classes"] = self.data.names()
             if written:  # the figures first: nothing after them can lose them
                 if outcome.models:
                     predictor.save(run.folder, self.data)
@@ -264,7 +276,8 @@ class Training:
         return Result(metrics, run.history, predictor, folder)
 
     def predictor(self, outcome: Outcome) -> Predictor:
-        return Predictor(self.data.modalities, outcome.models, outcome.rule, self.options.amp)
+        data = self.data
+        return Predictor(data.modalities, outcome.models, outcome.rule, self.options.amp, data.names(), data.recipe)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -299,7 +312,7 @@ class Training:
 def with_encoders(modalities: dict[str, Modality], options: Options, given: dict[str, Encoder]) -> dict[str, Modality]:
     """The modalities with the encoders given here or by option."""
     chosen, weights = (options.encoder or {}) | given, options.encoder_weights or {}
-    for m in [*chosen, *weights]:
+    for m in [*chosen, *weights, *(options.freeze or {})]:
         choose("modality", m, modalities)
     views = {}
     for m, view in modalities.items():

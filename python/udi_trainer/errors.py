@@ -21,6 +21,12 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
     raise UserError(f"unknown {kind} {name!r}: choose from {', '.join(names)}{hint}")
 
 
+def short(value: object, limit: int = 200) -> str:
+    """The value as part of a message: cells of a file may be of any length."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
 @contextlib.contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
     """Turns out-of-memory errors into a UserError that names the remedy."""
@@ -32,3 +38,7 @@ def memory_errors(remedy: str) -> Iterator[None]:
             raise
         lines = str(error).splitlines() or ["MemoryError"]
         raise UserError(f"out of memory {remedy} ({lines[0]})") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

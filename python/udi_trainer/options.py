@@ -115,6 +115,15 @@ def assignments(x):
     return dict(pairs)
 
 
+def epochs_by_modality(x: Any) -> dict[str, str | int]:
+    """How many epochs, or "all", by modality; in text MODALITY or MODALITY=EPOCHS, separated by commas."""
+    if isinstance(x, str):
+        x = {name: epochs or "all" for name, _, epochs in (part.partition("=") for part in x.split(","))}
+    if not isinstance(x, dict) or not all(isinstance(name, str) and name for name in x):
+        raise ValueError(f"{x!r} is not a list such as audio,image=5")
+    return {name: epochs if epochs == "all" else number(int, 1)(epochs) for name, epochs in x.items()}
+
+
 def one_of(*choices: str) -> Callable:
     def parse(x):
         return choose("value", x, choices)
@@ -309,6 +318,13 @@ class ExperimentOptions(Group, title="what to train"):
     encoder_weights: dict[str, str] | None = option(
         None, assignments, "files of initial weights for encoders, such as torchvision's", "MODALITY=FILE,..."
     )
+    freeze: dict[str, str | int] | None = option(
+        None,
+        epochs_by_modality,
+        "encoders that stay as they are in the first EPOCHS epochs of a stage, or in all; with --encoder-weights, a"
+        " final layer that the file lacks is trained",
+        "MODALITY[=EPOCHS],...",
+    )
     features: int = option(64, number(int, 1), "width of the encoders' features")
 
 
@@ -337,6 +353,27 @@ class TrainingOptions(Group, title="training"):
         "with --schedule step: multiply the learning rate by FACTOR every EPOCHS epochs",
         "EPOCHS,FACTOR",
         needs={"schedule": "step"},
+    )
+    warmup: float = option(
+        0.0,
+        number(float, 0),
+        "epochs of warm-up, such as 5 or 0.5: the learning rate rises from 0 to the schedule's, linearly by step",
+        "EPOCHS",
+    )
+    clip_grad: float | None = option(
+        None, number(float, above=0), "scale the gradients of a network down to this norm if theirs is larger", "NORM"
+    )
+    class_weights: str = option(
+        "none",
+        one_of("balanced", "none"),
+        "weights of the classes in the classification loss: none; or balanced: inverse to a class's number of labelled"
+        " training samples, with mean 1 over these",
+    )
+    select: str | None = option(
+        None,
+        one_of("acc", "macro-f1", "nll"),
+        "what chooses anchor, epoch and fusion rule on validation: acc, macro-f1 or nll (mean negative log-likelihood)",
+        shown="acc for anchor and epoch",
     )
     momentum: float = option(0.9, number(float, 0, below=1), "momentum of sgd", needs={"optimizer": "sgd"})
     weight_decay: float | str | None = option(
@@ -367,7 +404,12 @@ class MachineOptions(Group, title="machine"):
         "where samples live: device, host (prefetched), or auto: on the device if they fit",
         movable=True,
     )
-    amp: str = option("none", one_of("none", "bf16"), "mixed precision: bf16 or none", "bf16")
+    amp: str = option(
+        "none",
+        one_of("none", "bf16", "fp16"),
+        "mixed precision: none, bf16, or fp16 with loss scaling, for GPUs without bf16",
+        "bf16|fp16",
+    )
     tf32: bool = option(False, flag, "float32 convolutions and matrix products in TF32 on a GPU")
     tensorboard: bool = option(False, flag, "also write metrics to the run folder as TensorBoard events", movable=True)
     shard: bool = option(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,6 +63,47 @@ PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
     return f"_build.SOURCES = Path({os.fspath(folder)!r})\n"
 
 
+def test_every_capability_has_its_library_and_what_they_share_is_compiled_once(python, tiny, tmp_path):
+    run = python(f"""{tiny}
+run = _build._run
+def log(command, **options):
+    code, output = run(command, **options)
+    print(output[output.rfind("[") :])
+    return code, output
+_build._run = log
+_build.capabilities = lambda kind: ["DEFAULT", *_build.CPU_FLAGS]
+folder = Path({os.fspath(tmp_path)!r}, "wheel")
+_build.build("cpu", folder, _build.capabilities("cpu"))
+_build.PREBUILT, _build._tools = folder, None
+for capability in _build.capabilities("cpu"):
+    _build._capability = lambda: capability
+    print(_build._load_or_build.__wrapped__("cpu").__file__ == str(folder / _build.library("cpu")))
+""")
+    assert run.stdout.splitlines().count("True") == 3, run.stdout + run.stderr
+    assert "[8/8]" in run.stdout, "two files for all, one kernel and one library for each"
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_wheel(tmp_path, compiler):
+    """Of a compiler that writes empty files: what is in the wheel counts."""
+    pytest.importorskip("setuptools", minversion="77")
+    cxx = script(tmp_path / "c++", 'case "$*" in *fsyntax-only*) ;; *) for last; do :; done; : > "$last"; esac')
+    env = {**os.environ, "CXX": cxx if compiler else "/nonexistent"}
+    options = ["egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build", "bdist_wheel", "-d", tmp_path]
+    root = _build.PACKAGE.parent
+    subprocess.run([sys.executable, "setup.py", "-q", *options], cwd=root, env=env, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    local = f"{udi_kernels.__version__}+torch{_build.torch_version()}"
+    assert wheel.name.startswith(f"udi_kernels-{local}-")
+    assert wheel.name.endswith("-py3-none-any.whl") != compiler
+    names = zipfile.ZipFile(wheel).namelist()
+    wanted = [_build.library("cpu", capability) for capability in _build.capabilities("cpu")] if compiler else []
+    assert {f"udi_kernels/_lib/{name}" for name in wanted} == {
+        n for n in names if "_lib/_cpu" in n and n.endswith("so")
+    }
+    assert {"udi_kernels/__init__.py", "udi_kernels/csrc/ops.cpp", "udi_trainer/__main__.py"} <= set(names)
+
+
 LOAD = "print(_build.load('cpu') is not None)\n"
 
 
@@ -112,9 +154,10 @@ path = _cache.folder() / _build.library("cpu")
 COPY = f"""
 import os, shutil
 native = Path({os.fspath(_build.load("cpu").__file__)!r})
-def compile(kind, tools, target):
+def compile(kind, tools, targets):
     print("compiled", end=" ")
-    _cache.publish(shutil.copy(native, target.with_name("work")), target)
+    for target in targets:
+        _cache.publish(shutil.copy(native, target.with_name("work")), target)
 _build._compile = compile
 """
 
@@ -143,7 +186,8 @@ def test_compiler_behind_a_command(python, tmp_path):
 def test_processes_that_start_together_build_once(python, tmp_path):
     code = """
 import time
-def compile(kind, tools, target):
+def compile(kind, tools, targets):
+    [target] = targets
     with open(target.parent / "log", "a") as log:
         log.write("compiled\\n")
     time.sleep(1)
@@ -212,7 +256,7 @@ for _ in range(2):
 
 def test_where_warnings_are_errors_the_first_call_alone_fails(python):
     code = """
-def compile(kind, tools, target):
+def compile(kind, tools, targets):
     print("compiled", end=" ")
     raise _build.BuildError("it failed")
 _build._compile = compile
@@ -278,7 +322,7 @@ _build._compile = None
 def test_key_holds_torch_major_minor(monkeypatch, tmp_path):
     def key(version):
         (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
-        return _build._key.__wrapped__("cpu")
+        return _build._key.__wrapped__("cpu", "AVX2")
 
     monkeypatch.setattr(_build, "_torch", lambda: tmp_path)
     assert key("2.14.0+cu130") == key("2.14.1") == key("2.14.1+cpu") != key("2.15.0")

@@ -10,8 +10,14 @@ from torch import nn
 from ..options import Group, number, option, pathname
 
 Encoder = str | Callable[[torch.Size], nn.Module]
+SHORT = 512  # steps of a sequence that is convolved at full length
 FEATURES = 64  # width of the trainer's own encoders, unless an option says otherwise
 Batch = dict[str, torch.Tensor]  # stored tensors of some samples, and their labels and indices
+
+
+def sequence_encoder(steps: int) -> str:
+    """The default encoder of sequences of this length."""
+    return "fcn" if steps <= SHORT else "cnn1d"
 
 
 def presence(modality: str) -> str:
@@ -125,7 +131,8 @@ class Dataset:
 
     ``name`` appears in tables and run folders, ``class_names`` in predictions. ``checked``: names of stored tensors
     that are known to be finite, so they are not checked before training. ``shifted``: a second test split with a
-    distribution shift, on which accuracies are reported, too.
+    distribution shift, on which accuracies are reported, too. ``recipe``: how the samples were made from the columns of
+    a manifest, in plain values, see ``recipe.py``.
     """
 
     classes: int
@@ -137,6 +144,11 @@ class Dataset:
     class_names: Sequence[str] | None = None
     checked: frozenset[str] = field(default_factory=frozenset)
     shifted: Split | None = None
+    recipe: dict[str, Any] | None = None
+
+    def names(self) -> list[str]:
+        """The names of the classes, by default their numbers."""
+        return list(self.class_names or map(str, range(self.classes)))
 
     def splits(self) -> dict[str, Split]:
         shifted = {"shifted": self.shifted} if self.shifted else {}

@@ -1,36 +1,48 @@
 """Datasets from a manifest: a CSV with one row per sample and one column per modality.
 
 The columns ``label``, ``split``, ``group`` and ``id`` are reserved. Every other column is a modality and contains paths
-(relative to the CSV's folder, several separated by ``;``), text or numbers. A sample with an empty cell lacks the
-modality.
+(relative to the CSV's folder, several separated by ``;``), text or numbers. Columns of numbers are combined into
+tables. A sample with an empty cell lacks the modality.
 """
 
-import csv
 import math
 import os
-import random
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..console import log
-from ..errors import UserError, choose
-from ..options import Group, Options, assignments, flag, option, pathname, reads
+from ..errors import UserError, choose, short
+from ..options import Group, Options, assignments, fields_of, flag, names, one_of, option, pathname, reads
 from ..registry import datasets
 from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
-from .kinds import STATISTICS_SAMPLES, AugmentationOptions, Cell, Column, Kind, PictureOptions, SoundOptions
+from .kinds import (
+    MISSING,
+    STATISTICS_SAMPLES,
+    ArrayOptions,
+    AugmentationOptions,
+    Cell,
+    Column,
+    Damage,
+    Kind,
+    PictureOptions,
+    SoundOptions,
+)
+from .leaks import warn_about_columns, warn_about_shared_files
+from .rows import RESERVED, Rows, find_labels, label_order, read
+from .splits import SPLIT_FRACTIONS, SPLITS, find_splits
+from .tables import Table
 
-RESERVED = ("label", "split", "group", "id")
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-SPLITS |= {"test": "test", "testing": "test"}
 MAX_NUMBER = torch.finfo(torch.float32).max  # numbers are stored as float32
-SPLIT_FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}  # for splits that a manifest does not name
+FEW_VALUES = 20  # a column of so few words may be meant as categories
 
 LoadedColumn = tuple[Kind, list[bytes], torch.Tensor | None]  # the keys of its cells, the stored samples
 
@@ -51,36 +63,47 @@ class Columns(Group, title="data of your own"):
     kinds: dict[str, str] | None = option(
         None,
         assignments,
-        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
+        "what columns hold, where file endings do not tell: image, frames, flow, audio, video, videosound (the sound"
+        " track), array, text or number",
         "COLUMN=KIND,...",
     )
     tables: dict[str, str] | None = option(
         None,
         assignments,
-        "modalities of several columns of numbers, by name",
+        "modalities of several columns of numbers, or of words as categories, by name; patterns such as rna* count",
         "NAME=COLUMN+COLUMN,...",
-        "one modality of them all, called table",
+        "one modality of all numbers, called table",
     )
-    skip_bad: bool = option(False, flag, "leave out samples that cannot be read, and list them")
+    columns: tuple[str, ...] | None = option(
+        None, names, "the columns that are modalities, or patterns of them", "A,B", "all but the reserved ones"
+    )
+    ignore: tuple[str, ...] = option((), names, "columns to leave out, or patterns of them", "A,B", "none")
+    empty_numbers: str = option(
+        "impute",
+        one_of("impute", "refuse"),
+        "an empty number beside others in a table: impute (the median of training, and an indicator) or refuse",
+    )
     allow_missing: bool = option(
         False, flag, "keep samples with empty cells, and train on the modalities that they have"
     )
 
 
-BUILD = (Columns, CacheOptions, PictureOptions, SoundOptions, AugmentationOptions)  # what `build` reads
+PREPROCESSING = (PictureOptions, SoundOptions, ArrayOptions, AugmentationOptions)  # what the kinds read
+BUILD = (Columns, Damage, CacheOptions, *PREPROCESSING)  # what `build` reads
 
 
-@dataclass
-class Rows:
-    """A table of samples. ``source`` and ``lines``, the line number of each sample, serve error messages."""
+@dataclass(frozen=True)
+class Spec:
+    """What a modality is made of: its kind, its column or those of a table, and which of the latter hold words."""
 
-    source: str
-    folder: Path
-    rows: list[dict[str, str]]
-    lines: list[int] | None = None
+    kind: type[Kind]
+    columns: tuple[str, ...]
+    words: frozenset[str] = frozenset()
 
-    def location(self, i: int) -> str:
-        return f"{self.source}, {f'line {self.lines[i]}' if self.lines else f'sample {i}'}"
+    def described(self, state: dict[str, Any]) -> dict[str, Any]:
+        """As plain values, with the state of the kind."""
+        name = next(name for name, kind in kinds.kinds.items() if kind is self.kind)
+        return {"kind": name, "columns": list(self.columns), "words": sorted(self.words), "state": state}
 
 
 @datasets.register("manifest")
@@ -93,141 +116,196 @@ def manifest(options: Options) -> Dataset:
     return build(read(file), options)
 
 
-def read(file: str | Path) -> Rows:
-    """Reads the rows of a CSV or .tsv file."""
-    file = Path(file).expanduser()
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as text:
-            reader = csv.reader(text, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-            lines = [(reader.line_num, line) for line in reader if any(cell.strip() for cell in line)]
-    except OSError as error:
-        raise UserError(f"manifest {file} cannot be read ({error.strerror})") from None
-    except (csv.Error, UnicodeError) as error:
-        raise UserError(f"manifest {file} is not a UTF-8 CSV: {error}") from None
-    header = [name.strip() for name in lines[0][1]] if lines else []
-    if "label" not in header or len(lines) < 2:
-        raise UserError(
-            f"manifest {file} needs a header with a column label, and samples; the header is {header or 'missing'}"
-        )
-    if invalid := [name for name, count in Counter(header).items() if count > 1 or not name]:
-        raise UserError(f"manifest {file} has duplicate or empty column names: {invalid}")
-    for number, line in lines[1:]:
-        if any("\0" in cell for cell in line):
-            raise UserError(f"{file}, line {number} has a NUL character")
-        if len(line) != len(header):
-            raise UserError(f"{file}, line {number} has {len(line)} cells, the header has {len(header)}")
-    rows = [dict(zip(header, (cell.strip() for cell in line), strict=True)) for _, line in lines[1:]]
-    return Rows(str(file), file.parent, rows, [number for number, _ in lines[1:]])
-
-
-def write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as text:
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def build(source: Rows, options: Options) -> Dataset:
     """Reads all files into a dataset.
 
     Raises a UserError that names the first unusable sample and the reason. With ``skip_bad`` unusable samples are left
     out and listed instead.
     """
-    names = [name for name in source.rows[0] if name not in RESERVED]
-    kind_of = find_kinds(source, names, options)
-    tables = tables_of(source, kind_of, options)
-    cells = collect_cells(source, kind_of, tables)
-    bad = check_rows(source, cells, tables, options)
-    splits = find_splits(source, options)
-    labels = [row["label"] for row in source.rows]
+    chosen = options.of(Columns)
+    source, columns = select_columns(source, chosen)
+    labels = find_labels(source)
+    if chosen.columns is None:
+        warn_about_columns(source, columns, labels)
+    specs = find_specs(source, columns, chosen)
+    cells = collect_cells(source, specs)
+    bad = check_rows(source, cells, specs, labels, chosen)
+    splits = find_splits(source, labels)
     kept = list(range(len(labels)))
-    cache = Cache(options.of(CacheOptions).cache_dir)
     while True:
-        report_bad_rows(source, {i: bad[i] for i in kept if i in bad}, options)
+        report_bad_rows(source, {i: bad[i] for i in kept if i in bad}, options.of(Damage).skip_bad)
         kept = [i for name in SPLIT_FRACTIONS for i in kept if splits[i] == name and i not in bad]
-        check_remaining(source, kept, splits, cells)
+        check_remaining(source, kept, splits, cells, specs)
         if errors := unseen_classes(kept, splits, labels):
             bad |= errors
             continue
-        columns: dict[str, LoadedColumn] = {}
-        for m, kind_class in kind_of.items():
-            column = Column(m, [cells[m][i] for i in kept], options, cache, {})
-            columns[m] = load_column(kind_class(column))
-            errors |= {
-                kept[row]: f"column {m}: {reason}" for row, reason in column.bad.items() if kept[row] not in errors
-            }
+        training = [row for row, i in enumerate(kept) if splits[i] == "train"]
+        loaded, errors = load_columns(specs, cells, kept, options, training)
         if not errors:
             break
         bad |= errors
 
+    suggest_categories(source, specs, [kept[row] for row in training])
+    log_notes(loaded)
     classes = sorted({labels[i] for i in kept if labels[i]}, key=label_order)
     class_index = {label: c for c, label in enumerate(classes)} | {"": -1}
     split_of = {name: [row for row, i in enumerate(kept) if splits[i] == name] for name in SPLIT_FRACTIONS}
-    stored = {m: tensor for m, (_, _, tensor) in columns.items() if tensor is not None}
-    warn_about_shared_files(source, kept, splits, columns)
-    ids = [source.rows[i].get("id") or str(source.lines[i] if source.lines else i) for i in kept]
+    stored = {m: tensor for m, (_, _, tensor) in loaded.items() if tensor is not None}
+    for m, (kind, keys, _) in loaded.items():
+        warn_about_shared_files(source, kept, splits, m, keys, kind.column.cells)
+    ids = [source.id(i) for i in kept]
     made: dict[str, Split] = {}
     modalities: dict[str, Modality] = {}
     labelled = [row for row in split_of["train"] if class_index[labels[kept[row]]] >= 0]
-    for m, (kind, keys, _) in columns.items():
+    for m, (kind, keys, _) in loaded.items():
         rows = [row for row in labelled if cells[m][kept[row]] is not None]
         if not rows:
             raise UserError(f"{source.source}: no training sample has {m}")
         rows = rows[:: math.ceil(len(rows) / STATISTICS_SAMPLES)]
         modalities[m] = kind.modality(m, stored[m][rows], [keys[row] for row in rows])
+    stored |= presences(cells, kept)
     for name, rows in split_of.items():
         span = slice(rows[0], rows[-1] + 1)  # rows are sorted by split, so slices need no copy
-        tensors = {m: tensor[span] for m, tensor in stored.items()}
-        for m in columns:
-            if any(cells[m][i] is None for i in kept):
-                tensors[presence(m)] = torch.tensor([cells[m][i] is not None for i in kept[span]])
+        tensors = {stored_name: tensor[span] for stored_name, tensor in stored.items()}
         made[name] = Split(torch.tensor([class_index[labels[i]] for i in kept[span]]), tensors, ids[span])
     name = Path(source.source).stem
     shapes = ", ".join(f"{m} {'x'.join(map(str, modalities[m].sample(made['train']).shape[1:]))}" for m in modalities)
     counts = ", ".join(f"{len(split)} {name}" for name, split in made.items())
     log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
-    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=frozenset(columns))
+    recipe = {
+        "options": {n: v for n, v in options.flat().items() if any(n in fields_of(group) for group in PREPROCESSING)},
+        "modalities": {m: specs[m].described(kind.state) for m, (kind, *_) in loaded.items()},
+    }
+    checked = frozenset(specs)
+    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=checked, recipe=recipe)
 
 
-def load_column(kind: Kind) -> LoadedColumn:
-    """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then."""
+def load_columns(
+    specs: Mapping[str, Spec],
+    cells: Mapping[str, list[Cell]],
+    kept: Sequence[int],
+    options: Options,
+    training: Sequence[int] = (),
+    states: Mapping[str, dict] | None = None,
+) -> tuple[dict[str, LoadedColumn], dict[int, str]]:
+    """The columns of the kept rows by modality, and the reasons for unreadable ones by row.
+
+    Args:
+        training: which of the kept rows are for training.
+        states: of the kinds in an earlier run, if they are those of new files.
+    """
+    cache = Cache(options.of(CacheOptions).cache_dir)
+    loaded: dict[str, LoadedColumn] = {}
+    errors: dict[int, str] = {}
+    for m, spec in specs.items():
+        column = Column(m, [cells[m][i] for i in kept], options, cache, {}, training)
+        loaded[m] = load_column(spec.kind(column), states[m] if states else None)
+        for row, reason in column.bad.items():
+            errors.setdefault(kept[row], f"column {m}: {reason}")
+    return loaded, errors
+
+
+def log_notes(loaded: Mapping[str, LoadedColumn]) -> None:
+    for kind, *_ in loaded.values():
+        for note in kind.notes:
+            log.warning(note)
+
+
+def load_column(kind: Kind, state: dict | None = None) -> LoadedColumn:
+    """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then.
+
+    ``state``: what an earlier run has configured; by default the headers determine it, those of training files if there
+    are any.
+    """
     keys = kind.keys()
     headers = None if kind.column.bad else kind.read_headers(keys)
     if headers is None:
         return kind, keys, None
-    kind.configure(headers)
-    return kind, keys, kind.read(keys)
+    present = [row for row, key in enumerate(keys) if key != MISSING]
+    if state is None:
+        own = vars(kind).keys() | {"state"}
+        of_training = np.isin(present, kind.column.training)
+        kind.configure(headers[of_training] if of_training.any() else headers)
+        kind.state = {name: value for name, value in vars(kind).items() if name not in own}
+    else:
+        vars(kind).update(state)
+    kind.review(headers, present)
+    return kind, keys, None if kind.column.bad else kind.read(keys)
 
 
-def label_order(label: str) -> tuple[int, float, str]:
-    """Sorts numbers by value, before words."""
-    return (0, float(label), label) if re.fullmatch(r"-?\d+(\.\d+)?", label) else (1, 0.0, label)
+def presences(cells: Mapping[str, list[Cell]], kept: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The stored tensors that mark which of the kept rows have a modality, for those that some lack."""
+    has = {m: torch.tensor([column[i] is not None for i in kept]) for m, column in cells.items()}
+    return {presence(m): mask for m, mask in has.items() if not mask.all()}
 
 
-# --- kinds of columns ---
+# --- columns and their kinds ---
 
 
-def find_kinds(source: Rows, names: list[str], options: Options) -> dict[str, type[Kind]]:
-    """The kind of each modality, from --kinds or guessed from its cells; numeric columns are combined into tables."""
-    given = options.of(Columns).kinds or {}
-    for name in names:
+def select_columns(source: Rows, options: Columns) -> tuple[Rows, list[str]]:
+    """The rows without ignored columns, and the columns of modalities, by --columns and --ignore."""
+    header = list(source.rows[0])
+    ignored = {name for pattern in options.ignore for name in matching("column", pattern, header)}
+    if "label" in ignored:
+        raise UserError("--ignore label: training needs the labels")
+    rows = [{name: cell for name, cell in row.items() if name not in ignored} for row in source.rows]
+    columns = [name for name in header if name not in {*RESERVED, *ignored}]
+    if options.columns is not None:
+        chosen = {name for pattern in options.columns for name in matching("column", pattern, columns)}
+        columns = [name for name in columns if name in chosen]
+    return (replace(source, rows=rows) if ignored else source), columns
+
+
+def matching(what: str, pattern: str, columns: Sequence[str]) -> list[str]:
+    """The columns that a name or a pattern refers to; a UserError if there are none."""
+    found = [pattern] if pattern in columns else [name for name in columns if fnmatchcase(name, pattern)]
+    return found or [choose(what, pattern, columns)]
+
+
+def find_specs(source: Rows, columns: Sequence[str], options: Columns) -> dict[str, Spec]:
+    """The modalities: a column each, and tables of several, by --tables; other numbers are one table."""
+    given = options.kinds or {}
+    for name in columns:
         if not any(row[name] for row in source.rows):
-            raise UserError(f"{source.source}: column {name} is empty")
+            raise UserError(f"{source.source}: column {name} is empty (--ignore {name!r} leaves it out)")
     for name in given:
-        choose("column", name, names)
-    kind_of = {name: kinds.kinds.find(given.get(name) or guess_kind(source, name)) for name in names}
-    tables = {table: columns.split("+") for table, columns in (options.of(Columns).tables or {}).items()}
-    numbers = [name for name in names if kind_of[name] is kinds.Numbers]
-    for table, columns in tables.items():
-        for name in columns:
-            choose("column of numbers", name, numbers)
-        if table in names and table not in columns:
+        choose("column", name, columns)
+    kind_of = {name: kinds.kinds.find(given.get(name) or guess_kind(source, name)) for name in columns}
+    usable = [name for name in columns if kind_of[name] in (Table, kinds.Text)]
+    tables: dict[str, list[str]] = {}
+    for table, patterns in (options.tables or {}).items():
+        found = [name for p in patterns.split("+") for name in matching("column of numbers or words", p, usable)]
+        tables[table] = list(dict.fromkeys(found))
+        if table in columns and table not in tables[table]:
             raise UserError(f"--tables {table}: there is a column of this name, choose another one")
-    rest = [name for name in numbers if not any(name in columns for columns in tables.values())]
-    others = {name: kind for name, kind in kind_of.items() if kind is not kinds.Numbers}
-    if rest and "table" in others:
-        raise UserError("rename the column table: columns of numbers are combined into a modality of this name")
-    return others | {table: kinds.Numbers for table in [*tables, *["table"] * bool(rest)]}
+    used = {name for found in tables.values() for name in found}
+    specs = {m: Spec(kind, (m,)) for m, kind in kind_of.items() if kind is not Table and m not in used}
+    if rest := [name for name in columns if kind_of[name] is Table and name not in used]:
+        if "table" in specs or "table" in tables:
+            raise UserError(
+                f"columns {short(', '.join(rest))} would be the modality table, but there is one of this name: rename"
+                " it, or name a table for them by --tables"
+            )
+        tables["table"] = rest
+    for table, found in tables.items():
+        specs[table] = Spec(Table, tuple(found), frozenset(name for name in found if kind_of[name] is not Table))
+    if len(specs) == 1:
+        ((m, spec),) = specs.items()
+        of = f" of the columns {short(', '.join(spec.columns))}" if len(spec.columns) > 1 else ""
+        hint = f": --tables a={spec.columns[0]},b=... makes several of them" if of else ""
+        raise UserError(f"{source.source} has one modality, {m}{of}, and two or more are needed{hint}")
+    return specs
+
+
+def suggest_categories(source: Rows, specs: Mapping[str, Spec], training: Sequence[int]) -> None:
+    """Tells of columns of text that may be meant as categories."""
+    for m, spec in specs.items():
+        values = sorted({source.rows[i][m] for i in training} - {""}) if spec.kind is kinds.Text else []
+        if 0 < len(values) <= min(FEW_VALUES, len(training) - 1) and not values[0].lower().endswith(".txt"):
+            log.info(
+                "column %s is read as text and has %d values in training (%s): --tables NAME=%s makes them categories",
+                m, len(values), short(", ".join(values)), m,
+            )  # fmt: skip
 
 
 def guess_kind(source: Rows, name: str) -> str:
@@ -235,32 +313,47 @@ def guess_kind(source: Rows, name: str) -> str:
     values = [row[name] for row in source.rows if row[name]]
     if sum(map(is_number, values)) > len(values) / 2:  # check_rows reports the others
         return "number"
-    existing = (value for value in values[:100] if os.path.exists(paths_of(value, source.folder)[0]))
-    value = next(existing, values[0])
+    hints = {value: hint for value in values if (hint := no_number(value))}
+    if hints and sum(value in hints or is_number(value) for value in values) > len(values) / 2:
+        value, hint = next(iter(hints.items()))
+        raise UserError(f"{source.source}: column {name} contains {short(value)!r}, {hint} (or --kinds {name}=text)")
+    existing = [value for value in values[:100] if os.path.exists(paths_of(value, source.folder)[0])]
+    value = next(iter(existing), values[0])
     paths = paths_of(value, source.folder)
     suffix = kinds.split_row(paths[0])[0].suffix.lower()
     for kind, suffixes in {
         "image": kinds.IMAGES,
         "audio": kinds.SOUNDS,
+        "video": kinds.VIDEOS,
         "array": kinds.ARRAYS,
         "text": (".txt",),
     }.items():
         if suffix in suffixes:
             return "frames" if kind == "image" and len(paths) > 1 else kind
-    if os.path.isdir(paths[0]):
+    if os.path.isdir(paths[0]) and len(existing) > len(values[:100]) / 2:  # a word may be a folder's name, too
         return "flow" if len(paths) == 2 or (paths[0] / "u").is_dir() else "frames"
     if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
         missing = "" if os.path.exists(paths[0]) else ", and there is no such file"
-        raise UserError(f"{source.source}: column {name} contains {value!r}{missing}: give --kinds {name}=KIND")
+        how = f"give --kinds {name}=KIND, one of {', '.join(kinds.kinds)}"
+        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: {how}")
     return "text"
 
 
 def is_number(cell: str) -> bool:
     try:
         float(cell)
-        return True
+        return "_" not in cell  # which Python would read over
     except ValueError:
         return False
+
+
+def no_number(cell: str) -> str | None:
+    """Why a cell that a person would read as numbers is none, or None."""
+    if re.fullmatch(r"[+-]?\d+(,\d+)+|[+-]?\d{1,3}(\.\d{3})*,\d+", cell):
+        return "no number: write decimals with a point, and thousands without a separator"
+    if re.fullmatch(r"[\[(].*[\])]", cell, re.DOTALL) and all(map(is_number, re.split(r"[\s,;]+", cell[1:-1].strip()))):
+        return "a list: give each of its numbers a column, or save it as .npy and give the path"
+    return None
 
 
 def paths_of(cell: str, folder: Path) -> list[Path]:
@@ -271,50 +364,56 @@ def paths_of(cell: str, folder: Path) -> list[Path]:
     return [folder / os.path.expanduser(part.strip()) for part in cell.split(";") if part.strip()] or [path]
 
 
-def tables_of(source: Rows, kind_of: dict[str, type[Kind]], options: Options) -> dict[str, list[str]]:
-    """The columns of each numeric modality."""
-    tables = {table: columns.split("+") for table, columns in (options.of(Columns).tables or {}).items()}
-    used = {name for columns in tables.values() for name in columns} | set(kind_of) | set(RESERVED)
-    rest = {"table": [name for name in source.rows[0] if name not in used]}
-    return {table: columns for table, columns in (rest | tables).items() if kind_of.get(table) is kinds.Numbers}
-
-
-def collect_cells(source: Rows, kind_of: dict[str, type[Kind]], tables: dict[str, list[str]]) -> dict[str, list[Cell]]:
+def collect_cells(source: Rows, specs: Mapping[str, Spec]) -> dict[str, list[Cell]]:
     """The cells of each modality, in the form that its kind takes; None where empty."""
 
-    def cell_of(m: str, kind: type[Kind], row: dict[str, str]) -> Cell:
-        if kind is kinds.Numbers:
-            values = [row[name] for name in tables[m]]
-            return [float(x) if is_number(x) else math.nan for x in values] if any(values) else None
-        if not row[m]:
+    def cell_of(spec: Spec, row: Mapping[str, str]) -> Cell:
+        if spec.kind is Table:
+            cells = [(name, row[name]) for name in spec.columns]
+            values = [x if name in spec.words else float(x) if is_number(x) else math.nan for name, x in cells]
+            return values if any(x for _, x in cells) else None
+        cell = row[spec.columns[0]]
+        if not cell:
             return None
-        return row[m] if kind is kinds.Text and not row[m].endswith(".txt") else paths_of(row[m], source.folder)
+        text = spec.kind is kinds.Text and not cell.lower().endswith(".txt")
+        return cell if text else paths_of(cell, source.folder)
 
-    return {m: [cell_of(m, kind, row) for row in source.rows] for m, kind in kind_of.items()}
+    return {m: [cell_of(spec, row) for row in source.rows] for m, spec in specs.items()}
 
 
 # --- checks of rows ---
 
 
-def check_rows(source: Rows, cells: dict[str, list], tables: dict[str, list[str]], options: Options) -> dict[int, str]:
+def check_rows(
+    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], labels: Sequence[str], options: Columns
+) -> dict[int, str]:
     """The errors in the table itself, by row."""
+    bad = check_cells(source, cells, specs, options.empty_numbers)
+    for i, row in enumerate(source.rows):
+        split = SPLITS.get(row.get("split", "").lower())
+        lacking = next((m for m, column in cells.items() if column[i] is None), None)
+        if "split" in row and split is None:
+            bad[i] = f"split {row['split']!r} is not train, val or test"
+        elif not labels[i] and split != "train":
+            means = f"label {row['label']} means no label" if row["label"] else "no label"
+            bad[i] = f"{means} (only training rows may lack one)"
+        elif lacking and not options.allow_missing and split in ("train", None):
+            bad.setdefault(i, f"column {lacking} is empty (--allow-missing trains on the other modalities)")
+    return bad
+
+
+def check_cells(
+    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], empty_numbers: str = "impute"
+) -> dict[int, str]:
+    """The errors in the cells of modalities, and in ids, by row."""
     bad: dict[int, str] = {}
     seen: dict[str, int] = {}
-    splits = [row.get("split", "").lower() for row in source.rows]
     for i, row in enumerate(source.rows):
-        lacking = [m for m, column in cells.items() if column[i] is None]
-        numbers = [pair for m, names in tables.items() if cells[m][i] for pair in zip(names, cells[m][i], strict=True)]
-        wrong = next((name for name, x in numbers if not abs(x) <= MAX_NUMBER), None)
-        if "split" in row and splits[i] not in SPLITS:
-            bad[i] = f"split {row['split']!r} is not train, val or test"
-        elif not row["label"] and SPLITS.get(splits[i]) != "train":
-            bad[i] = "no label (only training rows may lack one)"
-        elif len(lacking) == len(cells):
+        wrong = (wrong_number(row, spec, cells[m][i], empty_numbers) for m, spec in specs.items())
+        if all(column[i] is None for column in cells.values()):
             bad[i] = "all modalities are empty"
-        elif lacking and not options.of(Columns).allow_missing and SPLITS.get(splits[i], "train") == "train":
-            bad[i] = f"column {lacking[0]} is empty (--allow-missing trains on the other modalities)"
-        elif wrong:
-            bad[i] = f"column {wrong} contains {row[wrong]!r}, which is not a finite number"
+        elif reason := next(filter(None, wrong), None):
+            bad[i] = reason
         elif name := row.get("id"):
             if name in seen:
                 bad[i] = f"id {name!r} is also used in {source.location(seen[name])}"
@@ -322,29 +421,55 @@ def check_rows(source: Rows, cells: dict[str, list], tables: dict[str, list[str]
     return bad
 
 
-def report_bad_rows(source: Rows, bad: dict[int, str], options: Options) -> None:
-    """Raises an error for the first bad row; with --skip-bad lists all of them instead."""
+def wrong_number(row: Mapping[str, str], spec: Spec, cell: Cell, empty_numbers: str) -> str | None:
+    """What is wrong with the numbers of a table's cell, or None."""
+    if spec.kind is not Table or cell is None:
+        return None
+    for name, x in zip(spec.columns, cell, strict=True):
+        if isinstance(x, str) or abs(x) <= MAX_NUMBER:
+            continue
+        if row[name]:
+            hint = no_number(row[name])
+            return f"column {name} contains {short(row[name])!r}, {hint or 'which is not a finite number'}"
+        if empty_numbers == "refuse":
+            return f"column {name} is empty (--empty-numbers impute takes the median of training)"
+    return None
+
+
+def report_bad_rows(source: Rows, bad: Mapping[int, str], skip: bool) -> None:
+    """Raises an error for the first bad row; with ``skip`` lists all of them instead."""
     if not bad:
         return
     lines = [f"{source.location(i)}: {bad[i]}" for i in sorted(bad)]
-    if not options.of(Columns).skip_bad:
+    if not skip:
         more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more} (--skip-bad leaves them out and lists them)")
     for line in lines:
         log.warning("left out: %s", line)
 
 
-def check_remaining(source: Rows, kept: list[int], splits: list[str], cells: dict[str, list[Cell]]) -> None:
-    """Checks that every split and every modality still has samples."""
+def check_remaining(
+    source: Rows,
+    kept: Sequence[int],
+    splits: Sequence[str],
+    cells: Mapping[str, list[Cell]],
+    specs: Mapping[str, Spec],
+) -> None:
+    """Checks that every split, every modality and every column of a table still has samples."""
     for name in SPLIT_FRACTIONS:
         if not any(splits[i] == name for i in kept):
             raise UserError(f"{source.source}: no sample is left for {name}")
     for m, column in cells.items():
         if all(column[i] is None for i in kept):
             raise UserError(f"{source.source}: no sample is left that has {m}")
+        for name in specs[m].columns if specs[m].kind is Table else ():
+            if not any(source.rows[i][name] for i in kept if splits[i] == "train"):
+                raise UserError(
+                    f"{source.source}: column {name} is empty in training (--ignore {name!r} leaves it out)"
+                )
 
 
-def unseen_classes(kept: list[int], splits: list[str], labels: list[str]) -> dict[int, str]:
+def unseen_classes(kept: Sequence[int], splits: Sequence[str], labels: Sequence[str]) -> dict[int, str]:
     """The samples whose class does not occur in training, with the reason."""
     trained = {labels[i] for i in kept if splits[i] == "train"}
     return {
@@ -352,77 +477,3 @@ def unseen_classes(kept: list[int], splits: list[str], labels: list[str]) -> dic
         for i in kept
         if labels[i] not in trained
     }
-
-
-def warn_about_shared_files(source: Rows, kept: list[int], splits: list[str], columns: dict[str, LoadedColumn]) -> None:
-    """Warns if validation or test contains a file of a training sample: the score would reward memorization."""
-    for m, (kind, keys, _) in columns.items():
-        of_files = [
-            (key, i)
-            for key, i, cell in zip(keys, kept, kind.column.cells, strict=True)
-            if cell and isinstance(cell[0], Path)
-        ]
-        trained = {key for key, i in of_files if splits[i] == "train"}
-        shared = [i for key, i in of_files if splits[i] != "train" and key in trained]
-        if shared:
-            log.warning(
-                "%s: %s is the same as that of a training sample (%d such)", source.location(shared[0]), m, len(shared)
-            )
-
-
-# --- splits ---
-
-
-def find_splits(source: Rows, options: Options) -> list[str]:
-    """The split of each row. Splits that the table does not name are drawn from its training samples, by group."""
-    rows = source.rows
-    splits = [SPLITS.get(row.get("split", "").lower(), "train") for row in rows]
-    groups = [row.get("group") or f"\0{i}" for i, row in enumerate(rows)]
-    absent = [name for name in ("val", "test") if name not in splits]
-    if absent:
-        fractions = {"train": SPLIT_FRACTIONS["train"]} | {name: SPLIT_FRACTIONS[name] for name in absent}
-        pool = [i for i, name in enumerate(splits) if name == "train" and rows[i]["label"]]
-        drawn = draw_splits([rows[i]["label"] for i in pool], [groups[i] for i in pool], fractions)
-        for i, name in zip(pool, drawn, strict=True):
-            splits[i] = name
-        if "split" in rows[0]:
-            log.info("%s has no split %s: drawn from its training samples", source.source, " and ".join(absent))
-    splits_of_group: dict[str, dict[str, int]] = defaultdict(dict)
-    for i, (group, name) in enumerate(zip(groups, splits, strict=True)):
-        splits_of_group[group].setdefault(name, i)
-        if len(splits_of_group[group]) > 1 and rows[i]["label"]:
-            other = next(iter(splits_of_group[group].values()))
-            where = f"{splits[other]} ({source.location(other)})"
-            raise UserError(f"{source.location(i)}: group {group!r} is in {name}, and in {where}")
-    return splits
-
-
-def draw_splits(labels: list[str], groups: list[str], fractions: dict[str, float], seed: int = 0) -> list[str]:
-    """Assigns each sample to a split, stratified by label; a group stays within one split.
-
-    Groups are assigned in random order, the largest first, each to the split that lacks its labels most.
-    """
-    members: dict[str, list[int]] = defaultdict(list)
-    for i, group in enumerate(groups):
-        members[group].append(i)
-    order = list(members)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda group: -len(members[group]))
-    if len(order) < len(fractions):
-        raise UserError(f"{len(order)} groups are too few for {', '.join(fractions)}: each group is in one split only")
-    total, counts = sum(fractions.values()), Counter(labels)
-    wanted = {name: {label: x / total * n for label, n in counts.items()} for name, x in fractions.items()}
-    split_of: dict[str, str] = {}
-    for left, group in zip(range(len(order), 0, -1), order, strict=True):
-        own = Counter(labels[i] for i in members[group])
-        empty = [name for name in fractions if name not in split_of.values()] if left <= len(fractions) else []
-        # How many of this group's labels each split still lacks, relative to its size.
-        lack = {
-            name: sum(n * wanted[name][x] / counts[x] / fractions[name] for x, n in own.items())
-            for name in empty or fractions
-        }
-        best = max(lack, key=lambda name: lack[name])
-        split_of[group] = best
-        for label, n in own.items():
-            wanted[best][label] -= n
-    return [split_of[group] for group in groups]

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import IO, Any
 
-from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, new_figure, style_axes
+from matplotlib import rc_context
+
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, fonts_for, new_figure, style_axes
 
 ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
 LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
@@ -38,9 +40,11 @@ def table(metrics: dict) -> str:
         numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
         lines.append(f"{name:<28}{numbers}   {fusion_text(scores)}".rstrip())
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
-    if likelihoods := metrics["fused"].get("log_likelihood"):
-        found = ", ".join(f"{rule} {value:.4f}" for rule, value in sorted(likelihoods.items(), key=lambda x: -x[1]))
-        lines.append(f"fusion {metrics['fused']['rule']}, by cross-validated log-likelihood on validation: {found}")
+    fused = metrics["fused"]
+    judged = fused.get("judged") or {"by": "log-likelihood", "candidates": fused.get("log_likelihood")}
+    if judged["candidates"]:
+        found = ", ".join(f"{rule} {x:.4f}" for rule, x in sorted(judged["candidates"].items(), key=lambda x: -x[1]))
+        lines.append(f"fusion {fused['rule']}, by cross-validated {judged['by']} on validation: {found}")
     for m, dims in metrics.get("effective_dims", {}).items():
         lacking = ", ".join(f"{n} not in {other}" for other, n in dims["lacking_in"].items())
         lines.append(f"effective dimensions: {m} {len(dims['dims'])} of {dims['of']}; of these {lacking}")
@@ -88,9 +92,14 @@ def fusion_text(scores: dict) -> str:
 def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Draws report.png: accuracies above; below, the followers' losses, effective dimensions and results by class.
 
-    Each modality has its own color.
+    Each modality has its own color. Characters that no installed font has are drawn as escapes.
     """
-    metrics, history = literal(metrics), literal(history)
+    families, missing = fonts_for(str([metrics, history]))
+    with rc_context({"font.family": families}):
+        draw_panels(literal(metrics, missing), literal(history, missing), path)
+
+
+def draw_panels(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     phase = "co-trained" if metrics["method"] == "co-training" else "follower"
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == phase}
@@ -123,13 +132,16 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def literal(value: Any) -> Any:
-    """The same with all strings escaped, so that a $ in a name starts no formula."""
+def literal(value: Any, missing: str = "") -> Any:
+    """The same with all strings escaped, so that a $ in a name starts no formula, and without missing characters."""
     if isinstance(value, dict):
-        return {literal(name): literal(part) for name, part in value.items()}
+        return {literal(name, missing): literal(part, missing) for name, part in value.items()}
     if isinstance(value, list):
-        return [literal(part) for part in value]
-    return value.replace("$", r"\$") if isinstance(value, str) else value
+        return [literal(part, missing) for part in value]
+    if not isinstance(value, str):
+        return value
+    value = "".join(c.encode("ascii", "backslashreplace").decode() if c in missing else c for c in value)
+    return value.replace("$", r"\$")
 
 
 def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):

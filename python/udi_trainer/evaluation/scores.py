@@ -18,10 +18,10 @@ def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def macro_f1(outputs: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over the classes of 2 tp / (2 tp + fp + fn); a class neither present nor predicted counts 0."""
+    """Mean of 2 tp / (2 tp + fp + fn) over the classes that are present or predicted, as scikit-learn computes it."""
     table = confusion(*drop_missing(outputs, labels))
-    hits = table.diagonal().double()
-    return (2 * hits / (table.sum(0) + table.sum(1)).clamp_min(1)).mean().item()
+    total = table.sum(0) + table.sum(1)
+    return (2 * table.diagonal()[total > 0].double() / total[total > 0]).mean().item()
 
 
 def confusion(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

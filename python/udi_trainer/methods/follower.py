@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, layer_norm
+from torch.nn.functional import layer_norm
 
 from udi_kernels import alignment_weights, club_mi, club_nll, gramian, js_div, weighted_sum
 
@@ -137,7 +137,8 @@ class Follower(Unimodal):
             # The gradients that set the weights make this step's update too.
             grads = [self.gradients(loss, self.parameters, retain_graph=True) for loss in (cls, con, com)]
             self.controller.gram.copy_(gramian(grads))
-            alpha.copy_(alignment_weights(self.controller.gram))
+            found = alignment_weights(self.controller.gram)
+            alpha.copy_(found.where(found.isfinite(), alpha) if self.loss_scale else found)
             q_grad = self.gradients(q_nll, self.q_parameters)
             update(self.optimizer, parameters, [*weighted_sum(grads, alpha), *q_grad])
         else:
@@ -160,7 +161,7 @@ class Follower(Unimodal):
         teacher_features, teacher_logits = self.teacher.outputs(batch)
         features, logits = self.forward(batch, training=True)
         classified = logits if self.val_anchor_logits is None else logits + self.anchor_logits(teacher_logits, batch)
-        cls = cross_entropy(classified[labelled], labels[labelled])
+        cls = self.cross_entropy(classified[labelled], labels[labelled])
 
         rows: slice | torch.Tensor = any_rows
         any_present = None

@@ -16,7 +16,7 @@ import torch
 
 from ..data.dataset import Dataset, Split
 from ..errors import UserError
-from ..evaluation.fusion import Mean, accuracy_without_each, combine, log_likelihood
+from ..evaluation.fusion import JUDGES, Mean, accuracy_without_each, combine, mean_log_likelihood
 from ..evaluation.scores import accuracy, scores
 from ..registry import methods
 from ..run import Run
@@ -93,10 +93,11 @@ def candidates(run: Run, width: int) -> dict[str, Callable[[], Any]]:
     iterations = int(min(300, max(5, WORK / (len(penalties) * work))))
     seconds = 1e-9 * (20 + 4 * classes) * count * math.log2(max(2, count)) * math.sqrt(width)  # of a tree, as measured
     trees, seed = int(min(100, max(5, SECONDS / seconds))), run.seed("sklearn") % 2**32
-    made: dict[str, Callable[[], Any]] = {
-        f"logistic regression, C={c:g}": partial(LogisticRegression, C=c, max_iter=iterations) for c in penalties
-    }
-    return made | {f"random forest of {trees}": partial(RandomForestClassifier, trees, random_state=seed)}
+    weight = None if run.class_weights is None else "balanced"
+    linear = partial(LogisticRegression, max_iter=iterations, class_weight=weight)
+    made: dict[str, Callable[[], Any]] = {f"logistic regression, C={c:g}": partial(linear, C=c) for c in penalties}
+    forest = partial(RandomForestClassifier, trees, random_state=seed, class_weight=weight)
+    return made | {f"random forest of {trees}": forest}
 
 
 def log_probabilities(run: Run, make: Callable[[], Any], inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -119,7 +120,7 @@ def log_probabilities(run: Run, make: Callable[[], Any], inputs: Inputs) -> dict
 
 
 def train_scikit(run: Run, parts: dict[str, Inputs]) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    """Metrics of the candidate that is most accurate on validation, and its logits by part and split."""
+    """Metrics of the candidate that is best on validation, and its logits by part and split."""
     width = sum(part.x["train"].shape[1] for part in parts.values())
     tried = {
         name: {key: log_probabilities(run, make, part) for key, part in parts.items()}
@@ -131,7 +132,7 @@ def train_scikit(run: Run, parts: dict[str, Inputs]) -> tuple[dict, dict[str, di
 
     def quality(name: str) -> tuple[float, float]:
         p, labels = fused(name, "val"), run.labels["val"]
-        return accuracy(p, labels), log_likelihood(p, labels).mean().item()
+        return JUDGES[run.options.select or "acc"](p, labels), mean_log_likelihood(p, labels)
 
     best = max(tried, key=quality)
     metrics = {"rule": best, **scores({split: fused(best, split) for split in ("val", "test")}, run.labels)}

@@ -24,13 +24,14 @@ from ..options import Group, number, one_of, option, reads, text
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs, predict
-from ..training.loop import best_epoch, fit
+from ..training.loop import best_epoch, fit, merit
 from .follower import Follower, FollowerOptions, q_warmup
 from .frozen import Frozen, Fused
 from .outcome import Outcome
 from .unimodal import Alone, Unimodal, train_alone
 
-NEAR_TIE = 0.005  # validation accuracies this close leave the anchor's choice to predictive entropy
+NEAR_TIE = 0.005  # merits on validation this close leave the anchor's choice to predictive entropy
+CRITERIA = {None: "accuracy", "acc": "accuracy", "macro-f1": "macro-F1", "nll": "likelihood"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,14 @@ class UDIOptions(Group, title="UDI"):
     def check(self, data: Dataset) -> None:
         if self.anchor != "auto":
             choose("anchor", self.anchor, data.modalities)
+        if self.teacher == "fused":
+            check_complete(data)
+
+
+def check_complete(data: Dataset) -> None:
+    """Raises UserError where samples lack a modality, as co-training fuses all."""
+    if lacking := [m for m in data.modalities if data.train.present(m) is not None]:
+        raise UserError(f"co-training fuses all modalities, and samples lack {', '.join(lacking)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +99,7 @@ def anchor_phase(run: Run, options: UDIOptions) -> tuple[dict[str, Alone], str, 
     selected_at = math.ceil(options.race * epochs) if options.race else epochs  # epoch
     tasks = train_alone(run, [options.anchor] if only_anchor else None, selected_at, phase="anchor")
     histories = {m: run.history[task.name][:selected_at] for m, task in tasks.items()}
-    anchor, selection = choose_anchor(options.anchor, histories)
+    anchor, selection = choose_anchor(options.anchor, histories, run.options.select)
     accuracies = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
     log.info("anchor: %s, by %s (validation: %s)", anchor, selection["by"], accuracies)
     if selected_at < epochs:
@@ -98,24 +107,27 @@ def anchor_phase(run: Run, options: UDIOptions) -> tuple[dict[str, Alone], str, 
     return tasks, anchor, selection
 
 
-def choose_anchor(option: str, histories: dict[str, list[dict]]) -> tuple[str, dict]:
+def choose_anchor(option: str, histories: dict[str, list[dict]], select: str | None = None) -> tuple[str, dict]:
     """The modality that is best on validation, and the criterion; near ties go to the lower predictive entropy.
 
     Each modality is judged by the best epoch of its history.
     """
-    best = {m: best_epoch(history) for m, history in histories.items()}
-    merits = {m: {name: row[name] for name in ("epoch", "val_acc", "val_entropy")} for m, row in best.items()}
-    ranked = sorted(merits, key=lambda m: -merits[m]["val_acc"])
-    lead = merits[ranked[0]]["val_acc"]
-    near = [m for m in ranked if lead - merits[m]["val_acc"] <= NEAR_TIE]
+    best = {m: best_epoch(history, select) for m, history in histories.items()}
+    judged = {m: merit(row, select) for m, row in best.items()}
+    shown = ["epoch", "val_acc", "val_entropy"]
+    shown += {"macro-f1": ["val_macro_f1"], "nll": ["val_loss"]}.get(select or "acc", [])
+    merits = {m: {name: row[name] for name in shown} for m, row in best.items()}
+    ranked = sorted(judged, key=lambda m: -judged[m])
+    lead = judged[ranked[0]]
+    near = [m for m in ranked if lead - judged[m] <= NEAR_TIE]
     if option != "auto":
         by, anchor = "option", option
     elif len(near) > 1:
         by, anchor = "predictive entropy", min(near, key=lambda m: merits[m]["val_entropy"])
     else:
-        by, anchor = "validation accuracy", ranked[0]
-    rivals = [merits[m]["val_acc"] for m in merits if m != anchor]
-    margin = merits[anchor]["val_acc"] - max(rivals) if rivals else None
+        by, anchor = f"validation {CRITERIA[select]}", ranked[0]
+    rivals = [judged[m] for m in judged if m != anchor]
+    margin = judged[anchor] - max(rivals) if rivals else None
     return anchor, {"by": by, "margin": margin, "modalities": merits}
 
 
@@ -228,14 +240,13 @@ def udi(run: Run) -> Outcome:
 @reads(CoTrainingOptions, FollowerOptions, FusionOptions)
 def co_training(run: Run) -> Outcome:
     """Each modality learns from its labels and from the fused prediction of all, in rounds."""
+    check_complete(run.data)
     return two_phases(run, UDIOptions(teacher="fused"), CoTrained)
 
 
 def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
     """Trains each modality alone, then ``kind`` of followers of the anchor, or in co-training of all."""
     losses, co_training = run.options.of(FollowerOptions), options.teacher == "fused"
-    if co_training and (lacking := [m for m in run.data.modalities if run.data.train.present(m) is not None]):
-        raise UserError(f"co-training fuses all modalities, and samples lack {', '.join(lacking)}")
     tasks, name, selection = anchor_phase(run, options)
     features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
@@ -258,7 +269,7 @@ def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
             collapses[modality] = reason
             log.warning("follower %s collapsed: %s", modality, reason)
     own = "loglinear" if options.follower_loss == "residual" else "auto"
-    fused, rule = fuse(run.fusion(own), logits, run.labels)
+    fused, rule = fuse(run.fusion(own), logits, run.labels, run.options.select)
     metrics = {
         "anchor": None if co_training else name,
         "part": "follower",
@@ -272,6 +283,6 @@ def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
         "fused": fused,
     }
     if len(alone) == len(logits) and not unfinished:
-        metrics["ensemble"] = fuse(run.fusion(), alone, run.labels)[0]
+        metrics["ensemble"] = fuse(run.fusion(), alone, run.labels, run.options.select)[0]
     models: dict[str, nn.Module] = {m: {**tasks, **followers}[m].model for m in run.data.modalities}
     return Outcome(metrics, models, rule)

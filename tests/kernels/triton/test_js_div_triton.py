@@ -20,6 +20,7 @@ from interpreted import (
 )  # fmt: skip
 
 from udi_kernels import reference
+from udi_kernels._distributed import joined_sums
 from udi_kernels._js_div import gradient_like
 
 if not RUNS_HERE:
@@ -256,6 +257,27 @@ class TestJSDiv:
                 torch.testing.assert_close(a.reshape(b.shape), b, rtol=1e-5, atol=1e-7)
             for grad, z in zip(got[1:], (x, y), strict=True):
                 assert grad.shape == z.shape and grad.stride() == gradient_like(z).stride()
+
+    @pytest.mark.parametrize(("classes", "parts"), [(9, 4), (300, 2), (5000, 3)])
+    @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5])
+    def test_parts_of_the_classes(self, beta, classes, parts):
+        """As over processes; see `_JSDiv` in _distributed.py."""
+        torch.manual_seed(5)
+        x, y = on_device(torch.randn(2, 5, classes).movedim(1, 2)[0].T, 3 * torch.randn(5, classes))
+        for z, row in ((y, 1), (x, 2), (y, 2)):  # no class of it in the first part
+            z[row, : classes // parts] = -float("inf")
+        weight, grad = on_device(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]), torch.rand(5))
+        want = self.run(x, y, weight=weight, beta=beta, temperature=0.7, reduction=NONE, grad=grad)
+        split = list(zip(x.tensor_split(parts, 1), y.tensor_split(parts, 1), strict=True))
+        sums = torch.stack([js_div.js_div_part_sums(a, b, weight, 0.7) for a, b in split])
+        sums = joined_sums(sums, 0.7)
+        divergences = sum(js_div.js_div_part_divergences(a, b, weight, sums, beta, 0.7) for a, b in split)
+        sums[1::2].reciprocal_()
+        stats = torch.cat((sums, divergences[:2]))
+        grads = [js_div.js_div_bwd(grad, a, b, weight, stats, beta, 0.7, NONE, True, True) for a, b in split]
+        dx, dy = (torch.cat(g, 1) for g in zip(*grads, strict=True))
+        for a, b in zip((divergences[2], dx, dy), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
     def test_expanded_gradient(self):
         x, y = torch.randn(5, 9), torch.randn(5, 9)

@@ -198,6 +198,18 @@ def test_anchor_near_tie_goes_to_the_surer():
     assert udi.choose_anchor("vague", {"vague": vague, "sure": sure})[0] == "vague"
 
 
+@pytest.mark.parametrize(
+    "select, wanted, by", [("acc", "a", "accuracy"), ("macro-f1", "b", "macro-F1"), ("nll", "c", "likelihood")]
+)
+def test_choice_of_the_anchor_by_select(select, wanted, by):
+    names = ("val_acc", "val_macro_f1", "val_loss", "val_entropy")
+    figures = {"a": (0.9, 0.5, 0.8, 0.1), "b": (0.8, 0.7, 0.7, 0.1), "c": (0.7, 0.6, 0.5, 0.1)}
+    histories = {m: [dict(zip(("epoch", *names), (1, *row), strict=True))] for m, row in figures.items()}
+    anchor, selection = udi.choose_anchor("auto", histories, select)
+    assert (anchor, selection["by"]) == (wanted, f"validation {by}")
+    assert selection["margin"] == pytest.approx({"acc": 0.1, "macro-f1": 0.1, "nll": 0.2}[select])
+
+
 def test_collapse_is_reported(monkeypatch, capsys):
     """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
     monkeypatch.setattr(follower_module, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
