@@ -22,7 +22,7 @@ from ..options import Group, Options, flag, number, option, pair, some_of
 from ..registry import Registry
 from . import pipelines
 from .cache import KEY, VERSION, Cache, Unreadable, digest, file_key, numpy_type
-from .dataset import Modality
+from .dataset import Modality, sequence_encoder
 from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, open_image, pages
 from .pipelines import Features, Spectrogram, Tokens
 from .sound import SILENCE, cancelling, integer_bits, mono, read_sound
@@ -536,7 +536,7 @@ class Array(Kind):
         self.shape = (length, *map(int, rest))
         padded = axes == 2 and len(set(lengths)) > 1
         self.dtype = torch.uint8 if headers[:, 0].all() and not padded else torch.float32
-        self.encoder = {1: "mlp", 2: "cnn1d", 3: "cnn"}.get(axes, "mlp")
+        self.encoder = {1: "mlp", 2: sequence_encoder(length), 3: "cnn"}.get(axes, "mlp")
 
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         if len(self.shape) == 2:
