@@ -109,6 +109,7 @@ ACCEPTED: dict[str, Any] = {
     "Tensor": Tensor,
     "Tensor?": (NoneType, Tensor),
     "float": float,  # and what `_number` takes
+    "bool": bool,
     "int": object,  # the dispatcher checks it
 }
 
@@ -228,6 +229,8 @@ class Op:
         for argument, value in zip(self.arguments, values, strict=True):
             if argument.type == "float":
                 check_number(self.name, argument.name, value)
+            elif argument.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{self.name}: {argument.name} must be a bool, got {type(value).__name__}")
             elif not isinstance(value, ACCEPTED[argument.type]):
                 not_a_tensor(self.name, argument.name, value)
             elif isinstance(value, Tensor) and value.is_nested:

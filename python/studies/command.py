@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.report:
             results = load(folder / "results.json")
         else:
-            commit = git_version()
+            commit, extra = git_version(), study.prepare(extra)
             seeds = options.seeds or list(range(study.seeds) if isinstance(study.seeds, int) else study.seeds)
             jobs = [Job(study, v, seed, extra, folder / "runs") for v in study.variants for seed in seeds]
             for flag in (token for token in extra if token.startswith("--")):

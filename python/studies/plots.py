@@ -1,14 +1,17 @@
 """The plots of studies: test accuracies, and differences to the best baseline."""
 
+import statistics
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
 from udi_trainer.evaluation.plotting import INK, MODALITY_COLORS, MUTED, label_ends, new_figure, style_axes
 
+from .ranks import cliques, critical_difference
 from .summary import best_baseline, collect, differences, heading, interval, is_baseline, mean_and_std, scores_by_seed
 
 COLOR = MODALITY_COLORS[0]
+LEAST_SETS = 6  # data sets that a critical difference needs
 
 
 def draw(study, records: list[dict], path: Path) -> str:
@@ -69,6 +72,53 @@ def trend(
     for axes in (left, right):
         axes.grid(axis="y" if axes is right else "x", visible=False)
     left.set_xticks(range(len(ticks)), ticks)
+    figure.savefig(path, dpi=110)
+    return path.name
+
+
+def benchmark(
+    points: dict[str, dict[str, float]], ranks: dict[str, float], title: str, reference: str, path: Path
+) -> str:
+    """Left: the difference of each method to the reference, {method: {data set: points}}. Right: mean ranks.
+
+    From six data sets on, a bar joins methods whose ranks differ by less than Nemenyi's critical difference.
+    """
+    names = sorted(ranks, key=lambda m: ranks[m])
+    sets = list(points[reference])
+    figure = new_figure(12, 1.5 + 0.32 * len(names))
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    bars = {m: mean_and_interval(points[m].values()) for m in names}
+    # Dots and intervals far outside of the others are drawn at the edge, as arrows.
+    limit = 1.2 * statistics.median(abs(x) for m in names if m != reference for x in points[m].values()) * 4
+    for y, m in enumerate(names):
+        mean, half = bars[m]
+        color = INK if m == reference else COLOR if m == "udi" else MUTED
+        left.plot([max(mean - half, -limit), min(mean + half, limit)], [y, y], color=color, linewidth=2)
+        for x, offset in zip(points[m].values(), swarm(list(points[m].values()), 0.02 * limit), strict=True):
+            marker = "o" if abs(x) <= limit else "<" if x < 0 else ">"
+            left.plot(min(max(x, -limit), limit), y + offset, marker, color=color, markersize=3.5, clip_on=False)
+        left.plot(min(max(mean, -limit), limit), y, "D", color=color, markersize=5, clip_on=False)
+        left.text(1.03, y, f"{mean:+.1f}", transform=left.get_yaxis_transform(), va="center", fontsize=9)
+        right.plot(ranks[m], y, "o", color=color, markersize=5)
+        right.text(ranks[m] + 0.15, y, f"{ranks[m]:.1f}", va="center", fontsize=9)
+    if len(sets) >= LEAST_SETS:
+        difference = critical_difference(len(names), len(sets))
+        for i, (first, last) in enumerate(cliques([ranks[m] for m in names], difference)):
+            x = len(names) + 0.8 + 0.35 * i
+            right.plot([x, x], [first - 0.2, last + 0.2], color=INK, linewidth=3, solid_capstyle="butt")
+        how = f"Bar: no significant difference (Nemenyi, 95%: {difference:.1f})"
+    else:
+        how = f"{len(sets)} data sets are too few for a critical difference"
+    left.set_xlim(-limit, limit)
+    left.axvline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    style_axes(left, f"against the {reference}: dot: a data set; bar: 95% interval of the mean", "points")
+    style_axes(right, f"mean rank. {how}", "mean rank, 1 is the best")
+    for axes in (left, right):
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+    left.set_yticks(range(len(names)), names, fontsize=9)
+    right.set_yticks([])
+    figure.suptitle(f"{title}, {len(sets)} data sets: {', '.join(sets)}", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=110)
     return path.name
 

@@ -63,6 +63,10 @@ class Study:
         choose_device(options.device)
         return options.flat()
 
+    def prepare(self, extra: list[str]) -> list[str]:
+        """Called once with the arguments for all variants, before these are used; returns those that remain."""
+        return extra
+
     def extra(self, argv: list[str], extra: list[str]) -> list[str]:
         """Those of the arguments ``extra``, which are for all variants, that a run with ``argv`` reads."""
         return readable(extra, parse(argv, PROG)[0], PROG)

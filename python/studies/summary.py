@@ -24,9 +24,12 @@ def differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]
 
 def format_difference(ours: dict, theirs: dict) -> str:
     """The mean difference in test accuracy of two {seed: entry}, in points, with its interval."""
-    values = [100 * x for x in differences(scores_by_seed(ours, "test_acc"), scores_by_seed(theirs, "test_acc"))]
-    if not values:
-        return ""
+    values = differences(scores_by_seed(ours, "test_acc"), scores_by_seed(theirs, "test_acc"))
+    return mean_with_interval([100 * x for x in values]) if values else ""
+
+
+def mean_with_interval(values: Collection[float]) -> str:
+    """The mean with its sign, and its 95% interval."""
     mean, half = mean_and_std(values)[0], interval(values)
     return f"{mean:+.2f}" + ("" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]")
 

@@ -27,14 +27,16 @@ from .data.labels import hide
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
 from .evaluation.predictions import details, predictions_csv
-from .evaluation.report import draw, table
+from .evaluation.report import controller_table, draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
+from .methods.scikit import too_large
 from .models.classifiers import FeatureHead, JointClassifier
-from .options import Options, find_method, name_of, resumed, spelled
+from .models.encoders import make_encoder
+from .options import SCIKIT, Options, find_method, name_of, resumed, spelled
 from .predictor import Predictor
 from .registry import datasets, imported, methods
-from .run import Run, choose_device, identity
+from .run import Run, batch_size, choose_device, identity
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config, write_json
 from .stop import Stop
 
@@ -63,8 +65,8 @@ class Result:
         return self.predictor.models
 
     def table(self) -> str:
-        """The comparison of everything that was trained, as text."""
-        return table(self.metrics)
+        """The comparison of everything that was trained, and what the dynamic controller measured, as text."""
+        return "\n\n".join(filter(None, (controller_table(self.history), table(self.metrics))))
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
         """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors."""
@@ -73,7 +75,7 @@ class Result:
 
 def train(
     dataset: Dataset | str = "fewdigits",
-    method: Method = "udi",
+    method: Method | None = None,
     encoders: dict[str, Encoder] | None = None,
     *,
     resume: str | Path | None = None,
@@ -87,7 +89,8 @@ def train(
 
     Args:
         dataset: tensors in memory, or the name of a registered data set.
-        method: ``"udi"``, ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an :class:`Outcome`.
+        method: ``"udi"`` (the default), ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an
+            :class:`Outcome`.
         encoders: replace the modalities' own, by modality: a name, or a callable from a sample's shape to a fresh
             module from inputs ``(N, *shape)`` to features (N, width). It is called once for each model.
         resume: the folder of an interrupted run, which continues with its options; give data set and encoders again.
@@ -110,9 +113,9 @@ def train(
             folder, chosen = None, Options.make(method=method, dataset=dataset, **options)
         else:
             said = {"dataset": dataset if isinstance(dataset, str) else dataset.name}
-            said |= {"method": method if isinstance(method, str) else name_of(method)}
+            said |= {"method": method if isinstance(method, str) else name_of(method)} if method else {}
             said = {key: value for key, value in said.items() if value != getattr(Options, key)}  # not the defaults
-            own = None if isinstance(method, str) else method
+            own = method if callable(method) else None
             folder, chosen = restored(resume, options | said, method=own, encoders=encoders or {}, trust=trust)
         training = Training(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
@@ -143,10 +146,12 @@ class Training:
     ) -> None:
         self.options = options
         self.method = method if callable(method) else find_method(options.method)
-        self.baselines = {name: methods.find(name) for name in options.baselines or () if name != options.method}
         self.device = choose_device(options.device)
         if options.shard and distributed.world() == 1:
             raise UserError("--shard needs several processes to spread parameters over: start them by torchrun")
+        if options.amp == "fp16" and (self.device.type == "cpu" or options.shard):
+            why = "with --shard" if options.shard else "on a CPU"
+            raise UserError(f"--amp fp16 does not work {why}: use --amp bf16")
         if options.tensorboard and find_spec("tensorboard") is None:
             raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
         for kind in {"cpu", self.device.type}:
@@ -164,7 +169,22 @@ class Training:
             check_presence(data)
         for group in options.groups:
             group.check(data)
+        batch_size(options, data)
+        with torch.random.fork_rng(devices=[]):
+            for m in options.encoder_weights or ():
+                make_encoder(m, data.modalities[m], data.train, tell=True)
         self.data = data
+        self.baselines = {name: methods.find(name) for name in self.baseline_names() if name != options.method}
+
+    def baseline_names(self) -> list[str]:
+        """Those of the options. If there are any, small data has scikit-learn's as well."""
+        chosen = self.options.baselines or ()
+        if not chosen:
+            return []
+        if reason := too_large(self.data):
+            log.info("%s are left out: the data has %s", " and ".join(SCIKIT), reason)
+            return [name for name in chosen if name not in SCIKIT]
+        return list(dict.fromkeys((*chosen, *SCIKIT)))
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -234,9 +254,10 @@ class Training:
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
-                metrics["classes"] = list(self.data.class_names or map(str, range(self.data.classes)))
+                metrics["classes"] = self.data.names()
             if written:  # the figures first: nothing after them can lose them
-                predictor.save(run.folder, self.data)
+                if outcome.models:
+                    predictor.save(run.folder, self.data)
                 run.folder.write("metrics.json", as_json(metrics))
             run.show("fused", metrics["fused"], options.epochs)
             if written:
@@ -247,7 +268,8 @@ class Training:
         return Result(metrics, run.history, predictor, folder)
 
     def predictor(self, outcome: Outcome) -> Predictor:
-        return Predictor(self.data.modalities, outcome.models, outcome.rule, self.options.amp)
+        data = self.data
+        return Predictor(data.modalities, outcome.models, outcome.rule, self.options.amp, data.names(), data.recipe)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -282,7 +304,7 @@ class Training:
 def with_encoders(modalities: dict[str, Modality], options: Options, given: dict[str, Encoder]) -> dict[str, Modality]:
     """The modalities with the encoders given here or by option."""
     chosen, weights = (options.encoder or {}) | given, options.encoder_weights or {}
-    for m in [*chosen, *weights]:
+    for m in [*chosen, *weights, *(options.freeze or {})]:
         choose("modality", m, modalities)
     views = {}
     for m, view in modalities.items():

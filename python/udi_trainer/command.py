@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import distributed
+from . import distributed, predict
 from .api import Training, restored
 from .console import console, say
 from .data import scan
@@ -31,6 +31,7 @@ from .options import (
     names,
     own_modules,
     readers,
+    recipe_of,
     spelled,
 )
 from .registry import datasets
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     try:
         if argv[:1] == ["manifest"]:
             return scan.main(argv[1:], prog)
+        if argv[:1] == ["predict"]:
+            see_working_folder()
+            return predict.main(argv[1:], prog)
         with stop.on_signals(), distributed.process_group(), console(distributed.first()):
             options, folder = parse(argv, prog)
             training = Training(options)
@@ -76,14 +80,15 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
     """The options, and the folder of the run to resume, if there is one."""
     first = Parser(add_help=False, allow_abbrev=False)  # what decides which other options there are
-    first.add_argument("--method", default=Options.method)
+    first.add_argument("--method")
+    first.add_argument("--recipe")
     first.add_argument("--dataset", default=Options.dataset)
     first.add_argument("--baselines")
     first.add_argument("-h", "--help", nargs="?", const="chosen")
     chosen, _ = first.parse_known_args(argv)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for the user's own modules, as with python -m
-    own = groups_of(readers(chosen.method, chosen.baselines, chosen.dataset))
+    see_working_folder()
+    method = chosen.method or recipe_of(chosen.recipe, None).get("method", Options.method)
+    own = groups_of(readers(method, chosen.baselines, chosen.dataset))
     if chosen.help:
         if chosen.help not in ("chosen", "all"):
             raise UserError(f"unknown help {chosen.help!r}: use --help or --help all")
@@ -100,6 +105,12 @@ def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None
     return options, folder
 
 
+def see_working_folder() -> None:
+    """Lets the user's own modules be imported from the working folder, as with python -m."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> "Parser":
     """A parser of all options: those of every run, those of the method and data set, and all others.
 
@@ -108,7 +119,7 @@ def full_parser(prog: str, own: Sequence[type[Group]], hidden: bool = False) -> 
     layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
     text = (
         "Two-phase training of Unidirectional Dynamic Interaction, and of its baselines. To write a manifest of a"
-        f" folder's files, see: {prog} manifest --help."
+        f" folder's files, see: {prog} manifest --help; to predict new files: {prog} predict --help."
     )
     end = "Options of other methods and data sets: --help all." if hidden else None
     parser = Parser(prog=prog, description=text, epilog=end, formatter_class=layout, add_help=False)

@@ -38,3 +38,7 @@ def memory_errors(remedy: str) -> Iterator[None]:
             raise
         lines = str(error).splitlines() or ["MemoryError"]
         raise UserError(f"out of memory {remedy} ({lines[0]})") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,13 +11,15 @@ from torch import nn
 
 from .data import pipelines
 from .data.dataset import Dataset, Encoder, Modality, Split, presence
+from .data.recipe import samples
+from .data.rows import read
 from .errors import UserError, choose
 from .evaluation.fusion import Rule, combine
 from .models.classifiers import FeatureHead, JointClassifier
 from .models.encoders import make_encoder
 from .options import Options, groups_of
 from .registry import check_trusted, classifiers, datasets, fusion_rules, imported
-from .run import choose_device
+from .run import autocast, choose_device
 from .run_folder import RunFolder, load_tensors, read_config
 
 FILE = Path("checkpoints") / "model.pt"
@@ -31,15 +33,39 @@ class Predictor:
     """
 
     def __init__(
-        self, modalities: dict[str, Modality], models: dict[str, nn.Module], rule: Rule, amp: str = "none"
+        self,
+        modalities: dict[str, Modality],
+        models: dict[str, nn.Module],
+        rule: Rule,
+        amp: str = "none",
+        class_names: Sequence[str] = (),
+        recipe: dict[str, Any] | None = None,
     ) -> None:
+        """``recipe``: how the run's samples were made from the columns of a manifest, see :class:`Dataset`."""
         self.modalities, self.models, self.rule, self.amp = modalities, models, rule, amp
+        self.class_names, self.recipe = list(class_names), recipe
+
+    def read(self, manifest: str | Path, *, skip_bad: bool = False, cache_dir: str | None = None) -> Split:
+        """The samples of a manifest, made as those of the run: ``predictor.predict(predictor.read("new.csv"))``.
+
+        The manifest needs the columns of the run's modalities; an empty cell means that a sample lacks one. It needs no
+        labels and no splits; labels that are missing or unknown are -1.
+
+        Args:
+            skip_bad: leave out samples that cannot be read, and list them; otherwise they raise a UserError.
+            cache_dir: where decoded files are kept; by default the user's cache.
+        """
+        if self.recipe is None:
+            raise UserError("this run has not read its data from files by columns, so it cannot read a manifest")
+        return samples(read(manifest, labelled=False), self.recipe, self.class_names, skip_bad, cache_dir)
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
         """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors.
 
         For samples that lack a modality, see :class:`Split`, the predictions of the others are fused.
         """
+        if not self.models:
+            raise UserError("this method keeps no models to predict with")
         return combine(self.rule, torch.stack(list(self.logits(split).values())))
 
     @torch.no_grad()
@@ -61,7 +87,7 @@ class Predictor:
         for name, model in self.models.items():
             if isinstance(model, FeatureHead):
                 device = model.head.weight.device
-                with self._autocast(device):
+                with autocast(device, self.amp):
                     logits[name] = model(torch.cat(list(features.values()), dim=1).to(device)).float().cpu()
                 continue
             split_up = shares and isinstance(model, JointClassifier) and len(self.models) == 1
@@ -71,9 +97,6 @@ class Predictor:
                     lacks = ~stored[presence(m)].cpu()[:, None]
                     features[m], logits[m] = features[m].masked_fill(lacks, 0), logits[m].masked_fill(lacks, torch.nan)
         return logits
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp == "bf16")
 
     def _outputs(
         self, name: str, model: nn.Module, stored: dict[str, torch.Tensor], count: int, share: str | None
@@ -88,7 +111,7 @@ class Predictor:
         for start in range(0, max(count, 1), 1000):  # no samples: no rows
             batch = {n: stored[n][start : start + 1000].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
-            with self._autocast(device):
+            with autocast(device, self.amp):
                 if isinstance(model, JointClassifier):
                     features, logits = model(inputs, {m: batch[presence(m)] for m in views if presence(m) in batch})
                     logits = model.shares(features)[share] if share else logits
@@ -104,6 +127,8 @@ class Predictor:
         folder.save(
             "model",
             classes=data.classes,
+            class_names=self.class_names,
+            recipe=self.recipe,
             modalities={
                 m: {
                     "encoder": view.encoder if isinstance(view.encoder, str) else address(view.encoder),
@@ -176,7 +201,9 @@ def load(
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the encoders are not those of {folder / FILE}: {reason}") from None
         models[name].to(place)
-    return Predictor(views, models, fusion_rules.find(saved["rule"])(**saved["parameters"]), saved["amp"])
+    rule = fusion_rules.find(saved["rule"])(**saved["parameters"])
+    names = saved.get("class_names") or list(map(str, range(saved["classes"])))
+    return Predictor(views, models, rule, saved["amp"], names, saved.get("recipe"))
 
 
 def modalities_of(

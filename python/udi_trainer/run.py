@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -39,12 +40,9 @@ class Run:
         self.engine = choose_engine(options.engine, device, options.shard)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device if self.resident else torch.device("cpu"))
+        self.class_weights = balanced(data).to(device) if options.class_weights == "balanced" else None
         self.labels = {"val": data.val.labels.cpu(), "test": data.test.labels.cpu()}
-        self.batch_size = min(options.batch_size, len(data.train))
-        if self.batch_size % distributed.world():
-            raise UserError(
-                f"--batch-size: {self.batch_size} samples have no equal parts for {distributed.world()} processes"
-            )
+        self.batch_size = batch_size(options, data)
         # Per epoch: full batches only. The samples left out differ between epochs.
         self.steps = len(data.train) // self.batch_size
         self.history: dict[str, list[dict]] = {}  # stage: its lines of metrics.jsonl
@@ -56,19 +54,30 @@ class Run:
 
     def make(self, task: Callable[..., T], **arguments: Any) -> T:
         """A task of this class with these arguments; its initial weights are drawn from the seed of its name."""
-        with seeded(self.seed(task.name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
+        with seeded(self.seed(task.seed_name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
             return task(self, **arguments)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
+        return autocast(self.device, self.options.amp)
 
     def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
+        """The optimizer that the options choose. It clips the gradients of each parameter group by itself."""
         options, decay = self.options, self.options.weight_decay or 0.0
+        optimizer: torch.optim.Optimizer
         if options.optimizer == "adamw":
             on_gpu = self.device.type == "cuda"
-            return torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
-        fused = not options.shard  # fused SGD does not take a tensor as learning rate for FSDP2's parameters
-        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=decay, fused=fused)
+            optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
+        else:
+            fused = not options.shard  # fused SGD does not take a tensor as learning rate for FSDP2's parameters
+            momentum = options.momentum
+            optimizer = torch.optim.SGD(parameters, options.lr, momentum, weight_decay=decay, fused=fused)
+            # Fused SGD needs the momentum of all parameters or of none, and leaves it uninitialized where its first
+            # step is skipped (2.14). Zeros give the same first step.
+            for p in (p for group in optimizer.param_groups for p in group["params"] if momentum):
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if options.clip_grad is not None:
+            optimizer.register_step_pre_hook(partial(clip, options.clip_grad))
+        return optimizer
 
     def fusion(self, own: str = "auto") -> str:
         """The fusion rule: the user's choice, else the method's own, else the one that the data set recommends."""
@@ -136,6 +145,39 @@ def event_writer(folder: RunFolder):
     if folder.path is None:
         raise UserError("tensorboard=True needs a run folder: give out=DIR")
     return SummaryWriter(str(folder.path / "tensorboard"))
+
+
+def batch_size(options: Options, data: Dataset) -> int:
+    """Samples per step, of all processes together."""
+    size, world = min(options.batch_size, len(data.train)), distributed.world()
+    if size % world:
+        raise UserError(f"--batch-size: {size} samples have no equal parts for {world} processes")
+    return size
+
+
+def clip(norm: float, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+    """Scales the gradients of each parameter group down to this norm, as ``clip_grad_norm_`` does.
+
+    Not in place: gradients of two parameters may be one tensor.
+    """
+    groups = ([p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups)
+    for having in filter(None, groups):
+        grads = [p.grad for p in having]
+        total = torch.nn.utils.get_total_norm(grads)
+        scale = (norm / (total + 1e-6)).clamp(max=1)
+        for p, grad in zip(having, torch._foreach_mul(grads, scale), strict=True):
+            p.grad = grad
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision as ``--amp`` says."""
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "none")
+
+
+def balanced(data: Dataset) -> torch.Tensor:
+    """Weights of the classes (C,), inverse to their numbers of labelled training samples, with mean 1 over these."""
+    counts = torch.bincount(data.train.labels[data.train.labels >= 0], minlength=data.classes).double()
+    return (counts.sum() / (data.classes * counts)).float()
 
 
 def identity(options: Options) -> dict:

@@ -148,11 +148,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, as_json(value))
 
 
-def load_tensors(path: Path, remedy: str) -> dict:
-    """Loads a dict of tensors and plain values after verifying its checksums; never runs code from the file."""
+def load_tensors(path: Path, remedy: str, legacy: bool = False) -> dict:
+    """Loads a dict of tensors and plain values after verifying its checksums; never runs code from the file.
+
+    ``legacy``: also load torch's format before 1.6, a pickle without checksums.
+    """
     try:
-        with zipfile.ZipFile(path) as records:  # torch writes checksums but never verifies them
-            damaged = records.testzip()
+        damaged = None
+        if not (legacy and is_pickle(path)):
+            with zipfile.ZipFile(path) as records:  # torch writes checksums but never verifies them
+                damaged = records.testzip()
         saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(saved, dict):
             if saved.pop(SEAL, None) in (None, seal(saved)):  # versions before 0.2 wrote none
@@ -168,6 +173,11 @@ def load_tensors(path: Path, remedy: str) -> dict:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UserError(f"{path} is damaged ({reason}): {remedy}") from None
+
+
+def is_pickle(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 SEAL = "seal"  # the name in a file of the digest of the rest

@@ -57,6 +57,28 @@ def three_views(register):
 
 
 @pytest.fixture
+def double_views(three_views, register):
+    """The name of the same dataset in float64, which is torch's default dtype for the length of the test.
+
+    Some samples lack the third modality.
+    """
+
+    def double(options):
+        data = datasets[three_views](options)
+        for modality in data.modalities.values():
+            modality.make = torch.Tensor.double
+        for split in data.splits().values():
+            split.stored["worse present"] = torch.arange(len(split)) % 5 > 0
+        return data
+
+    register(datasets, "double", double)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield "double"
+    torch.set_default_dtype(usual)
+
+
+@pytest.fixture
 def mixed():
     """A small dataset of sequences of floats, images and vectors; two classes; sizes that no batch divides."""
     generator = torch.Generator().manual_seed(0)
@@ -91,3 +113,18 @@ def little_mnist(tmp_path):
         write_idx(root / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(root / f"{part}-labels-idx1-ubyte.gz", torch.arange(size, dtype=torch.uint8) % 10)
     return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes files, see files.py."""
+    from .data.files import Folder
+
+    (tmp_path / "files").mkdir()
+    return Folder(tmp_path / "files")
+
+
+@pytest.fixture
+def options(tmp_path):
+    """The options of all runs in these tests."""
+    return {"cache_dir": tmp_path / "cache", "device": "cpu", "progress": False}

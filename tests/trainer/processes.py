@@ -1,8 +1,10 @@
 """Trains as one of several processes, and keeps what every step measured: ``processes.py DTYPE METHODS STEPS FILE``.
 
 METHODS: one after the other, with commas between them. With ``shard`` behind these: sharded, where there are several.
+Options for all methods may follow as JSON.
 """
 
+import json
 import sys
 
 import torch
@@ -25,7 +27,7 @@ def dataset(make):
     return Dataset(5, modalities, split(4 * 32), split(61), split(67))
 
 
-def trained(dtype, method, steps, shard):
+def trained(dtype, method, steps, shard, given):
     """What every step measured, and the run's metrics."""
     measured, step = [], Eager.run
 
@@ -49,7 +51,7 @@ def trained(dtype, method, steps, shard):
         options |= {"shard": several, "encoder": {"image": "mlp"} if method == "ogm-ge" else None}
     result = train(
         dataset(torch.Tensor.double if dtype == "float64" else torch.Tensor.float), method,
-        epochs=int(steps) // 4, batch_size=32, lr=1e-3, progress=False, **options,
+        epochs=int(steps) // 4, batch_size=32, lr=1e-3, progress=False, **options, **given,
     )  # fmt: skip
     Eager.run = step
     for row in measured:  # the mean over the processes, of what each measured on its part
@@ -60,9 +62,9 @@ def trained(dtype, method, steps, shard):
     return {"steps": sorted(measured, key=lambda row: row["stage"]), "metrics": result.metrics}
 
 
-def main(dtype, methods, steps, file, shard=""):
+def main(dtype, methods, steps, file, shard="", given="{}"):
     torch.set_default_dtype(getattr(torch, dtype))
-    results = {method: trained(dtype, method, steps, shard) for method in methods.split(",")}
+    results = {method: trained(dtype, method, steps, shard, json.loads(given)) for method in methods.split(",")}
     if distributed.first():
         torch.save(results, file)
 

@@ -14,6 +14,7 @@ from udi_trainer.command import main
 from udi_trainer.evaluation.fusion import combine
 from udi_trainer.evaluation.scores import accuracy, scores
 from udi_trainer.methods.unimodal import Alone, train_alone
+from udi_trainer.options import SCIKIT
 from udi_trainer.registry import datasets
 from udi_trainer.training.inference import outputs
 
@@ -58,7 +59,7 @@ def test_every_method_on_data_and_encoders_of_one_s_own(mixed, method, tmp_path)
         assert features.shape == (41, 10) and logits.shape == (41, 2)
         assert not torch.equal(result.models["audio"].encoder.gru.weight_ih_l0, Recurrent((50, 3)).gru.weight_ih_l0)
     if method == "udi":
-        assert set(result.metrics["baselines"]) == {"joint", "ensemble"} and "ensemble" in result.table()
+        assert set(result.metrics["baselines"]) == {"joint", "ensemble", *SCIKIT} and "ensemble" in result.table()
         followed = result.metrics["anchor"] != "audio"
         assert Recurrent.made == 1 + followed + 2 + 1  # alone, as a follower, the two baselines; ours above
         assert {row["phase"] for row in result.history["anchor-audio"]} == {"anchor"}  # the ensemble has it from there
@@ -133,7 +134,7 @@ class Averaging(nn.Module):
 def test_a_method_of_one_s_own(mixed):
     """A function; what it leaves out of the metrics is empty."""
     result = train(mixed, alone_or_not, ENCODERS, epochs=2, out="run", baselines=["joint"], progress=False)
-    assert result.metrics["method"] == "alone_or_not" and set(result.metrics["baselines"]) == {"joint"}
+    assert result.metrics["method"] == "alone_or_not" and set(result.metrics["baselines"]) == {"joint", *SCIKIT}
     assert result.metrics["modalities"] == {} and "alone_or_not" in result.table()
     assert accuracy(result.predict(mixed.test), mixed.test.labels) == result.metrics["fused"]["test_acc"]
     assert Path("run/report.png").stat().st_size > 10_000

@@ -11,7 +11,7 @@ import pytest
 from udi_trainer import Options, console
 from udi_trainer.command import main, parse
 from udi_trainer.data.dataset import Split
-from udi_trainer.options import all_fields, spelled
+from udi_trainer.options import SCIKIT, all_fields, spelled
 from udi_trainer.registry import datasets
 
 from .helpers import METHODS, TRAIN, one_line, read_log, read_metrics, start
@@ -85,7 +85,7 @@ def test_every_method_can_be_a_baseline(capsys):
     """And the ensemble, which UDI's anchor phase gives anyway, is listed once."""
     assert main(["--epochs", "1", "--baselines", "joint,joint-sum,ogm-ge,ensemble", "--out", "run"]) == 0
     metrics = read_metrics("run")
-    assert list(metrics["baselines"]) == ["joint", "joint-sum", "ogm-ge", "ensemble"]
+    assert list(metrics["baselines"]) == ["joint", "joint-sum", "ogm-ge", "ensemble", *SCIKIT]
     assert all(0 <= scores["test_acc"] <= 1 for scores in metrics["baselines"].values())
     assert metrics["baselines"]["ensemble"] == metrics["ensemble"]
     assert len(re.findall(r"^ensemble ", capsys.readouterr().out, re.MULTILINE)) == 1

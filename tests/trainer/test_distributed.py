@@ -1,5 +1,6 @@
 """Several processes (gloo, CPU) against one with the same global batch; what becomes of them when one is killed."""
 
+import json
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ def test_processes_that_were_given_different_things(what, wanted):
     assert process.returncode and err.count("all processes must be given the same, but") == 2 and wanted in err
 
 
+FIELD = ["mmpareto", "dgl", "g2d", "reconboost", "pdmp", "pmr", "g-blending"]
 UPGRAD = ["gramian"] if find_spec("torchjd") else []
 
 
@@ -73,7 +75,7 @@ UPGRAD = ["gramian"] if find_spec("torchjd") else []
     "dtype, tolerance, counts, methods",
     [
         ("float64", 1e-12, (2, 4), ["udi"]),
-        ("float32", 1e-5, (2,), ["udi", "joint", "joint-sum", "ogm-ge", "ensemble", "dimml", *UPGRAD]),
+        ("float32", 1e-5, (2,), ["udi", "joint", "joint-sum", "ogm-ge", "ensemble", "dimml", "mla", *FIELD, *UPGRAD]),
     ],
 )
 def test_same_as_one_process(dtype, tolerance, counts, methods):
@@ -83,10 +85,19 @@ def test_same_as_one_process(dtype, tolerance, counts, methods):
 
 @pytest.mark.parametrize(
     "dtype, tolerance, methods",
-    [("float64", 1e-12, ["udi"]), ("float32", 1e-5, ["udi", "joint", "ogm-ge", "dimml", *UPGRAD])],
+    [("float64", 1e-12, ["udi"]), ("float32", 1e-5, ["udi", "joint", "ogm-ge", "dimml", *FIELD, *UPGRAD])],
 )
 def test_sharded_same_as_one_process(dtype, tolerance, methods):
     compare(dtype, tolerance, (2,), methods, "shard")
+
+
+TRAINING = {"class_weights": "balanced", "clip_grad": 0.5, "warmup": 2.5, "freeze": {"image": 2}, "select": "nll"}
+
+
+@pytest.mark.parametrize("shard", ["", "shard"])
+def test_training_options_same_as_one_process(shard):
+    """Clipped gradients, class weights, an encoder that is frozen at first, and the warm-up."""
+    compare("float64", 1e-12, (2,), ["udi", "joint"], shard, json.dumps(TRAINING))
 
 
 def compare(dtype, tolerance, counts, methods, *shard):

@@ -18,7 +18,7 @@ from udi_trainer.evaluation.fusion import FusionOptions
 from udi_trainer.methods.follower import FollowerOptions
 from udi_trainer.methods.self_training import SelfTrainingOptions
 from udi_trainer.methods.udi import UDIOptions
-from udi_trainer.options import all_fields, fields_of, number, resumed
+from udi_trainer.options import SCIKIT, all_fields, fields_of, number, resumed
 from udi_trainer.registry import datasets, methods
 
 
@@ -144,7 +144,7 @@ def test_values_are_of_the_option_s_type():
 
 
 def test_defaults_that_follow_others():
-    assert Options().baselines == ("joint",) and Options.make(method="joint").baselines == ()
+    assert Options().baselines == ("joint", *SCIKIT) and Options.make(method="joint").baselines == SCIKIT
     assert Options.make(baselines="none").baselines == Options.make(baselines=[]).baselines == ()
     assert FollowerOptions().alpha == (1, 1) and FollowerOptions(controller="dynamic").alpha is None
     assert Options().weight_decay == 0.01 and Options.make(optimizer="sgd").weight_decay == 1e-4

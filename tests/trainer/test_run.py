@@ -1,7 +1,9 @@
 """What the parts of a run share: optimizers, seeds, devices."""
 
+import numpy
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from udi_trainer import Options, UserError, distributed
@@ -30,6 +32,42 @@ def test_sgd_is_its_formula(mixed):
         p = p - 0.1 * v
     parameter = nn.Parameter(start.clone())
     torch.testing.assert_close(steps_of(run.optimizer([parameter]), parameter, grads), p)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_gradients_are_clipped_by_group(mixed, optimizer):
+    """As torch clips each group by itself, but not in place: two parameters may share a gradient."""
+    options = {"optimizer": optimizer, "lr": 0.1, "weight_decay": 0.01}
+    start, grads = [torch.randn(3, 4), torch.randn(5), torch.randn(6)], [torch.randn(3, 4), torch.randn(5)]
+    for norm in (0.3, 100.0):
+        (a, b, c), (x, y, z) = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+        ours = make_run(mixed, clip_grad=norm, **options).optimizer([{"params": [a, b]}, {"params": [c]}])
+        plain = make_run(mixed, **options).optimizer([{"params": [x, y]}, {"params": [z]}])
+        for _ in range(3):
+            for p, grad in zip((a, b, x, y), grads * 2, strict=True):
+                p.grad = grad.clone()
+            nn.utils.clip_grad_norm_([x, y], norm)
+            ours.step()
+            plain.step()
+        assert torch.equal(a, x) and torch.equal(b, y) and torch.equal(c, z)
+    shared = torch.ones(4)
+    p, q = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+    p.grad = q.grad = shared
+    make_run(mixed, clip_grad=1.0, **options).optimizer([p, q]).step()
+    torch.testing.assert_close(p.grad, torch.full((4,), 8**-0.5))
+    torch.testing.assert_close(q.grad, p.grad)
+    assert torch.equal(shared, torch.ones(4))
+
+
+def test_balanced_class_weights(mixed):
+    """scikit-learn's, over the labelled training samples: their mean there is 1."""
+    mixed.train.labels = torch.tensor([0, 1, 1, 0, 1, -1, 1, 1, 1, -1] * 10 + [1])
+    assert make_run(mixed).class_weights is None
+    weights, labels = make_run(mixed, class_weights="balanced").class_weights, mixed.train.labels
+    known = labels[labels >= 0]
+    wanted = compute_class_weight("balanced", classes=numpy.arange(2), y=known.numpy())
+    torch.testing.assert_close(weights.double(), torch.from_numpy(wanted))
+    torch.testing.assert_close(weights[known].mean(), torch.tensor(1.0))
 
 
 def test_fusion_rule(mixed):

@@ -125,7 +125,8 @@ class Dataset:
 
     ``name`` appears in tables and run folders, ``class_names`` in predictions. ``checked``: names of stored tensors
     that are known to be finite, so they are not checked before training. ``shifted``: a second test split with a
-    distribution shift, on which accuracies are reported, too.
+    distribution shift, on which accuracies are reported, too. ``recipe``: how the samples were made from the columns of
+    a manifest, in plain values, see ``recipe.py``.
     """
 
     classes: int
@@ -137,6 +138,11 @@ class Dataset:
     class_names: Sequence[str] | None = None
     checked: frozenset[str] = field(default_factory=frozenset)
     shifted: Split | None = None
+    recipe: dict[str, Any] | None = None
+
+    def names(self) -> list[str]:
+        """The names of the classes, by default their numbers."""
+        return list(self.class_names or map(str, range(self.classes)))
 
     def splits(self) -> dict[str, Split]:
         shifted = {"shifted": self.shifted} if self.shifted else {}

@@ -4,6 +4,7 @@ A kind is a class registered by name. Its cells are lists of paths, text or list
 """
 
 import functools
+import math
 import os
 import pickle
 import re
@@ -16,23 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import UserError
-from ..options import Group, Options, number, option, pair, some_of
+from ..errors import first_line
+from ..options import Group, Options, flag, number, option, pair, some_of
 from ..registry import Registry
 from . import pipelines
-from .cache import KEY, Cache, Unreadable, digest, file_key, numpy_type
+from .cache import KEY, VERSION, Cache, Unreadable, digest, file_key, numpy_type
 from .dataset import Modality
+from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, open_image, pages
 from .pipelines import Features, Spectrogram, Tokens
+from .sound import SILENCE, cancelling, integer_bits, mono, read_sound
+from .words import words_of
 
 kinds = Registry("kind")
 STATISTICS_SAMPLES = 2000  # training samples, evenly spaced, that means and standard deviations are computed from
 MAX_SECONDS = 10.0  # of sound, unless an option sets the length
 MAX_SAMPLE_RATE = 22050  # hertz; the usual rate in the field
 MISSING = b"-" * KEY  # the key of an empty cell
-MAX_WORDS = 64  # of a text; the rest is ignored
+MAX_WORDS = 64  # of a text, or characters of scripts without spaces; the rest is ignored
+USUAL_LENGTHS = 4  # sequences longer than so many times the median are cut
+LISTED = 3  # files named in a note
+DEEP_STILLS = 8  # of a clip, evenly spaced, whose range of values is looked at
 BUCKETS = 8191  # of hashed words; 0 is padding
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-SOUNDS = (".wav", ".flac", ".ogg")
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+VIDEOS = (".mp4", ".avi", ".flv", ".mkv", ".webm", ".mov")
 ARRAYS = (".npy", ".npz", ".pt")
 
 Cell = Any  # a list of paths, a text, or a list of numbers, as its kind takes it
@@ -49,14 +57,14 @@ class PictureOptions(Group, title="pictures and sound"):
 @dataclass(frozen=True, kw_only=True)
 class SoundOptions(Group, title="pictures and sound"):
     sample_rate: int | None = option(
-        None, number(int, 100), "hertz that sound is resampled to", "N", "the lowest in the data, at most 22050"
+        None, number(int, 100), "hertz that sound is resampled to", "N", "the median of training, at most 22050"
     )
     audio_length: float | None = option(
         None,
         number(float, above=0),
         "seconds of sound; shorter sound is repeated",
         "S",
-        "of the longest, 10 at most",
+        "of the longest in training, 10 at most",
     )
     stft: tuple[float, float] = option(
         (23.22, 16.01),
@@ -76,6 +84,22 @@ class AugmentationOptions(Group, title="pictures and sound"):
         "A,B",
         "none",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayOptions(Group, title="data of your own"):
+    array_length: int | None = option(
+        None,
+        number(int, 1),
+        "steps of sequences in arrays; longer ones are cut",
+        "N",
+        "of the longest in training, at most 4 times the median",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage(Group, title="data of your own"):
+    skip_bad: bool = option(False, flag, "leave out samples that cannot be read or are silent, and list them")
 
 
 @dataclass
@@ -100,16 +124,19 @@ class Column:
 class Kind:
     """Reads a column in two passes, both cached: first the header of each file, then its content.
 
-    The headers determine the shape in which all samples are stored.
+    The headers of training files determine the shape in which all samples are stored. ``notes``: what the user should
+    know about the files.
     """
 
     encoder = "cnn"
     dtype = torch.uint8
     header_size = 4  # numbers in a header; 0: there is no first pass
     shape: tuple[int, ...]  # of a stored sample, set by `configure`
+    state: dict[str, Any]  # all that `configure` has set: plain values, kept to read new files alike
 
     def __init__(self, column: Column) -> None:
         self.column, options = column, column.options
+        self.notes: list[str] = []
         self.pictures, self.sound = options.of(PictureOptions), options.of(SoundOptions)
         self.augment = options.of(AugmentationOptions).augment
 
@@ -122,7 +149,18 @@ class Kind:
         raise NotImplementedError
 
     def configure(self, headers: np.ndarray) -> None:
-        """Sets ``shape`` and how to decode, from the headers (N, header_size) of all files."""
+        """Sets ``shape`` and how to decode, from the headers (N, header_size) of training files."""
+
+    def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
+        """Notes what is odd about the files in these rows, from their headers."""
+
+    def note(self, what: str, odd: np.ndarray, rows: Sequence[int]) -> None:
+        """Notes what the rows marked by ``odd`` (N,) have in common, with the names of some files."""
+        if marked := odd.nonzero()[0].tolist():
+            files = [str(self.paths(self.column.cells[rows[i]])[0]) for i in marked[:LISTED]]
+            more = ", ..." if len(marked) > LISTED else ""
+            count = f"{len(marked)} of {len(rows)}"
+            self.notes.append(f"column {self.column.name}: {what}: {', '.join(files)}{more} ({count})")
 
     def decode(self, cell: Cell) -> np.ndarray:
         raise NotImplementedError
@@ -150,7 +188,7 @@ class Kind:
         return file_key(self.paths(cell))
 
     def read_headers(self, keys: list[bytes]) -> np.ndarray | None:
-        """The headers of all files; None if one cannot be read."""
+        """The headers of all files, without those of empty cells; None if one cannot be read."""
         column, name = self.column, f"{self.column.name} headers"
         present = [i for i, key in enumerate(keys) if key != MISSING]
         headers, errors = column.cache.column(
@@ -183,47 +221,22 @@ class Kind:
         """Mean and standard deviation per channel of ``values(sample)`` (..., channels); cached."""
 
         def compute() -> dict:
-            x = values(sample).double().flatten(0, -2)
-            std = x.std(0, correction=0)
-            return {"mean": x.mean(0).tolist(), "std": torch.where(std > 1e-6 * x.abs().amax(0), std, 1).tolist()}
+            mean, std = pipelines.moments(values(sample))
+            return {"mean": mean, "std": std}
 
-        key = digest("statistics", type(self).__name__, self.settings(), self.shape, settings, *keys)
+        key = digest("statistics", VERSION, type(self).__name__, self.settings(), self.shape, settings, *keys)
         statistics = self.column.cache.memoize(key, compute)
         return tuple(statistics["mean"]), tuple(statistics["std"])
 
 
-def import_pillow() -> Any:
-    try:
-        import PIL.Image
-        import PIL.ImageOps
-    except ModuleNotFoundError:
-        raise UserError('images need Pillow: pip install -e ".[data]"') from None
-    return PIL
-
-
-def import_soundfile() -> Any:
-    try:
-        import soundfile
-    except (ModuleNotFoundError, OSError):
-        raise UserError('sound needs soundfile: pip install -e ".[data]"') from None
-    return soundfile
-
-
-def open_image(path: Path) -> Any:
-    """Opens an image. Pillow reads the header now and the pixels when they are needed."""
-    try:
-        return import_pillow().Image.open(path)
-    except Exception as error:
-        raise Unreadable(f"{path}: not a readable image ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data, but left by an operating system, an editor or a notebook."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def natural_sort_key(path: Path) -> list:
     """Sorts frame 2 before frame 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_of(paths: list[Path]) -> list[Path]:
@@ -233,7 +246,8 @@ def frames_of(paths: list[Path]) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     try:
-        images = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=natural_sort_key)
+        found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not is_hidden(p.name))
+        images = sorted(found, key=natural_sort_key)
     except OSError as error:
         raise Unreadable(f"{folder}: {error.strerror}") from None
     if not images:
@@ -243,25 +257,31 @@ def images_in(folder: Path) -> list[Path]:
 
 @kinds.register("image", needs=("PIL",), extra="data")
 class Image(Kind):
-    """One image per cell, of any size, grayscale or color."""
+    """One image per cell, of any size, grayscale or color.
 
+    Pixels of more than 8 bits are scaled from the range of values that the training files use.
+    """
+
+    header_size = 7  # channels, width, height, number of stills, whether deep, and the lowest and the highest value
     channels: int
     mode: str
     size: int
     margin: int
+    limits: tuple[float, float] = (0.0, 65535.0)  # of deep pictures
 
-    def probe(self, cell: Cell) -> list[int]:
-        image = open_image(self.first(cell))
-        gray = image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F"))
-        return [1 if gray else 3, *image.size, self.count(cell)]
-
-    def first(self, cell: Cell) -> Path:
+    def stills(self, cell: Cell) -> list[Still]:
+        """The stills that a cell stands for, in order."""
         if len(cell) != 1:
             raise Unreadable(f"{cell[0]}: {len(cell)} paths instead of one image")
-        return cell[0]
+        return [(cell[0], 0)]
 
-    def count(self, cell: Cell) -> int:
-        return 1
+    def probe(self, cell: Cell) -> list[int]:
+        stills = self.stills(cell)
+        image = open_image(*stills[0])
+        header = [1 if is_gray(image) else 3, *image.size, max(len(stills), pages(image)), is_deep(image)]
+        some = evenly_spaced(stills, min(len(stills), DEEP_STILLS)) if is_deep(image) else []
+        low, high = zip(*map(extremes, some), strict=True) if some else ([0.0], [0.0])
+        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist()]
 
     def configure(self, headers: np.ndarray) -> None:
         self.channels = int(headers[:, 0].max())
@@ -269,25 +289,32 @@ class Image(Kind):
         self.size = self.pictures.image_size or min(64, int(headers[:, 1:3].max()))
         self.margin = round(self.size / 7) if "crop" in self.augment else 0
         self.shape = self.channels, self.size + self.margin, self.size + self.margin
+        deep = headers[headers[:, 4] > 0]
+        if len(deep):
+            low, high = (np.ascontiguousarray(deep[:, i]).view(np.float64) for i in (5, 6))
+            self.limits = float(low.min()), max(float(high.max()), float(np.nextafter(low.min(), np.inf)))
+
+    def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
+        low, high = self.limits
+        self.note(f"more than 8 bits a pixel, of which {low:g} to {high:g} become 0 to 255", headers[:, 4] > 0, rows)
+        if type(self) is Image:
+            only = f"the first of several pictures is read (--kinds {self.column.name}=frames reads them all)"
+            self.note(only, headers[:, 3] > 1, rows)
 
     def settings(self) -> tuple:
-        return (self.mode,)
+        return self.mode, self.limits
 
     def decode(self, cell: Cell) -> np.ndarray:
-        return self.pixels(cell[0])
+        return self.pixels(self.stills(cell)[0])
 
-    def pixels(self, path: Any) -> np.ndarray:
+    def pixels(self, still: Any) -> np.ndarray:
+        return self.square(eight_bits(still, self.limits, self.mode))
+
+    def square(self, image: Any) -> np.ndarray:
         """uint8 (channels, S, S), resized to a square without keeping proportions, as in OGM-GE's code."""
-        image, square = open_image(path), self.shape[-2:]
-        try:
-            image = import_pillow().ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: Pillow's conversion would keep the low byte
-                image = import_pillow().Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert(self.mode)
-            if image.size != square:
-                image = image.resize(square, import_pillow().Image.Resampling.BILINEAR)
-        except Exception as error:
-            raise Unreadable(f"{path}: a damaged image ({first_line(error)})") from None
+        square = self.shape[-2:]
+        if image.size != square:
+            image = image.resize(square, import_pillow().Image.Resampling.BILINEAR)
         x = np.asarray(image)
         return x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
 
@@ -303,7 +330,7 @@ class Image(Kind):
 
 @kinds.register("frames", needs=("PIL",), extra="data")
 class Frames(Image):
-    """One clip per cell: a folder of images, or several paths.
+    """One clip per cell: a folder of images, several paths, or a GIF or TIFF of several pictures.
 
     Stores evenly spaced frames, up to four times as many as are used. Shorter clips repeat frames.
     """
@@ -311,11 +338,10 @@ class Frames(Image):
     def paths(self, cell: Cell) -> list[Path]:
         return watched_paths(frames_of(cell))
 
-    def first(self, cell: Cell) -> Path:
-        return frames_of(cell)[0]
-
-    def count(self, cell: Cell) -> int:
-        return len(frames_of(cell))
+    def stills(self, cell: Cell) -> list[Still]:
+        frames = frames_of(cell)
+        count = pages(open_image(frames[0])) if len(frames) == 1 else 1
+        return [(path, page) for path in frames for page in range(count)]
 
     def configure(self, headers: np.ndarray) -> None:
         super().configure(headers)
@@ -323,7 +349,7 @@ class Frames(Image):
         self.shape = max(used, min(int(headers[:, 3].max()), 4 * used)), *self.shape
 
     def decode(self, cell: Cell) -> np.ndarray:
-        return np.stack([self.pixels(path) for path in evenly_spaced(frames_of(cell), self.shape[0])])
+        return np.stack([self.pixels(still) for still in evenly_spaced(self.stills(cell), self.shape[0])])
 
 
 def watched_paths(frames: list[Path]) -> list[Path]:
@@ -359,19 +385,16 @@ class Flow(Frames):
         u, v = self.components(cell)
         return watched_paths([*u, *v])
 
-    def first(self, cell: Cell) -> Path:
-        return self.components(cell)[0][0]
-
-    def count(self, cell: Cell) -> int:
-        return len(self.components(cell)[0])
+    def stills(self, cell: Cell) -> list[Still]:
+        return [(path, 0) for path in self.components(cell)[0]]
 
     def configure(self, headers: np.ndarray) -> None:
         super().configure(headers)
         self.channels, self.mode = 2, "L"
         self.shape = self.shape[0], 2, *self.shape[2:]
 
-    def pixels(self, path: Any) -> np.ndarray:
-        return np.concatenate([super(Flow, self).pixels(component) for component in path])
+    def pixels(self, still: Any) -> np.ndarray:
+        return np.concatenate([super(Flow, self).pixels((component, 0)) for component in still])
 
     def decode(self, cell: Cell) -> np.ndarray:
         pairs = [*zip(*self.components(cell), strict=True)]
@@ -386,29 +409,27 @@ class Audio(Kind):
     """
 
     dtype = torch.int16
+    header_size = 6  # sample rate, length, whether cut, silent, with channels that cancel each other out, bits
     rate: int
     window: int
     hop: int
     length: int
 
+    def recording(self, path: Path) -> tuple[np.ndarray, int, bool]:
+        """As :func:`read_sound`."""
+        return read_sound(path)
+
     def probe(self, cell: Cell) -> list[int]:
         path = single_path(cell)
-        try:
-            info = import_soundfile().info(path)
-            with open(path, "rb") as file:
-                header, size = file.read(8), path.stat().st_size
-        except Exception as error:
-            raise Unreadable(f"{path}: not readable as sound ({first_line(error)})") from None
-        announced = int.from_bytes(header[4:], "little") + 8
-        if header[:4] == b"RIFF" and size < announced < 2**31 - 1:  # the header of a stream may announce the maximum
-            raise Unreadable(f"{path}: truncated, {size} bytes of {announced}")
-        if not info.frames:
-            raise Unreadable(f"{path}: sound without samples")
-        return [info.samplerate, info.frames, info.channels, 0]
+        x, rate, cut = self.recording(path)
+        if not np.isfinite(x).all():
+            raise Unreadable(f"{path}: NaN or inf in sound")
+        return [rate, len(x), cut, np.ptp(mono(x)) <= SILENCE, cancelling(x), integer_bits(x)]
 
     def configure(self, headers: np.ndarray) -> None:
         options = self.sound
-        self.rate = options.sample_rate or min(MAX_SAMPLE_RATE, int(headers[:, 0].min()))
+        rates = np.sort(headers[:, 0])
+        self.rate = options.sample_rate or min(MAX_SAMPLE_RATE, int(rates[(len(rates) - 1) // 2]))
         longest = (headers[:, 1] / headers[:, 0]).max()
         used = options.audio_length or min(longest, MAX_SECONDS)
         stored = max(used, min(longest, MAX_SECONDS)) if "crop" in self.augment else used
@@ -416,20 +437,32 @@ class Audio(Kind):
         self.length = max(round(used * self.rate), self.window)
         self.shape = (max(round(stored * self.rate), self.length),)
 
+    def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
+        rate, length, cut, silent, cancel, bits = headers.T
+        silent = silent > 0
+        if self.column.options.of(Damage).skip_bad:
+            files = {row: self.column.cells[row][0] for row in np.array(rows)[silent].tolist()}
+            self.column.add_errors({row: f"{path}: silent" for row, path in files.items()})
+        else:
+            self.note("silent (--skip-bad leaves it out)", silent, rows)
+        if self.sound.sample_rate is None:
+            low = f"sample rate below the {self.rate} Hz used, so high frequencies are missing (--sample-rate)"
+            self.note(low, rate < self.rate, rows)
+        if self.sound.audio_length is None:
+            seconds = self.shape[0] / self.rate
+            self.note(f"longer than the {seconds:.2f} s read (--audio-length)", length > 1.05 * seconds * rate, rows)
+        self.note("ends early, so the file is probably cut", cut > 0, rows)
+        self.note("channels that cancel each other out: the first is used", (cancel > 0) & ~silent, rows)
+        self.note("floating-point samples in the range of integers: scaled to -1 to 1", bits > 0, rows)
+
     def settings(self) -> tuple:
         return (self.rate,)
 
     def decode(self, cell: Cell) -> np.ndarray:
         from scipy.signal import resample_poly
 
-        path = single_path(cell)
-        try:
-            x, rate = import_soundfile().read(path, dtype="float32", always_2d=True)
-        except Exception as error:
-            raise Unreadable(f"{path}: damaged sound ({first_line(error)})") from None
-        x = x.mean(1)
-        if not np.isfinite(x).all():
-            raise Unreadable(f"{path}: NaN or inf in sound")
+        x, rate, _ = self.recording(single_path(cell))
+        x = mono(x)
         if rate != self.rate:
             divisor = np.gcd(rate, self.rate)
             x = resample_poly(x, self.rate // divisor, rate // divisor)
@@ -455,7 +488,7 @@ def single_path(cell: Cell) -> Path:
 class Array(Kind):
     """Features on disk: .npy, .npz (its first array) or .pt (a tensor). FILE#17 is row 17 of an array of all samples.
 
-    Sequences may differ in length (their first axis); shorter ones are padded with zeros.
+    Sequences (T, D) may differ in length; shorter ones are padded with NaN, which the pipeline turns into zeros.
     """
 
     header_size = 6  # whether uint8, the number of axes, their four sizes
@@ -468,13 +501,18 @@ class Array(Kind):
 
     def array(self, cell: Cell) -> np.ndarray:
         path, row = split_row(single_path(cell))
+        if path.suffix.lower() not in ARRAYS:
+            raise Unreadable(f"{path}: arrays are read from {', '.join(ARRAYS)} (numpy.save writes one)")
         try:
             x = load_array(path, path.stat().st_mtime_ns)
             return x if row is None else x[row]
         except pickle.UnpicklingError:  # torch's message recommends weights_only=False
             raise Unreadable(f"{single_path(cell)}: not a tensor") from None
         except Exception as error:
-            raise Unreadable(f"{single_path(cell)}: not a readable array ({first_line(error)})") from None
+            reason = first_line(error)
+            if "allow_pickle" in reason or "Python objects" in reason:  # NumPy's advice would run code from the file
+                reason = "it holds Python objects, or is no such file: save numbers, with rows of the same shape"
+            raise Unreadable(f"{single_path(cell)}: not a readable array ({reason})") from None
 
     def probe(self, cell: Cell) -> list[int]:
         x = self.array(cell)
@@ -488,25 +526,50 @@ class Array(Kind):
         sizes = headers[headers[:, 1] == axes, 2 : 2 + axes]
         usual = np.unique(sizes[:, 1:], axis=0, return_counts=True)
         rest = usual[0][usual[1].argmax()] if axes > 1 else ()
-        length = sizes[:, 0].max() if axes == 2 else np.bincount(sizes[:, 0]).argmax()
-        self.shape = (int(length), *map(int, rest))
-        self.dtype = torch.uint8 if headers[:, 0].all() else torch.float32
+        lengths = sizes[:, 0]
+        length = int(np.bincount(lengths).argmax())
+        if axes == 2:
+            bound = math.ceil(USUAL_LENGTHS * np.median(lengths))
+            length = self.column.options.of(ArrayOptions).array_length or min(int(lengths.max()), bound)
+        self.shape = (length, *map(int, rest))
+        padded = axes == 2 and len(set(lengths)) > 1
+        self.dtype = torch.uint8 if headers[:, 0].all() and not padded else torch.float32
         self.encoder = {1: "mlp", 2: "cnn1d", 3: "cnn"}.get(axes, "mlp")
 
+    def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
+        if len(self.shape) == 2:
+            longer = (headers[:, 1] == 2) & (headers[:, 2] > self.shape[0])
+            longest = headers[longer, 2].max(initial=0)
+            keep = f"--array-length {longest} keeps all of them"
+            self.note(f"sequences of up to {longest} steps are cut to {self.shape[0]} ({keep})", longer, rows)
+
     def decode(self, cell: Cell) -> np.ndarray:
+        given = self.array(cell)
+        if self.dtype == torch.uint8 and given.dtype != np.uint8:
+            raise Unreadable(f"{single_path(cell)}: has {given.dtype}, the training files have uint8")
         with np.errstate(over="ignore"):
-            x = np.asarray(self.array(cell), numpy_type(self.dtype))
+            x = np.asarray(given, numpy_type(self.dtype))
         if not np.isfinite(x).all():
             raise Unreadable(f"{single_path(cell)}: NaN or inf as {x.dtype}")
         if x.ndim == 2 == len(self.shape) and x.shape[1:] == self.shape[1:]:
-            return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
+            x = x[: self.shape[0]]
+            if self.dtype == torch.float32:
+                x = np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)), constant_values=np.nan)
         if x.shape != self.shape:
-            raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}")
+            turned = x.ndim == 2 == len(self.shape) and x.shape[0] == self.shape[0]
+            hint = ": sequences may differ along their first axis, so save them as (steps, features)" * turned
+            raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}{hint}")
         return x
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:
-        values = (lambda x: x) if sample.dim() < 4 else lambda x: x.flatten()[:, None]
-        return Modality(self.encoder, (name,), Features(*self.normalisation(sample.float(), keys, values)))
+        padded = sample.dim() == 3 and sample.is_floating_point()
+
+        def values(x: torch.Tensor) -> torch.Tensor:
+            x = x if x.dim() < 4 else x.flatten()[:, None]
+            return x[~x.isnan().any(-1)] if padded else x
+
+        statistics = self.normalisation(sample.float(), keys, values)
+        return Modality(self.encoder, (name,), Features(*statistics, padded=padded))
 
 
 def split_row(path: Path) -> tuple[Path, int | None]:
@@ -541,7 +604,7 @@ class Text(Kind):
             text = cell if isinstance(cell, str) else single_path(cell).read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise Unreadable(f"{cell[0]}: not UTF-8 text ({first_line(error)})") from None
-        return re.findall(r"\w+", text.lower())[:MAX_WORDS]
+        return words_of(text, MAX_WORDS)
 
     def probe(self, cell: Cell) -> list[int]:
         return [len(self.words(cell))]
@@ -550,7 +613,7 @@ class Text(Kind):
         self.shape = (max(1, int(headers.max())),)
 
     def decode(self, cell: Cell) -> np.ndarray:
-        hashes = [zlib.crc32(word.encode()) % BUCKETS + 1 for word in self.words(cell)]
+        hashes = [zlib.crc32(word.encode()) % BUCKETS + 1 for word in self.words(cell)[: self.shape[0]]]
         return np.array(hashes + [0] * (self.shape[0] - len(hashes)))
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:

@@ -12,17 +12,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..console import log
 from ..errors import UserError, choose, short
-from ..options import Group, Options, assignments, flag, names, one_of, option, pathname, reads
+from ..options import Group, Options, assignments, fields_of, flag, names, one_of, option, pathname, reads
 from ..registry import datasets
 from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
-from .kinds import STATISTICS_SAMPLES, AugmentationOptions, Cell, Column, Kind, PictureOptions, SoundOptions
+from .kinds import (
+    MISSING,
+    STATISTICS_SAMPLES,
+    ArrayOptions,
+    AugmentationOptions,
+    Cell,
+    Column,
+    Damage,
+    Kind,
+    PictureOptions,
+    SoundOptions,
+)
 from .leaks import warn_about_columns, warn_about_shared_files
 from .rows import RESERVED, Rows, find_labels, label_order, read
 from .splits import SPLIT_FRACTIONS, SPLITS, find_splits
@@ -50,7 +63,8 @@ class Columns(Group, title="data of your own"):
     kinds: dict[str, str] | None = option(
         None,
         assignments,
-        "what columns hold, where file endings do not tell: image, frames, flow, audio, array, text or number",
+        "what columns hold, where file endings do not tell: image, frames, flow, audio, video, videosound (the sound"
+        " track), array, text or number",
         "COLUMN=KIND,...",
     )
     tables: dict[str, str] | None = option(
@@ -69,13 +83,13 @@ class Columns(Group, title="data of your own"):
         one_of("impute", "refuse"),
         "an empty number beside others in a table: impute (the median of training, and an indicator) or refuse",
     )
-    skip_bad: bool = option(False, flag, "leave out samples that cannot be read, and list them")
     allow_missing: bool = option(
         False, flag, "keep samples with empty cells, and train on the modalities that they have"
     )
 
 
-BUILD = (Columns, CacheOptions, PictureOptions, SoundOptions, AugmentationOptions)  # what `build` reads
+PREPROCESSING = (PictureOptions, SoundOptions, ArrayOptions, AugmentationOptions)  # what the kinds read
+BUILD = (Columns, Damage, CacheOptions, *PREPROCESSING)  # what `build` reads
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,11 @@ class Spec:
     kind: type[Kind]
     columns: tuple[str, ...]
     words: frozenset[str] = frozenset()
+
+    def described(self, state: dict[str, Any]) -> dict[str, Any]:
+        """As plain values, with the state of the kind."""
+        name = next(name for name, kind in kinds.kinds.items() if kind is self.kind)
+        return {"kind": name, "columns": list(self.columns), "words": sorted(self.words), "state": state}
 
 
 @datasets.register("manifest")
@@ -113,27 +132,21 @@ def build(source: Rows, options: Options) -> Dataset:
     bad = check_rows(source, cells, specs, labels, chosen)
     splits = find_splits(source, labels)
     kept = list(range(len(labels)))
-    cache = Cache(options.of(CacheOptions).cache_dir)
     while True:
-        report_bad_rows(source, {i: bad[i] for i in kept if i in bad}, chosen.skip_bad)
+        report_bad_rows(source, {i: bad[i] for i in kept if i in bad}, options.of(Damage).skip_bad)
         kept = [i for name in SPLIT_FRACTIONS for i in kept if splits[i] == name and i not in bad]
         check_remaining(source, kept, splits, cells, specs)
         if errors := unseen_classes(kept, splits, labels):
             bad |= errors
             continue
         training = [row for row, i in enumerate(kept) if splits[i] == "train"]
-        loaded: dict[str, LoadedColumn] = {}
-        for m, spec in specs.items():
-            column = Column(m, [cells[m][i] for i in kept], options, cache, {}, training)
-            loaded[m] = load_column(spec.kind(column))
-            errors |= {
-                kept[row]: f"column {m}: {reason}" for row, reason in column.bad.items() if kept[row] not in errors
-            }
+        loaded, errors = load_columns(specs, cells, kept, options, training)
         if not errors:
             break
         bad |= errors
 
     suggest_categories(source, specs, [kept[row] for row in training])
+    log_notes(loaded)
     classes = sorted({labels[i] for i in kept if labels[i]}, key=label_order)
     class_index = {label: c for c, label in enumerate(classes)} | {"": -1}
     split_of = {name: [row for row, i in enumerate(kept) if splits[i] == name] for name in SPLIT_FRACTIONS}
@@ -150,28 +163,80 @@ def build(source: Rows, options: Options) -> Dataset:
             raise UserError(f"{source.source}: no training sample has {m}")
         rows = rows[:: math.ceil(len(rows) / STATISTICS_SAMPLES)]
         modalities[m] = kind.modality(m, stored[m][rows], [keys[row] for row in rows])
+    stored |= presences(cells, kept)
     for name, rows in split_of.items():
         span = slice(rows[0], rows[-1] + 1)  # rows are sorted by split, so slices need no copy
-        tensors = {m: tensor[span] for m, tensor in stored.items()}
-        for m in specs:
-            if any(cells[m][i] is None for i in kept):
-                tensors[presence(m)] = torch.tensor([cells[m][i] is not None for i in kept[span]])
+        tensors = {stored_name: tensor[span] for stored_name, tensor in stored.items()}
         made[name] = Split(torch.tensor([class_index[labels[i]] for i in kept[span]]), tensors, ids[span])
     name = Path(source.source).stem
     shapes = ", ".join(f"{m} {'x'.join(map(str, modalities[m].sample(made['train']).shape[1:]))}" for m in modalities)
     counts = ", ".join(f"{len(split)} {name}" for name, split in made.items())
     log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
-    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=frozenset(specs))
+    recipe = {
+        "options": {n: v for n, v in options.flat().items() if any(n in fields_of(group) for group in PREPROCESSING)},
+        "modalities": {m: specs[m].described(kind.state) for m, (kind, *_) in loaded.items()},
+    }
+    checked = frozenset(specs)
+    return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=checked, recipe=recipe)
 
 
-def load_column(kind: Kind) -> LoadedColumn:
-    """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then."""
+def load_columns(
+    specs: Mapping[str, Spec],
+    cells: Mapping[str, list[Cell]],
+    kept: Sequence[int],
+    options: Options,
+    training: Sequence[int] = (),
+    states: Mapping[str, dict] | None = None,
+) -> tuple[dict[str, LoadedColumn], dict[int, str]]:
+    """The columns of the kept rows by modality, and the reasons for unreadable ones by row.
+
+    Args:
+        training: which of the kept rows are for training.
+        states: of the kinds in an earlier run, if they are those of new files.
+    """
+    cache = Cache(options.of(CacheOptions).cache_dir)
+    loaded: dict[str, LoadedColumn] = {}
+    errors: dict[int, str] = {}
+    for m, spec in specs.items():
+        column = Column(m, [cells[m][i] for i in kept], options, cache, {}, training)
+        loaded[m] = load_column(spec.kind(column), states[m] if states else None)
+        for row, reason in column.bad.items():
+            errors.setdefault(kept[row], f"column {m}: {reason}")
+    return loaded, errors
+
+
+def log_notes(loaded: Mapping[str, LoadedColumn]) -> None:
+    for kind, *_ in loaded.values():
+        for note in kind.notes:
+            log.warning(note)
+
+
+def load_column(kind: Kind, state: dict | None = None) -> LoadedColumn:
+    """Reads a column's headers and samples; errors are recorded in its ``bad``, and there is no tensor then.
+
+    ``state``: what an earlier run has configured; by default the headers determine it, those of training files if there
+    are any.
+    """
     keys = kind.keys()
     headers = None if kind.column.bad else kind.read_headers(keys)
     if headers is None:
         return kind, keys, None
-    kind.configure(headers)
-    return kind, keys, kind.read(keys)
+    present = [row for row, key in enumerate(keys) if key != MISSING]
+    if state is None:
+        own = vars(kind).keys() | {"state"}
+        of_training = np.isin(present, kind.column.training)
+        kind.configure(headers[of_training] if of_training.any() else headers)
+        kind.state = {name: value for name, value in vars(kind).items() if name not in own}
+    else:
+        vars(kind).update(state)
+    kind.review(headers, present)
+    return kind, keys, None if kind.column.bad else kind.read(keys)
+
+
+def presences(cells: Mapping[str, list[Cell]], kept: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The stored tensors that mark which of the kept rows have a modality, for those that some lack."""
+    has = {m: torch.tensor([column[i] is not None for i in kept]) for m, column in cells.items()}
+    return {presence(m): mask for m, mask in has.items() if not mask.all()}
 
 
 # --- columns and their kinds ---
@@ -252,23 +317,25 @@ def guess_kind(source: Rows, name: str) -> str:
     if hints and sum(value in hints or is_number(value) for value in values) > len(values) / 2:
         value, hint = next(iter(hints.items()))
         raise UserError(f"{source.source}: column {name} contains {short(value)!r}, {hint} (or --kinds {name}=text)")
-    existing = (value for value in values[:100] if os.path.exists(paths_of(value, source.folder)[0]))
-    value = next(existing, values[0])
+    existing = [value for value in values[:100] if os.path.exists(paths_of(value, source.folder)[0])]
+    value = next(iter(existing), values[0])
     paths = paths_of(value, source.folder)
     suffix = kinds.split_row(paths[0])[0].suffix.lower()
     for kind, suffixes in {
         "image": kinds.IMAGES,
         "audio": kinds.SOUNDS,
+        "video": kinds.VIDEOS,
         "array": kinds.ARRAYS,
         "text": (".txt",),
     }.items():
         if suffix in suffixes:
             return "frames" if kind == "image" and len(paths) > 1 else kind
-    if os.path.isdir(paths[0]):
+    if os.path.isdir(paths[0]) and len(existing) > len(values[:100]) / 2:  # a word may be a folder's name, too
         return "flow" if len(paths) == 2 or (paths[0] / "u").is_dir() else "frames"
     if re.fullmatch(r"\S*\.\w{1,5}|\S*[/\\]\S*", value):
         missing = "" if os.path.exists(paths[0]) else ", and there is no such file"
-        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: give --kinds {name}=KIND")
+        how = f"give --kinds {name}=KIND, one of {', '.join(kinds.kinds)}"
+        raise UserError(f"{source.source}: column {name} contains {short(value)!r}{missing}: {how}")
     return "text"
 
 
@@ -321,33 +388,33 @@ def check_rows(
     source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], labels: Sequence[str], options: Columns
 ) -> dict[int, str]:
     """The errors in the table itself, by row."""
-    bad = repeated_ids(source)
+    bad = check_cells(source, cells, specs, options.empty_numbers)
     for i, row in enumerate(source.rows):
-        split = SPLITS.get(row.get("split", "").lower(), "train")
-        lacking = [m for m, column in cells.items() if column[i] is None]
-        wrong = next(
-            filter(None, (wrong_number(row, specs[m], cells[m][i], options.empty_numbers) for m in specs)), None
-        )
-        if "split" in row and row["split"].lower() not in SPLITS:
+        split = SPLITS.get(row.get("split", "").lower())
+        lacking = next((m for m, column in cells.items() if column[i] is None), None)
+        if "split" in row and split is None:
             bad[i] = f"split {row['split']!r} is not train, val or test"
-        elif not labels[i] and SPLITS.get(row.get("split", "").lower()) != "train":
+        elif not labels[i] and split != "train":
             means = f"label {row['label']} means no label" if row["label"] else "no label"
             bad[i] = f"{means} (only training rows may lack one)"
-        elif len(lacking) == len(cells):
-            bad[i] = "all modalities are empty"
-        elif lacking and not options.allow_missing and split == "train":
-            bad[i] = f"column {lacking[0]} is empty (--allow-missing trains on the other modalities)"
-        elif wrong:
-            bad[i] = wrong
+        elif lacking and not options.allow_missing and split in ("train", None):
+            bad.setdefault(i, f"column {lacking} is empty (--allow-missing trains on the other modalities)")
     return bad
 
 
-def repeated_ids(source: Rows) -> dict[int, str]:
-    """The rows whose id another row has."""
+def check_cells(
+    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], empty_numbers: str = "impute"
+) -> dict[int, str]:
+    """The errors in the cells of modalities, and in ids, by row."""
     bad: dict[int, str] = {}
     seen: dict[str, int] = {}
     for i, row in enumerate(source.rows):
-        if name := row.get("id"):
+        wrong = (wrong_number(row, spec, cells[m][i], empty_numbers) for m, spec in specs.items())
+        if all(column[i] is None for column in cells.values()):
+            bad[i] = "all modalities are empty"
+        elif reason := next(filter(None, wrong), None):
+            bad[i] = reason
+        elif name := row.get("id"):
             if name in seen:
                 bad[i] = f"id {name!r} is also used in {source.location(seen[name])}"
             seen.setdefault(name, i)

@@ -37,7 +37,8 @@ def corrupt(data: Dataset, inputs: float, labels: float) -> Dataset:
             x = x.float()
         if not x.is_floating_point():
             raise UserError(f"--noise: {name!r} is neither uint8 pixels nor floating point, but {x.dtype}")
-        return x + inputs * x.std() * torch.randn(x.shape, generator=generator).to(x.device)
+        std = (x[~x.isnan()] if x.isnan().any() else x).std()  # NaN pads sequences
+        return x + inputs * std * torch.randn(x.shape, generator=generator).to(x.device)
 
     train, generator = data.train, torch.Generator().manual_seed(derive_seed("noise"))
     wrong = torch.randperm(len(train), generator=generator)

@@ -5,7 +5,7 @@ A rule is a dataclass. ``fit`` creates one from validation logits (M, N, C) and 
 modality, its logits are NaN, and :func:`combine` fuses the other modalities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from udi_kernels import certainty_fusion
 from ..errors import choose
 from ..options import Group, option, text
 from ..registry import fusion_rules
-from .scores import accuracy, scores
+from .scores import accuracy, macro_f1, scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class FusionOptions(Group, title="fusion"):
     fusion: str = option(
         "auto",
         text,
-        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else what the"
-        " data set recommends, else the one of sum, loglinear, certainty and calibrated with the highest"
-        " cross-validated likelihood on validation",
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, entropy for mla, loglinear for residual followers,"
+        " else what the data set recommends, else the one of sum, loglinear, certainty and calibrated with the highest"
+        " cross-validated likelihood on validation, or what --select says",
     )
 
     def __post_init__(self) -> None:
@@ -185,24 +185,35 @@ def log_likelihood(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.T
     return probabilities[torch.arange(len(labels)), labels].double().clamp_min(1e-12).log()
 
 
-def cross_validated(name: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean log-likelihood of samples that the rule was not fitted on, by folds stratified by class."""
+def mean_log_likelihood(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    return log_likelihood(probabilities, labels).mean().item()
+
+
+Judge = Callable[[torch.Tensor, torch.Tensor], float]
+JUDGES: dict[str, Judge] = {"acc": accuracy, "macro-f1": macro_f1, "nll": mean_log_likelihood}  # by --select
+
+
+def cross_validated(name: str, logits: torch.Tensor, labels: torch.Tensor, judge: Judge = mean_log_likelihood) -> float:
+    """The judgement on predictions of samples that the rule was not fitted on, by folds stratified by class."""
     folds = min(FOLDS, len(labels))
     fold = torch.empty_like(labels)
     fold[labels.argsort(stable=True)] = torch.arange(len(labels)) % folds
-    total = 0.0
+    fused = torch.empty(logits.shape[1:], dtype=torch.float64)
     for k in range(folds):
         held_out = fold == k
         seen = ~held_out if folds > 1 else held_out  # a single sample cannot be held out
         rule = fit_rule(name, logits[:, seen], labels[seen])
-        total += log_likelihood(combine(rule, logits[:, held_out]), labels[held_out]).sum().item()
-    return total / len(labels)
+        fused[held_out] = combine(rule, logits[:, held_out]).double()
+    return judge(fused, labels)
 
 
-def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) -> tuple[dict, Rule]:
+def fuse(
+    option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor], select: str | None = None
+) -> tuple[dict, Rule]:
     """The scores of the fused prediction and its rule.
 
-    ``option``: its name, or "auto" for the candidate with the highest cross-validated log-likelihood on validation.
+    ``option``: its name, or "auto" for the candidate of the highest cross-validated log-likelihood on validation; with
+    ``select`` acc or macro-f1, of the highest score of that kind, and ties go to the higher log-likelihood.
     ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise.
     """
     stacked = {split: torch.stack([z[split] for z in logits.values()]) for split in ("val", "test")}
@@ -210,12 +221,18 @@ def fuse(option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor]) 
     probabilities = {name: {s: combine(rule, stacked[s]) for s in stacked} for name, rule in fitted.items()}
     candidates = AUTO if option == "auto" else ()
     likelihoods = {name: cross_validated(name, stacked["val"], labels["val"]) for name in candidates}
-    best = max(likelihoods, key=likelihoods.__getitem__, default=option)
+    judged = {}
+    if select in ("acc", "macro-f1"):
+        judged = {name: cross_validated(name, stacked["val"], labels["val"], JUDGES[select]) for name in candidates}
+    best = max(likelihoods, key=lambda name: (judged.get(name, 0), likelihoods[name]), default=option)
     weights = fitted[best].weights
     metrics = {
         "rule": best,
         "weights": dict(zip(logits, weights, strict=True)) if weights else None,
         "log_likelihood": likelihoods,  # cross-validated, of the candidates of "auto"
+        **(
+            {"judged": {"by": {"acc": "accuracy"}.get(str(select), "macro-F1"), "candidates": judged}} if judged else {}
+        ),
         "temperature": {m: temperature(z["val"], labels["val"]) for m, z in logits.items()},
         **scores(probabilities[best], labels),
         "without": accuracy_without_each(fitted[best], dict(zip(logits, stacked["test"], strict=True)), labels["test"]),

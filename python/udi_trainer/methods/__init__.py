@@ -4,7 +4,44 @@ A new method is one file here with a function decorated with ``@methods.register
 train the same stage share it: a stage that has been trained in a run folder is loaded from there.
 """
 
-from . import dimml, ensemble, gramian, joint, joint_sum, ogm_ge, self_training, udi
+from . import (
+    dgl,
+    dimml,
+    ensemble,
+    g2d,
+    g_blending,
+    gramian,
+    joint,
+    joint_sum,
+    mla,
+    mmpareto,
+    ogm_ge,
+    pdmp,
+    pmr,
+    reconboost,
+    scikit,
+    self_training,
+    udi,
+)
 from .outcome import Outcome
 
-__all__ = ["Outcome", "dimml", "ensemble", "gramian", "joint", "joint_sum", "ogm_ge", "self_training", "udi"]
+__all__ = [
+    "Outcome",
+    "dgl",
+    "dimml",
+    "ensemble",
+    "g2d",
+    "g_blending",
+    "gramian",
+    "joint",
+    "joint_sum",
+    "mla",
+    "mmpareto",
+    "ogm_ge",
+    "pdmp",
+    "pmr",
+    "reconboost",
+    "scikit",
+    "self_training",
+    "udi",
+]

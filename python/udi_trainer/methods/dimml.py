@@ -24,18 +24,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from udi_kernels import duc_loss, effective_dims
 
 from .. import distributed
 from ..console import log
-from ..data.dataset import Batch
+from ..data.dataset import Batch, Dataset
 from ..errors import UserError
 from ..evaluation.fusion import FusionOptions, fuse
 from ..evaluation.scores import scores
 from ..models.classifiers import DetachedClassifiers, FeatureHead
-from ..models.encoders import is_stochastic, make_encoder
+from ..models.encoders import is_stochastic
 from ..options import Group, number, one_of, option, reads
 from ..registry import methods
 from ..run import Run
@@ -67,6 +66,10 @@ class DIMMLOptions(Group, title="DI-MML"):
     )
     fusion_epochs: int = option(20, number(int, 1), "epochs of the fusion head")
 
+    def check(self, data: Dataset) -> None:
+        if lacking := [m for m in data.modalities if data.train.present(m) is not None]:
+            raise UserError(f"method dimml trains all modalities together, and samples lack {', '.join(lacking)}")
+
 
 class Dimensions(nn.Module):
     """Each modality's effective dimensions, bool (M, D)."""
@@ -88,7 +91,7 @@ class Detached(Task):
     def __init__(self, run: Run):
         super().__init__(run)
         self.phase, self.views, self.options = "detached", run.data.modalities, run.options.of(DIMMLOptions)
-        made = {name: make_encoder(name, view, run.data.train) for name, view in self.views.items()}
+        made = {name: self.make_encoder(name) for name in self.views}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
         self.random = any(view.random for view in self.views.values()) or any(map(is_stochastic, encoders.values()))
@@ -129,8 +132,8 @@ class Detached(Task):
         options = self.options
         with self.run.autocast():
             features, logits = zip(*self.forward(batch, training=True).values(), strict=True)
-            own = [cross_entropy(z, batch["labels"]) for z in logits]
-            shared = [cross_entropy(self.model.shared(x), batch["labels"]) for x in features]
+            own = [self.cross_entropy(z, batch["labels"]) for z in logits]
+            shared = [self.cross_entropy(self.model.shared(x), batch["labels"]) for x in features]
             contrast = self.contrast(features) if interact else 0 * own[0]
         loss = sum(own) + options.shared_weight * sum(shared) + options.contrast_weight * contrast
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
@@ -157,6 +160,7 @@ class Detached(Task):
         """Means over the modalities, and the accuracy of each."""
         each = [Task.validate(self, z, labels) for z in self.by_modality(logits).values()]
         means = {name: sum(row[name] for row in each) / len(each) for name in each[0]}
+        means["val_classes"] = min(row["val_classes"] for row in each)
         return means | {f"val_acc_{m}": row["val_acc"] for m, row in zip(self.views, each, strict=True)}
 
     def by_modality(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -186,7 +190,7 @@ class FusionHead(Task):
     def step(self, batch):
         features = torch.cat([modality.outputs(batch)[0] for modality in self.frozen.values()], dim=1)
         with self.run.autocast():
-            loss = cross_entropy(self.model(features.float()), batch["labels"])
+            loss = self.cross_entropy(self.model(features.float()), batch["labels"])
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss}
 
@@ -213,8 +217,6 @@ def effective(task: Detached) -> dict[str, dict]:
 @reads(DIMMLOptions, FusionOptions)
 def dimml(run: Run) -> Outcome:
     """Detached modalities that learn complementary dimensions from each other, fused by certainty."""
-    if lacking := [m for m in run.data.modalities if run.data.train.present(m) is not None]:
-        raise UserError(f"method dimml trains all modalities together, and samples lack {', '.join(lacking)}")
     detached = run.make(Detached)
     for name, width in detached.projected.items():
         log.info("%s: a linear layer brings %d features to %d, the narrowest", name, width, detached.model.width)
@@ -227,7 +229,7 @@ def dimml(run: Run) -> Outcome:
     )
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
-    fused, rule = fuse(run.fusion("certainty"), heads, run.labels)
+    fused, rule = fuse(run.fusion("certainty"), heads, run.labels, run.options.select)
     metrics = {
         "modalities": {name: scores(z, run.labels) for name, z in own.items()},
         "part": "own head",

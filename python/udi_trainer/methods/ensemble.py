@@ -17,6 +17,6 @@ def ensemble(run: Run) -> Outcome:
     tasks = train_alone(run)
     logits = {modality: outputs(task, run) for modality, task in tasks.items()}
     alone = {modality: scores(z, run.labels) for modality, z in logits.items()}
-    fused, rule = fuse(run.fusion(), logits, run.labels)
+    fused, rule = fuse(run.fusion(), logits, run.labels, run.options.select)
     metrics = {"modalities": alone, "unimodal": alone, "fused": fused}
     return Outcome(metrics, {modality: task.model for modality, task in tasks.items()}, rule)

@@ -7,8 +7,6 @@ conflicts. UPGrad (arXiv 2406.16232) removes from each gradient what would incre
 is the mean.
 """
 
-from torch.nn.functional import cross_entropy
-
 from udi_kernels import gramian, weighted_sum
 
 from ..registry import methods
@@ -32,9 +30,10 @@ class Gramian(Joint):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
             outputs = {"joint": logits, **self.model.shares(features)}
-            losses = {name: cross_entropy(z, batch["labels"]) for name, z in outputs.items()}
+            losses = {name: self.cross_entropy(z, batch["labels"]) for name, z in outputs.items()}
         grads = [self.gradients(loss, self.parameters, retain_graph=True) for loss in losses.values()]
-        weights = self.weighting(gramian(grads))
+        gram = gramian(grads)
+        weights = self.weighting(gram.nan_to_num(0, 0, 0) if self.loss_scale else gram)  # the step will be skipped
         update(self.optimizer, self.parameters, weighted_sum(grads, weights))
         scalars = {f"loss_{name}": loss for name, loss in losses.items()}
         scalars |= {f"weight_{name}": weight for name, weight in zip(losses, weights, strict=True)}

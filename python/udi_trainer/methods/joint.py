@@ -3,12 +3,12 @@
 from functools import partial
 
 import torch
-from torch.nn.functional import cross_entropy
 
+from .. import distributed
 from ..data.dataset import Batch, presence
 from ..evaluation.scores import scores
 from ..models.classifiers import ConcatClassifier, JointClassifier
-from ..models.encoders import is_stochastic, make_encoder
+from ..models.encoders import is_stochastic
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs
@@ -27,7 +27,7 @@ class Joint(Task):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         views = run.data.modalities
-        made = {name: make_encoder(name, view, run.data.train) for name, view in views.items()}
+        made = {name: self.make_encoder(name) for name in views}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
         widths = {name: width for name, (_, width) in made.items()}
         self.random = any(view.random for view in views.values()) or any(map(is_stochastic, encoders.values()))
@@ -42,9 +42,29 @@ class Joint(Task):
         present = {name: batch[presence(name)] for name in views if presence(name) in batch}
         return self.model({name: view.input(batch, training) for name, view in views.items()}, present)
 
+    def mean(self, rows: torch.Tensor, modality: str, batch: Batch) -> torch.Tensor:
+        """The mean of a loss (N,) over the samples of the global batch that have the modality."""
+        present = batch.get(presence(modality))
+        if present is None:
+            return rows.mean()
+        count = distributed.total(present.sum()) / distributed.world()
+        return (rows * present).sum() / count.clamp_min(1 / distributed.world())
+
+    def unimodal_losses(self, logits: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+        """The cross-entropy of each modality's logits, over the samples that have it."""
+        rows = {name: self.cross_entropy(z, batch["labels"], "none") for name, z in logits.items()}
+        return {name: self.mean(loss, name, batch) for name, loss in rows.items()}
+
+    def confidence(self, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """The mean probability of the label by each modality's logits, (M,), over the samples that have it."""
+        labels = batch["labels"][:, None]
+        p = {name: as_float(z.detach()).softmax(-1).gather(1, labels)[:, 0] for name, z in logits.items()}
+        means = torch.stack([self.mean(rows, name, batch) for name, rows in p.items()])
+        return distributed.total(means) / distributed.world()
+
     def step(self, batch):
         with self.run.autocast():
-            loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
+            loss = self.cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss}
 
@@ -56,6 +76,11 @@ class Joint(Task):
         """This modality's share of the logits: a prediction of its own."""
         with self.run.autocast():
             return self.model.shares(self.forward(batch)[0])[modality]
+
+
+def as_float(t: torch.Tensor) -> torch.Tensor:
+    """At least in float32: mixed precision makes bfloat16."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def train_joint(task: Joint) -> Outcome:

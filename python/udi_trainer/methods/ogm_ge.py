@@ -19,7 +19,6 @@ The authors train with SGD. AdamW divides by the gradient's running scale, so a 
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from .. import distributed
 from ..options import Group, number, option, reads
@@ -57,7 +56,7 @@ class OGMGE(Joint):
     def step(self, batch, modulate):
         with self.run.autocast():
             features, logits = self.forward(batch, training=True)
-            loss = cross_entropy(logits, batch["labels"])
+            loss = self.cross_entropy(logits, batch["labels"])
         k = dict.fromkeys(features, torch.ones_like(loss))
         if modulate:
             with torch.no_grad(), self.run.autocast():

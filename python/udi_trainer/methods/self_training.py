@@ -7,8 +7,6 @@ other modality.
 
 from dataclasses import dataclass
 
-from torch.nn.functional import cross_entropy
-
 from udi_kernels import js_div
 
 from ..evaluation.fusion import FusionOptions, fuse, temperature
@@ -43,7 +41,7 @@ class Student(Task):
         any_rows, labelled = self.rows(batch)
         with self.run.autocast():
             logits = self.forward(batch, training=True)[1]
-            cls = cross_entropy(logits[labelled], batch["labels"][labelled])
+            cls = self.cross_entropy(logits[labelled], batch["labels"][labelled])
             con = js_div(logits[any_rows], self.pseudo_logits[batch["index"][any_rows]])
             loss = cls + self.weight * con
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
@@ -66,7 +64,7 @@ def self_training(run: Run) -> Outcome:
     tasks = {m: run.make(AloneStudent, modality=m, teacher=teacher) for m, teacher in teachers.items()}
     fit(list(tasks.values()), run)
     logits = {m: outputs(task, run) for m, task in tasks.items()}
-    fused, rule = fuse(run.fusion(), logits, run.labels)
+    fused, rule = fuse(run.fusion(), logits, run.labels, run.options.select)
     metrics = {
         "modalities": {m: scores(z, run.labels) for m, z in logits.items()},
         "unimodal": {m: scores(outputs(teacher, run), run.labels) for m, teacher in teachers.items()},

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..data.dataset import Batch
 from ..models.classifiers import Classifier
-from ..models.encoders import is_stochastic, make_encoder
+from ..models.encoders import is_stochastic
 from ..run import Run
 from ..training.loop import fit
 from ..training.task import Task, trainable, update
@@ -22,7 +21,7 @@ class Unimodal(Task):
     def __init__(self, run: Run, modality: str) -> None:
         super().__init__(run, modality)
         self.view = run.data.modalities[modality]
-        encoder, self.width = make_encoder(modality, self.view, run.data.train)
+        encoder, self.width = self.make_encoder(modality)
         self.random = self.view.random or is_stochastic(encoder)
         self.model = self.place(Classifier(encoder, self.width, run.data.classes))
         self.parameters = trainable(self.model)
@@ -51,7 +50,7 @@ class Alone(Unimodal):
 
     def step(self, batch):
         with self.run.autocast():
-            loss = cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
+            loss = self.cross_entropy(self.forward(batch, training=True)[1], batch["labels"])
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss}
 

@@ -14,6 +14,8 @@ class Classifier(nn.Module):
 
     kind = "unimodal"
 
+    head: nn.Linear
+
     def __init__(self, encoder: nn.Module, width: int, classes: int, features: int | None = None):
         """``features``: width of the features; if it differs from the encoder's, a linear layer projects to it."""
         super().__init__()
@@ -41,10 +43,9 @@ class DetachedClassifiers(nn.Module):
 
 
 class JointClassifier(nn.Module):
-    """The encoders of all modalities with a joint linear head.
+    """The encoders of all modalities with a joint linear head; :meth:`shares` are predictions of single modalities."""
 
-    The logits are the sum of one share per modality, see :meth:`shares`.
-    """
+    encoders: nn.ModuleDict
 
     def __init__(self, encoders: dict[str, nn.Module]):
         super().__init__()
@@ -54,7 +55,7 @@ class JointClassifier(nn.Module):
         raise NotImplementedError
 
     def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each modality's share of the logits."""
+        """Each modality's share of the logits, or the logits of its own head."""
         raise NotImplementedError
 
     def forward(
@@ -75,6 +76,7 @@ class ConcatClassifier(JointClassifier):
     """A linear head on the concatenated features. The shares divide its bias evenly."""
 
     kind = "concat"
+    widths: list[int]
 
     def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
         super().__init__(encoders)
@@ -95,6 +97,7 @@ class SumClassifier(JointClassifier):
     """A linear head on each modality's features; the logits are summed."""
 
     kind = "sum"
+    heads: nn.ModuleDict
 
     def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
         super().__init__(encoders)
@@ -102,6 +105,30 @@ class SumClassifier(JointClassifier):
 
     def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         return reduce(torch.add, self.shares(features).values())
+
+    def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.heads[name](x) for name, x in features.items()}
+
+
+@classifiers.register("mean")
+class MeanClassifier(SumClassifier):
+    """A linear head on each modality's features; the logits are averaged. The shares are the logits before that."""
+
+    kind = "mean"
+
+    def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().fuse(features) / len(features)
+
+
+@classifiers.register("concat-heads")
+class HeadsClassifier(ConcatClassifier):
+    """A linear head on the concatenated features, and a head of its own for each modality, which gives its share."""
+
+    kind = "concat-heads"
+
+    def __init__(self, encoders: dict[str, nn.Module], widths: dict[str, int], classes: int):
+        super().__init__(encoders, widths, classes)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 
     def shares(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.heads[name](x) for name, x in features.items()}

@@ -6,16 +6,16 @@ used for clips, with the mean over the frames.
 """
 
 import inspect
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..console import log
 from ..data.dataset import FEATURES, Modality, Split
 from ..errors import UserError
 from ..registry import encoders
-from ..run_folder import load_tensors
+from .weights import load_weights
 
 
 @encoders.register("cnn")
@@ -46,18 +46,38 @@ def mlp(shape: torch.Size, features: int = FEATURES) -> nn.Module:
 
 @encoders.register("cnn1d")
 def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
-    """Three convolutions along the first axis of sequences (T, D), then the mean over time."""
+    """Three convolutions along the first axis of sequences (T, D), then the mean over time.
+
+    Steps of zeros at the end are padding: the features are those of the sequence without them.
+    """
     sizes = (shape[1], 64, 128, 128)
     pairs = zip(sizes, sizes[1:], strict=False)
     layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
-    return nn.Sequential(
-        Transpose(), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU()
-    )
+    return Padded(Transpose(), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU())
+
+
+class Padded(nn.Sequential):
+    """The layers of :func:`cnn1d`, applied to the real steps only."""
+
+    def forward(self, x):
+        transpose, *layers, pool, flatten, linear, relu = self
+        real = real_steps(x)[:, None]
+        x = transpose(x)
+        for convolution, activation in zip(layers[::2], layers[1::2], strict=True):
+            real = real[..., :: convolution.stride[0]]
+            x = activation(convolution(x)) * real
+        mean = flatten(pool(x)) * (real.shape[2] / real.sum(2).clamp_min(1))
+        return relu(linear(mean))
 
 
 class Transpose(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)
+
+
+def real_steps(x: torch.Tensor) -> torch.Tensor:
+    """Which steps of sequences (N, T, D) are not zeros at the end, bool (N, T)."""
+    return x.ne(0).any(2).flip(1).cummax(1).values.flip(1)
 
 
 @encoders.register("words")
@@ -106,50 +126,28 @@ class FrameMean(nn.Module):
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.unloaded = encoder, [f"encoder.{name}" for name in getattr(encoder, "unloaded", ())]
 
     def forward(self, clips):
         frames = clips.flatten(0, 1).to(memory_format=torch.channels_last)
         return self.encoder(frames).unflatten(0, clips.shape[:2]).mean(1)
 
 
-def named_encoder(modality: Modality, shape: torch.Size) -> nn.Module:
+def named_encoder(name: str, modality: Modality, shape: torch.Size, tell: bool) -> nn.Module:
     """The encoder registered under the modality's encoder name; for clips, applied per frame."""
     clip = len(shape) == 4
     make = encoders.find(str(modality.encoder))
     widths = (modality.width,) if len(inspect.signature(make).parameters) > 1 else ()  # some have a width of their own
     encoder = make(shape[1:] if clip else shape, *widths)
     if modality.weights:
-        load_weights(encoder, modality.weights)
+        said = load_weights(encoder, modality.weights)
+        if tell:
+            log.info("encoder of %s: %s", name, said)
     return FrameMean(encoder) if clip else encoder
 
 
-def load_weights(encoder: nn.Module, file: str):
-    """Loads initial weights from a file, by name or by order (as for torchvision's ResNet-18, whose names differ).
-
-    The final layer keeps its own initialization. If the first convolution has a different number of channels, it gets
-    the mean over the file's channels, scaled to preserve the magnitude of its outputs (as in temporal segment networks,
-    arXiv 1608.00859).
-    """
-    given = load_tensors(Path(file), "give another file")
-    given = given.get("state_dict", given)
-    given = {name: t for name, t in given.items() if not name.startswith("fc.")}
-    own = encoder.state_dict()
-    if not given.keys() <= own.keys():
-        given = dict(zip(own, given.values(), strict=False))
-    loaded: dict[str, torch.Tensor] = {}
-    for name, t in given.items():
-        if t.dim() == 4 == own[name].dim() and t.shape[1] != own[name].shape[1] and not loaded:
-            channels = own[name].shape[1]
-            t = t.mean(1, keepdim=True).expand(-1, channels, -1, -1) * (t.shape[1] / channels)
-        if t.shape != own[name].shape:
-            raise UserError(f"{file}: {name} has shape {tuple(t.shape)}, the encoder needs {tuple(own[name].shape)}")
-        loaded[name] = t
-    encoder.load_state_dict(own | loaded)
-
-
-def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module, int]:
-    """A new encoder for this modality, and the width of its features.
+def make_encoder(name: str, modality: Modality, split: Split, tell: bool = False) -> tuple[nn.Module, int]:
+    """A new encoder for this modality, and the width of its features. ``tell``: log what was loaded from a file.
 
     Image encoders use the channels-last format: pooling is faster, and so are convolutions in reduced precision.
     """
@@ -158,7 +156,8 @@ def make_encoder(name: str, modality: Modality, split: Split) -> tuple[nn.Module
         raise UserError(f"the encoder of {name} is a module: give a class or a function that creates new ones")
     shape = batch.shape[1:]
     try:
-        encoder = named_encoder(modality, shape) if isinstance(modality.encoder, str) else modality.encoder(shape)
+        by_name = isinstance(modality.encoder, str)
+        encoder = named_encoder(name, modality, shape, tell) if by_name else modality.encoder(shape)  # type: ignore
         if len(shape) == 3:
             cast(Any, encoder).to(memory_format=torch.channels_last)  # torch's type hints lack it
         with torch.no_grad():

@@ -90,7 +90,7 @@ class Eager:
 
 
 class Graphs(Eager):
-    """Replays one CUDA graph for each kind of step, that is, for each combination of flags.
+    """Replays one CUDA graph for each kind of step, that is, for each combination of flags and frozen encoders.
 
     The first step of a kind runs eagerly; it compiles kernels and allocates memory for the second, which is captured. A
     step that synchronises with the GPU raises in that first run, and its task stays eager: a capture that fails halfway
@@ -107,8 +107,9 @@ class Graphs(Eager):
         if self.pool is None or not self.warm:
             self.warm = True
             return super().run(batch, number, flags)
-        if flags not in self.seen:
-            self.seen.append(flags)
+        kind = (*flags.values(), *self.task.frozen_now)
+        if kind not in self.seen:
+            self.seen.append(kind)
             try:
                 with no_waiting():
                     return super().run(batch, number, flags)
@@ -119,7 +120,6 @@ class Graphs(Eager):
                 self.pool, self.graphs = None, {}
                 self.reseed(number)
                 return super().run(batch, number, flags)
-        kind = tuple(flags.values())
         if kind not in self.graphs:
             self.graphs[kind] = self.capture(batch, number, flags)
         graph, static = self.graphs[kind]

@@ -102,6 +102,10 @@ class Stage:
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
+        if task.loss_scale and "loss_scale" not in task.parts:
+            for optimizer in optimizers_of(task):
+                task.loss_scale.attach(optimizer)
+            task.parts["loss_scale"] = task.loss_scale
         task.model = task.parts.get("model", task.model)  # the sharded one again, if training goes on
         self.label = f"{task.phase} {task.modality or ''}".strip()
         self.feed = Feed(run, run.data.train, task.reads)
@@ -113,7 +117,7 @@ class Stage:
         self.best: dict | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
-        self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
+        self.engine = engine(task, self.feed, run.seed(task.seed_name, "steps"))
 
     def restore(self) -> None:
         """Continues from the last checkpoint, if there is one."""
@@ -121,8 +125,7 @@ class Stage:
         self.history = self.run.history[self.task.name]
         if saved:
             self.load_checkpoint(saved)
-        optimizers = [part for part in self.task.parts.values() if isinstance(part, torch.optim.Optimizer)]
-        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.groups = [group for optimizer in optimizers_of(self.task) for group in optimizer.param_groups]
         for group in self.groups:
             # A tensor, and always the same: graphs read the learning rate from it.
             group["lr"] = torch.zeros((), device=self.run.device)
@@ -159,7 +162,7 @@ class Stage:
 
     def ended(self, epochs: int | None) -> bool:
         patience = self.run.options.patience
-        waited = patience and self.history and self.epoch - best_epoch(self.history)["epoch"] >= patience
+        waited = patience and self.history and self.epoch - self.best_row()["epoch"] >= patience
         return self.epoch >= (epochs or self.task.epochs) or bool(waited)
 
     def on_stream(self) -> contextlib.AbstractContextManager:
@@ -168,7 +171,7 @@ class Stage:
     def epoch_steps(self) -> Iterator[int]:
         """Trains an epoch, or what is left of it; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
-        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
+        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.seed_name, self.epoch))
         kept = [self.labelled, self.present] if self.task.semi_supervised else [self.labelled]
         orders = [
             cycle(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
@@ -176,19 +179,28 @@ class Stage:
         with self.on_stream():
             if not self.done:
                 self.task.begin_epoch(self.epoch)
-            self.task.model.train()
-            for group in self.groups:
-                scale = group.get("lr_scale", 1)
-                group["lr"].fill_(learning_rate(self.run.options, self.epoch, scale, self.task.epochs))
+            self.task.train_mode(self.epoch)
+            self.set_rates(self.epoch * steps + self.done)
             done, size = self.done * self.run.batch_size, self.run.batch_size // distributed.world()
             shares = [distributed.share(order[done:], self.run.batch_size).view(-1, size) for order in orders[::-1]]
             batches = iter(self.feed.batches(torch.cat(shares, dim=1).flatten(), len(shares) * size))
         while self.done < steps:
+            number = self.epoch * steps + self.done
             with self.on_stream():
-                self.engine.step(next(batches), self.epoch * steps + self.done)
+                if number <= self.run.options.warmup * steps:
+                    self.set_rates(number)
+                self.engine.step(next(batches), number)
             self.done += 1
             yield 1
             self.run.stop.check(self.done)
+
+    def set_rates(self, number: int) -> None:
+        """Sets the learning rates for the step of this number."""
+        options, steps = self.run.options, self.run.steps
+        warm = min(1.0, (number + 1) / (options.warmup * steps)) if options.warmup else 1.0
+        for group in self.groups:
+            scale = warm * group.get("lr_scale", 1)
+            group["lr"].fill_(learning_rate(options, self.epoch, scale, self.task.epochs))
 
     def suspend(self, began: float, shared: int) -> None:
         """Checkpoints an unfinished epoch, so that a resumed run continues it."""
@@ -210,9 +222,10 @@ class Stage:
         if fault or not math.isfinite(val["val_loss"]):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
+        row |= self.task.measured()
         row["seconds"] = self.seconds + (time.perf_counter() - began) / shared
         self.history.append(row)
-        if best_epoch(self.history) is row:
+        if self.best_row() is row:
             self.best = copy.deepcopy(self.task.model.state_dict())
         self.done, self.seconds = 0, 0.0
         self.engine.clear()
@@ -237,10 +250,15 @@ class Stage:
             self.task.model = unsharded(self.task.model)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may keep the memory of a graph alive
-        kept, planned = best_epoch(self.history), self.task.epochs
+        kept, planned = self.best_row(), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
         where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
         log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
+        if kept.get("val_classes") == 1:
+            log.warning("%s predicts one class for all validation samples: try --class-weights balanced", self.label)
+
+    def best_row(self) -> dict:
+        return best_epoch(self.history, self.run.options.select)
 
 
 def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int | None = None) -> float:
@@ -254,9 +272,18 @@ def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int 
     return lr
 
 
-def best_epoch(history: Sequence[dict]) -> dict:
-    """The row with the highest validation accuracy; ties go to the lowest loss, then to the first."""
-    return min(history, key=lambda row: (-row["val_acc"], row["val_loss"]))
+def optimizers_of(task: Task) -> list[torch.optim.Optimizer]:
+    return [part for part in task.parts.values() if isinstance(part, torch.optim.Optimizer)]
+
+
+def merit(row: dict, select: str | None = None) -> float:
+    """What ``--select`` chooses by, from a row of the log: the higher, the better."""
+    return -row["val_loss"] if select == "nll" else row["val_macro_f1" if select == "macro-f1" else "val_acc"]
+
+
+def best_epoch(history: Sequence[dict], select: str | None = None) -> dict:
+    """The row of the highest merit; ties go to the lowest loss, then to the first."""
+    return min(history, key=lambda row: (-merit(row, select), row["val_loss"]))
 
 
 def cycle(order: torch.Tensor, kept: torch.Tensor | None, count: int) -> torch.Tensor:

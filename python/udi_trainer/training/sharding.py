@@ -35,8 +35,9 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(model, mesh=mesh)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"--shard: FSDP2 cannot shard this model: {error}") from error
-    if hasattr(model, "shares"):
-        register_fsdp_forward_method(model, "shares")
+    for method in ("fuse", "shares"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

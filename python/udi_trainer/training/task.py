@@ -1,16 +1,19 @@
 """A task: a model, and the step that trains it. A method consists of one or more tasks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.functional import nll_loss
+from torch.nn.functional import cross_entropy, nll_loss
 
 from .. import distributed
 from ..data.dataset import Batch
-from ..evaluation.scores import accuracy
+from ..evaluation.scores import accuracy, macro_f1
+from ..models.encoders import make_encoder
 from ..run import Run
+from .loss_scale import LossScale
 
 Model = TypeVar("Model", bound=nn.Module)
 Gradients = Sequence[torch.Tensor | None]
@@ -25,6 +28,7 @@ class Task:
     """
 
     key = ""  # first part of its name; the name seeds the task and names its checkpoint
+    seed_key = ""  # the key of another task whose random numbers it draws
     capturable = True  # whether a CUDA graph can hold its steps: nothing in them synchronises with the GPU
     semi_supervised = False  # whether a batch holds samples with or without label, then as many labelled ones
     random = True  # whether its steps may draw random numbers; only tasks that do not can run in parallel threads
@@ -36,13 +40,49 @@ class Task:
     def __init__(self, run: Run, modality: str | None = None) -> None:
         self.run, self.modality = run, modality
         self.phase = self.key  # its name in the log
-        self.name = self.name_of(modality)
+        self.name, self.seed_name = self.name_of(modality), self.seed_name_of(modality)
         # The modalities that it needs as input.
         self.reads = tuple(run.data.modalities) if modality is None else (modality,)
+        self.loss_scale = LossScale().to(run.device) if run.options.amp == "fp16" else None
+        self.freezing: list[Freezing] = []
 
     @classmethod
     def name_of(cls, modality: str | None) -> str:
         return "-".join(filter(None, (cls.key, modality)))
+
+    @classmethod
+    def seed_name_of(cls, modality: str | None) -> str:
+        return "-".join(filter(None, (cls.seed_key or cls.key, modality)))
+
+    def make_encoder(self, modality: str) -> tuple[nn.Module, int]:
+        """A new encoder for this modality, and the width of its features; frozen as the options say."""
+        data, freeze = self.run.data, self.run.options.freeze or {}
+        encoder, width = make_encoder(modality, data.modalities[modality], data.train)
+        if modality in freeze:
+            self.freezing.append(Freezing(encoder, freeze[modality]))
+        return encoder, width
+
+    def train_mode(self, epoch: int) -> None:
+        """Puts the model into training mode, with the encoders frozen that are to be in this epoch."""
+        self.model.train()
+        for freezing in self.freezing:
+            freezing.apply(epoch)
+
+    @property
+    def frozen_now(self) -> tuple[bool, ...]:
+        """Which of the encoders that --freeze names are frozen now: steps differ by it."""
+        return tuple(freezing.frozen for freezing in self.freezing)
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """The classification loss of a batch, weighted by class if the options say so; ``reduction``: mean or none.
+
+        The weights are not normalized by batch, so the mean over several processes is that of one.
+        """
+        weights = self.run.class_weights
+        if weights is None:
+            return cross_entropy(logits, labels, reduction=reduction)
+        rows = weights[labels] * cross_entropy(logits, labels, reduction="none")
+        return rows.mean() if reduction == "mean" else rows
 
     def place(self, model: Model) -> Model:
         """Moves the model to the run's device, and compiles and shards it if the options say so."""
@@ -103,16 +143,22 @@ class Task:
         """Gradients of a loss, or of a weighted sum of losses, averaged over the processes, laid out as the parameters.
 
         None for parameters that the losses do not depend on, as with a frozen encoder. ``retain_graph``: keep the graph
-        for further calls.
+        for further calls. Losses in float16 are scaled, the gradients are not.
         """
+        if self.freezing and not all(parameter.requires_grad for parameter in parameters):
+            some = iter(self.gradients(losses, [p for p in parameters if p.requires_grad], weights, retain_graph))
+            return [next(some) if parameter.requires_grad else None for parameter in parameters]
         losses = [losses] if isinstance(losses, torch.Tensor) else losses
         if not all(loss.requires_grad for loss in losses):
             kept = [i for i, loss in enumerate(losses) if loss.requires_grad]
             losses, weights = [losses[i] for i in kept], weights and [weights[i] for i in kept]
             if not losses:
                 return [None] * len(parameters)
+        if self.loss_scale:
+            weights = self.loss_scale.weights(losses, weights)
         if not self.run.options.shard:
-            grads = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
+            grads: Gradients = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
+            grads = self.loss_scale.unscaled(grads) if self.loss_scale else grads
             return distributed.average(laid_out(grads, parameters))
         for parameter in parameters:
             parameter.grad = None
@@ -120,18 +166,47 @@ class Task:
         torch.autograd.backward(losses, weights, retain_graph)
         return [parameter.grad for parameter in parameters]
 
+    def measured(self) -> dict[str, Any]:
+        """What else the log says of an epoch, at its end."""
+        return {}
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""
         raise NotImplementedError
 
     def validate(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Accuracy, loss and predictive entropy on validation."""
+        """Scores on validation, the predictive entropy, and the number of classes that are predicted."""
         log_p = logits.log_softmax(-1)
         return {
             "val_acc": accuracy(logits, labels),
+            "val_macro_f1": macro_f1(logits, labels),
             "val_loss": nll_loss(log_p, labels).item(),
             "val_entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
+            "val_classes": len(logits.argmax(-1).unique()),
         }
+
+
+class Freezing:
+    """An encoder that is frozen in the first epochs of a stage, or in ``"all"``.
+
+    The statistics of its normalization stand still, too. Parameters that a file of weights lacks are trained.
+    """
+
+    def __init__(self, encoder: nn.Module, epochs: str | int) -> None:
+        self.encoder, unloaded = encoder, getattr(encoder, "unloaded", ())
+        self.epochs = math.inf if epochs == "all" else int(epochs)
+        self.names = [name for name, p in encoder.named_parameters() if p.requires_grad and name not in unloaded]
+        self.frozen = False
+        if self.epochs == math.inf:  # no optimizer gets these parameters
+            self.apply(0)
+
+    def apply(self, epoch: int) -> None:
+        self.frozen = epoch < self.epochs
+        for name in self.names:
+            self.encoder.get_parameter(name).requires_grad_(not self.frozen)
+        for layer in self.encoder.modules() if self.frozen else ():
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                layer.eval()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

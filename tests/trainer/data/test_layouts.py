@@ -213,7 +213,10 @@ def test_manifest_from_a_folder(folder, options, tmp_path):
     for i in range(24):
         folder.sound(f"rec/{i % 2}_anna{i // 6}_{i}.wav", i % 2, 0.1)
         folder.image(f"pics/{i % 2}/anna{i // 6}-{i}.png", i % 2)
+        folder.image(f"pics/{i % 2}/._anna{i // 6}-{i}.png", i % 2)  # what macOS leaves on other disks
+        folder.image(f".ipynb_checkpoints/{i % 2}/anna{i // 6}-{i}.png", i % 2)
     patterns = {"sound": "rec/{label}_{speaker}_{take}.wav", "image": "pics/{label}/{speaker}-{take}.png"}
+    assert len(scan(folder.path, {"image": "{folder}/{label}/{speaker}-{take}.png"})) == 24
     rows = scan(folder.path, patterns, base=tmp_path)
     assert len(rows) == 24 and rows[0].keys() == {"id", "label", "group", "sound", "image"}
     write(tmp_path / "m.csv", rows)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from udi_trainer.evaluation.fusion import AUTO, LogLinear, cross_validated, fuse, temperature
+from udi_trainer.evaluation.scores import accuracy, macro_f1
 from udi_trainer.registry import fusion_rules
 
 
@@ -114,6 +115,23 @@ def test_auto_takes_the_rule_of_the_highest_cross_validated_likelihood():
     assert metrics["log_likelihood"] == {name: cross_validated(name, stacked, labels) for name in AUTO}
     assert metrics["rule"] in ("loglinear", "calibrated")
     assert metrics["log_likelihood"]["sum"] < metrics["log_likelihood"][metrics["rule"]] - 0.5
+
+
+def test_auto_takes_what_select_says():
+    """By scores of predictions that the rule was not fitted on; here another rule by each."""
+    generator = torch.Generator().manual_seed(1)
+    labels = (torch.rand(150, generator=generator) < 0.2).long()
+    hot = torch.nn.functional.one_hot(labels, 2)
+    z = [s * (hot + torch.randn(150, 2, generator=generator)) for s in (1.0, 6.0)]
+    logits, both = {m: {"val": x, "test": x} for m, x in zip("ab", z, strict=True)}, {"val": labels, "test": labels}
+    plain = fuse("auto", logits, both)[0]
+    assert fuse("auto", logits, both, "nll")[0] == plain and "judged" not in plain
+    for select, by, judge in ("acc", "accuracy", accuracy), ("macro-f1", "macro-F1", macro_f1):
+        metrics, _ = fuse("auto", logits, both, select)
+        wanted = {name: cross_validated(name, torch.stack(z), labels, judge) for name in AUTO}
+        assert metrics["judged"] == {"by": by, "candidates": wanted}
+        assert wanted[metrics["rule"]] == max(wanted.values()) > wanted[plain["rule"]]
+        assert "judged" not in fuse("sum", logits, both, select)[0]
 
 
 def test_samples_that_lack_a_modality_count_in_the_choice():

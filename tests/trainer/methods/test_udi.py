@@ -18,6 +18,7 @@ from udi_trainer.methods import udi
 from udi_trainer.methods.follower import Follower, q_warmup
 from udi_trainer.methods.frozen import Frozen
 from udi_trainer.methods.unimodal import Alone, train_alone
+from udi_trainer.options import SCIKIT
 from udi_trainer.registry import datasets
 from udi_trainer.training.loop import best_epoch
 
@@ -196,6 +197,18 @@ def test_anchor_near_tie_goes_to_the_surer():
     assert udi.choose_anchor("vague", {"vague": vague, "sure": sure})[0] == "vague"
 
 
+@pytest.mark.parametrize(
+    "select, wanted, by", [("acc", "a", "accuracy"), ("macro-f1", "b", "macro-F1"), ("nll", "c", "likelihood")]
+)
+def test_choice_of_the_anchor_by_select(select, wanted, by):
+    names = ("val_acc", "val_macro_f1", "val_loss", "val_entropy")
+    figures = {"a": (0.9, 0.5, 0.8, 0.1), "b": (0.8, 0.7, 0.7, 0.1), "c": (0.7, 0.6, 0.5, 0.1)}
+    histories = {m: [dict(zip(("epoch", *names), (1, *row), strict=True))] for m, row in figures.items()}
+    anchor, selection = udi.choose_anchor("auto", histories, select)
+    assert (anchor, selection["by"]) == (wanted, f"validation {by}")
+    assert selection["margin"] == pytest.approx({"acc": 0.1, "macro-f1": 0.1, "nll": 0.2}[select])
+
+
 def test_collapse_is_reported(monkeypatch, capsys):
     """A follower at chance, here because its logits are never trained, is named in the table and in metrics.json."""
     monkeypatch.setattr(follower_module, "weighted_sum", lambda grads, alpha: [torch.zeros_like(g) for g in grads[0]])
@@ -239,7 +252,7 @@ def test_few_labels():
     assert main([*FEW, "--epochs", "8", "--alpha", "1,0", "--baselines", "joint,ogm-ge,dimml", "--out", "run"]) == 0
     metrics = read_metrics("run")
     assert metrics["modalities"]["right"]["test_acc"] > metrics["unimodal"]["right"]["test_acc"]
-    assert set(metrics["baselines"]) == {"joint", "ogm-ge", "dimml"}
+    assert set(metrics["baselines"]) == {"joint", "ogm-ge", "dimml", *SCIKIT}
     rows = [row for row in read_log("run") if row["phase"] == "follower"]
     assert rows[-1]["con"] < rows[0]["con"]
 
@@ -276,7 +289,7 @@ def test_fused_teacher():
 def test_fused_teacher_needs_all_modalities(mixed):
     for split in mixed.splits().values():
         split.stored[presence("audio")] = torch.arange(len(split)) % 3 > 0
-    with pytest.raises(UserError, match="--teacher fused fuses all modalities, and samples lack audio"):
+    with pytest.raises(UserError, match="co-training fuses all modalities, and samples lack audio"):
         train(mixed, teacher="fused", epochs=1, baselines=[], progress=False)
 
 

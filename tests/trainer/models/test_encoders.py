@@ -86,26 +86,6 @@ def test_words_count_whatever_their_number():
     assert features.isfinite().all()
 
 
-def test_weights_from_a_file(tmp_path):
-    """Weights are matched by order, as for torchvision; a two-channel stem gets the scaled mean of three channels."""
-    view = Modality("resnet18", ("x",), weights=str(tmp_path / "w.pt"))
-    three, two = (Split(torch.zeros(2), {"x": torch.randn(2, c, 32, 32)}) for c in (3, 2))
-    source, _ = make_encoder("x", Modality("resnet18", ("x",)), three)
-    given = {f"layer.{i}": t for i, t in enumerate(list(source.state_dict().values())[:-2])}
-    torch.save(given | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "w.pt")
-    for split in (three, two):
-        encoder, _ = make_encoder("x", view, split)
-        own, theirs = encoder.state_dict(), source.state_dict()
-        stem, *rest = list(own)[:-2]
-        assert all(torch.equal(own[name], theirs[name]) for name in rest)
-        channels = split.stored["x"].shape[1]
-        wanted = theirs[stem] if channels == 3 else theirs[stem].mean(1, keepdim=True).expand(-1, 2, -1, -1) * 1.5
-        torch.testing.assert_close(own[stem], wanted)
-    torch.save({"layer.0": torch.zeros(3, 3)}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"w.pt: 0.0.weight has shape \(3, 3\), the encoder needs \(64, 3, 7, 7\)"):
-        make_encoder("x", view, three)
-
-
 def test_encoder_of_ones_own_by_option(mixed):
     result = train(mixed, "ensemble", epochs=1, progress=False, device="cpu", features=16,
                    encoder={"audio": "udi_trainer.models.encoders:cnn1d", "sensor": "mlp"})  # fmt: skip

@@ -73,6 +73,40 @@ def test_order_of_eager_and_captured_steps(three_views, monkeypatch):
     assert seen == ["eager", *watched, *replayed, *watched, *replayed, "replayed", "replayed"]
 
 
+def test_frozen_encoders_have_graphs_of_their_own(three_views, monkeypatch):
+    captured = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr("udi_trainer.training.engine.no_waiting", contextlib.nullcontext)
+    replay = type("Graph", (), {"replay": lambda self: None})()
+
+    def capture(self, batch, number, flags):
+        captured.append(number)
+        return replay, batch
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    run = make_run(three_views, freeze={"clean": 2})
+    task = run.make(Alone, modality="clean")
+    graphs = Graphs(task, Feed(run, run.data.train, task.reads), 0)
+    for number in range(12):  # 3 steps an epoch
+        task.train_mode(number // 3)
+        graphs.step({"index": torch.arange(4)}, number)
+    assert captured == [2, 7]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", ["--amp fp16", "--clip-grad 0.5 --warmup 2 --freeze gray=3 --class-weights balanced"]
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_graphs_with_training_options(options, optimizer):
+    options = (
+        f"--dataset cgdigits --epochs 6 --controller dynamic --device cuda --optimizer {optimizer} {options}".split()
+    )
+    for engine in ("eager", "graph"):
+        assert main([*options, "--engine", engine, "--out", engine]) == 0
+    assert_same_training("graph", "eager", 5e-2 if "fp16" in options else 1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_graphs(amp):

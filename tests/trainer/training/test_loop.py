@@ -208,6 +208,66 @@ def test_patience_ends_a_stage_and_resumes(three_views):
 
 
 def test_best_epoch():
-    """Of the highest accuracy, then of the lowest loss, then the first."""
+    """Of the highest accuracy or whatever --select says, then of the lowest loss, then the first."""
     rows = [{"val_acc": acc, "val_loss": loss} for acc, loss in ((0.5, 0.1), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8))]
-    assert best_epoch(rows) is rows[2]
+    assert best_epoch(rows) is best_epoch(rows, "acc") is rows[2]
+    assert best_epoch(rows, "nll") is rows[0]
+    for row, f1 in zip(rows, (0.2, 0.4, 0.3, 0.4), strict=True):
+        row["val_macro_f1"] = f1
+    assert best_epoch(rows, "macro-f1") is rows[3]
+
+
+@pytest.mark.parametrize("select, epoch", [(None, 1), ("acc", 1), ("macro-f1", 2), ("nll", 3)])
+def test_the_model_of_the_selected_epoch_is_kept(mixed, select, epoch):
+    figures = [(0.9, 0.6, 0.8), (0.8, 0.7, 0.7), (0.7, 0.5, 0.5), (0.6, 0.4, 0.6)]
+    rows, states = [dict(zip(("val_acc", "val_macro_f1", "val_loss"), row, strict=True)) for row in figures], []
+    run = make_run(mixed, epochs=4, select=select)
+    task = run.make(Alone, modality="sensor")
+    task.validate = lambda *_: states.append({n: t.clone() for n, t in task.model.state_dict().items()}) or rows.pop(0)
+    fit([task], run)
+    assert all(torch.equal(t, states[epoch - 1][name]) for name, t in task.model.state_dict().items())
+    assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
+
+
+def test_a_model_of_one_class_is_told(mixed, caplog):
+    run = make_run(mixed, epochs=1)
+    tasks = [run.make(Alone, modality=m) for m in ("sensor", "picture")]
+    tasks[0].logits = lambda batch: torch.tensor([[1.0, 0.0]]).expand(len(batch["index"]), 2)
+    tasks[1].logits = lambda batch: torch.nn.functional.one_hot(batch["index"] % 2, 2).float()
+    fit(tasks, run)
+    (told,) = caplog.records
+    assert told.getMessage().startswith("anchor sensor predicts one class for all validation samples: try --class-w")
+    assert [run.history[f"anchor-{m}"][0]["val_classes"] for m in ("sensor", "picture")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "warmup, factors", [(2, [1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1]), (0.5, [0.5, 1])]
+)
+@pytest.mark.parametrize("stop", [None, 3, 6])
+def test_warmup(warmup, factors, stop, mixed):
+    """The learning rate rises by step to that of the schedule; a stage that was interrupted goes on there."""
+    Path("run").mkdir()
+    options = Options(epochs=3, lr=0.01, batch_size=25, warmup=warmup)
+    seen = []
+
+    def attempt(stop):
+        run = Run(options, mixed, torch.device("cpu"), RunFolder(Path("run")))
+        task = run.make(Alone, modality="sensor")
+        step = task.step
+
+        def stopping(batch):
+            seen.append(task.optimizer.param_groups[0]["lr"].item())
+            if len(seen) == stop:
+                run.stop.signal_number = signal.SIGINT
+            return step(batch)
+
+        task.step = stopping
+        fit([task], run)
+
+    if stop:
+        with pytest.raises(Stopped):
+            attempt(stop)
+    attempt(None)
+    schedule = [learning_rate(options, epoch) for epoch in range(3) for _ in range(4)]
+    factors = factors + [1] * (12 - len(factors))
+    assert seen == pytest.approx([f * lr for f, lr in zip(factors, schedule, strict=True)], rel=1e-6)

@@ -99,6 +99,36 @@ def test_every_method_trains_the_same_function_the_same(mixed, method):
         assert a == pytest.approx(b, rel=1e-3)
 
 
+PLAIN = {"udi": {"alpha": (0, 0)}, "dimml": {"contrast_weight": 0},
+         "self-training": {"self_training_weight": 0}}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [*(m for m in METHODS if m != "ogm-ge"), "dimml", "self-training",
+                                    "dgl", "g-blending", "mmpareto", "pdmp"])  # fmt: skip
+def test_balanced_classes_are_as_repeated_samples(mixed, method):
+    """A third as many samples of one class train as that class three times, in full batches; without weights not."""
+    train_split, losses = mixed.train, []
+    few = torch.cat([(train_split.labels == 0).nonzero()[:48], (train_split.labels == 1).nonzero()[:16]]).flatten()
+    repeated = torch.cat((few, few[48:], few[48:]))
+    for index, weights in (few, "balanced"), (repeated, "none"), (few, "none"):
+        mixed.train = train_split.take(index)
+        result = train(mixed, method, epochs=4, batch_size=96, class_weights=weights, baselines=[], progress=False,
+                       **PLAIN.get(method, {}))  # fmt: skip
+        losses.append([row["val_loss"] for rows in result.history.values() for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] != pytest.approx(losses[2], rel=2e-2)
+
+
+def test_class_weights_are_those_of_torch(mixed):
+    mixed.train.labels = (torch.arange(101) % 4 == 0).long()
+    task = make_run(mixed, class_weights="balanced").make(Alone, modality="sensor")
+    z, labels = torch.randn(9, 2), torch.arange(9) % 2
+    ours = task.cross_entropy(z, labels)
+    torch.testing.assert_close(ours, cross_entropy(z, labels, task.run.class_weights, reduction="sum") / 9)
+    plain = make_run(mixed).make(Alone, modality="sensor")
+    assert torch.equal(plain.cross_entropy(z, labels), cross_entropy(z, labels))
+
+
 def test_only_other_layouts_are_copied():
     weight, grad = nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
     same, none = laid_out([grad, None], [weight, weight])
