@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from udi_trainer.data.dataset import Dataset
+from udi_trainer.data.openml import SOURCES, downloaded
 from udi_trainer.options import Options
 from udi_trainer.registry import datasets, methods
 
@@ -49,7 +50,7 @@ class Field(Study):
     seeds, seeding = range(10, 15), RESPLIT
 
     def prepare(self, extra: list[str]) -> list[str]:
-        """Finds the data sets: those that come with scikit-learn, and the files and folders in --data-root."""
+        """Finds the data sets: of scikit-learn, of OpenML where it has downloaded them, and what is in --data-root."""
         root, rest = None, list(extra)
         for i, token in enumerate(extra):
             if token.startswith("--data-root"):
@@ -127,6 +128,9 @@ def found(root: Path | None) -> Iterator[tuple[str, str]]:
                 yield name, f"--dataset {name} --data-root {root / name}"
     for name, options in BUILT_IN.items():
         yield name, f"--dataset {name} {options}".strip()
+    for name in filter(downloaded, SOURCES):
+        options = f"--dataset openml --openml {name}"
+        yield name, f"{options} --resplit {len(make(options).val)}"
 
 
 def make(text: str) -> Dataset:
@@ -140,14 +144,14 @@ def make(text: str) -> Dataset:
 
 
 def collect(records: list[dict], half: str) -> dict[str, dict[str, dict[int, float]]]:
-    """Test accuracies in percent; only methods that all data sets have."""
+    """Test accuracies in percent; only methods that have run on all data sets with all seeds."""
     scores: dict = {}
     kept = [r for r in records if ("labels" in r["condition"]) == (half == "few")]
     for record in kept:
         for method, each in record["metrics"]["scores"].items():
             scores.setdefault(method, {}).setdefault(record["condition"], {})[record["seed"]] = 100 * each["test_acc"]
-    count = len({r["condition"] for r in kept})
-    return {method: by_set for method, by_set in scores.items() if len(by_set) == count}
+    count = len({(r["condition"], r["seed"]) for r in kept})
+    return {m: by_set for m, by_set in scores.items() if sum(map(len, by_set.values())) == count}
 
 
 def means(scores: dict) -> dict[str, dict[str, float]]:

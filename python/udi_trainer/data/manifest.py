@@ -25,6 +25,7 @@ from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
 from .kinds import (
+    LISTED,
     MISSING,
     STATISTICS_SAMPLES,
     ArrayOptions,
@@ -215,6 +216,14 @@ def load_columns(
         loaded[m] = load_column(spec.kind(column), states[m] if states else None)
         for row, reason in column.bad.items():
             errors.setdefault(kept[row], f"column {m}: {reason}")
+        if lacking := [row for row in column.lacking if row not in column.bad]:
+            some = ", ".join(column.lacking[row] for row in lacking[:LISTED])
+            log.warning("column %s is empty in %d of %d rows: %s", m, len(lacking), len(kept), some)
+            for row in lacking:
+                cells[m][kept[row]] = None
+    for i in kept:
+        if all(column[i] is None for column in cells.values()):
+            errors.setdefault(i, "all modalities are empty")
     return loaded, errors
 
 
@@ -243,6 +252,12 @@ def load_column(kind: Kind, state: dict | None = None) -> LoadedColumn:
     else:
         vars(kind).update(state)
     kind.review(headers, present)
+    column = kind.column
+    for row, reason in column.lacking.items():
+        if row in column.training and not column.options.of(Columns).allow_missing:
+            column.bad[row] = f"{reason} (--allow-missing trains on the other modalities)"
+        else:
+            column.cells[row], keys[row] = None, MISSING
     return kind, keys, None if kind.column.bad else kind.read(keys)
 
 

@@ -20,6 +20,7 @@ def run(modalities, controller="static", baselines=(), epochs=3):
             rows = [{"phase": phase, "modality": m, "epoch": i + 1, "val_acc": i / epochs} for i in range(epochs)]
             for i, row in enumerate(rows if phase == "follower" else []):
                 row |= {"cls": 1 / (1 + i), "con": 0.1, "com": None if i == 1 else 0.2, "alpha_con": 1, "alpha_com": 1}
+                row |= {"gramian": [[2.0, -0.1, 0.3], [-0.1, 1.0, 0.0], [0.3, 0.0, 1.0]]} if i else {}
             history[f"{phase}-{m}"] = rows
     metrics = {"method": "udi", "dataset": "digits", "seed": 0, "anchor": anchor, "controller": controller}
     metrics |= {
@@ -54,9 +55,8 @@ def test_dollars_in_class_names(tmp_path):
 def test_every_line_is_named_and_has_a_color_of_its_own(modalities, baselines, controller, tmp_path, monkeypatch):
     metrics, history = run(modalities, controller, baselines)
     curves, bars, *drives = panels(metrics, history, tmp_path / "report.png", monkeypatch)
-    assert [axes.get_title(loc="left") for axes in drives] == [
-        "$L_{cls}$", "$L_{con}$", "$L_{com}$", *(list(report.ALPHAS.values()) if controller == "dynamic" else [])
-    ]  # fmt: skip
+    measured = [*report.PRODUCTS.values(), *report.ALPHAS.values()] if controller == "dynamic" else []
+    assert [axes.get_title(loc="left") for axes in drives] == [*report.LOSSES.values(), *measured]
     # All accuracies are equal here, so one line has all names.
     (name,) = (text.get_text() for text in curves.texts)
     wanted = [f"{modalities[0]}, anchor", *(f"{m} alone" for m in modalities[1:])]
