@@ -157,6 +157,10 @@ def _loss(reduction: int = SUM, **arguments: Any) -> Tensor:
     return first.new_empty(first.shape[:1] if reduction == NONE else (), dtype=accumulation_dtype(first.dtype))
 
 
+# Kernels multiply by 1/T, which must be a normal number in float32; check_temperature in csrc/ops/checks.h.
+TEMPERATURE = Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37)
+
+
 class Op:
     """The declaration of an op. A call checks the arguments' types, then calls csrc or, without it, the reference.
 

@@ -19,12 +19,6 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def inverse(temperature: float, dtype: torch.dtype) -> float:
-    """1/T, kept within the normal numbers: beyond, 0 times infinity would make NaN."""
-    least = torch.finfo(dtype).tiny
-    return 1 / min(max(temperature, least), 1 / least)
-
-
 def js_div(
     input: Tensor,
     target: Tensor,
@@ -253,7 +247,7 @@ def duc_loss(
     student, teacher = (torch.where(dims, x.to(dtype), 0) for x in (student, teacher))
     z = student @ teacher.T
     # Less each row's own, so that small losses and gradients keep their digits. Padded, since a row may have no other.
-    z = (z - z.diagonal()[:, None]) * inverse(temperature, dtype)
+    z = (z - z.diagonal()[:, None]) * (1 / temperature)
     top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
     own = torch.eye(*z.shape, dtype=torch.bool, device=z.device)
     others = (z.masked_fill(own, -torch.inf) - top[:, None]).exp().sum(1)
@@ -284,7 +278,7 @@ def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     z = logits.to(accumulation_dtype(logits.dtype))
     certainty = z.softmax(-1).amax(-1, keepdim=True)
     # The largest is subtracted first, for 1/T may be large.
-    weights = ((certainty - certainty.detach().amax(0)) * inverse(temperature, z.dtype)).softmax(0)
+    weights = ((certainty - certainty.detach().amax(0)) * (1 / temperature)).softmax(0)
     impossible = (z == -torch.inf).any(0)  # whatever the weights, and so without a gradient
     fused = (weights * z.masked_fill(impossible, 0)).sum(0)
     return torch.where(impossible, fused - torch.inf, fused).to(logits.dtype)

@@ -98,37 +98,26 @@ struct RowDivergence : Function<RowDivergence<name, Options...>> {
         op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Tensor&,
                                       Options..., bool, bool)>(c10::str("udi_kernels::", name, "_bwd").c_str());
     auto saved = ctx->get_saved_variables();
+    const bool need_x = ctx->needs_input_grad(0), need_y = ctx->needs_input_grad(1);  // 0.1 us each
     BackwardMode mode;
     auto [x, y] = logit_rows(saved[0], saved[1]);
     const Tensor rows = grad[0].dim() > 1 ? grad[0].reshape(-1) : grad[0];
-    auto grads = std::apply(
+    auto [dx, dy] = std::apply(
         [&, &x = x, &y = y](auto... options) {
-          return bwd.call(rows, x, y, row_weights(saved[2], x), saved[3], options..., ctx->needs_input_grad(0),
-                          ctx->needs_input_grad(1));
+          return bwd.call(rows, x, y, row_weights(saved[2], x), saved[3], options..., need_x, need_y);
         },
         ctx->saved_data["options"].template to<std::tuple<Options...>>());
-    const auto like = [&](int i, const Tensor& rows) {
-      if (!ctx->needs_input_grad(i)) return rows;
-      const Tensor g = converted(rows, saved[i].scalar_type());
-      return saved[i].dim() == 2 ? g : g.view_symint(saved[i].sym_sizes());
-    };
-    return needed(ctx, 3 + sizeof...(Options), like(0, std::get<0>(grads)), like(1, std::get<1>(grads)));
+    variable_list grads(3 + sizeof...(Options));
+    if (need_x) grads[0] = shaped(dx, saved[0]);
+    if (need_y) grads[1] = shaped(dy, saved[1]);
+    return grads;
+  }
+
+  static Tensor shaped(const Tensor& rows, const Tensor& logits) {
+    const Tensor g = converted(rows, logits.scalar_type());
+    return logits.dim() == 2 ? g : g.view_symint(logits.sym_sizes());
   }
 };
-
-void check_weight(const char* op, const Tensor& weight, const Tensor& input) {
-  check_dense(op, "weight", weight);
-  const auto type = weight.scalar_type();
-  TORCH_CHECK_TYPE(floating(type) || c10::isIntegralType(type, true), op,
-                   ": weight must be float16, bfloat16, float32, float64, bool or an integer, got ", python(type));
-  TORCH_CHECK_VALUE(weight.device() == input.device(), op, ": weight must be on ", input.device(), " as input is, got ",
-                    weight.device());
-  const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
-  TORCH_CHECK_VALUE(weight.sym_sizes() == rows, op, ": weight must have shape ", python(rows), ", one per row, got ",
-                    python(weight.sym_sizes()));
-  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(), op,
-                    ": weight gets no gradient: pass weight.detach(), or weight the 'none' reduction");
-}
 
 // Checks the tensors and calls what serves: kernels, or the reference.
 template <const char* name, class... Options>
@@ -138,7 +127,7 @@ Tensor row_divergence(const Tensor& input, const Tensor& target, const Weight& w
   check_same_shape(name, {"input", input}, {"target", target});
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0, name,
                     ": input needs a last dimension of at least one class, got ", python(input.sym_sizes()));
-  if (weight) check_weight(name, *weight, input);
+  if (weight) check_weight(name, *weight, {"input", input});
   if (!kernels_serve<Node>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, Options...)>(
         c10::str("udi_kernels::", name, "_reference").c_str());

@@ -10,7 +10,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..options import Group, Options, flag, number, option, pair, some_of
 from ..registry import Registry
 from . import pipelines
 from .cache import KEY, VERSION, Cache, Unreadable, digest, file_key, numpy_type
-from .dataset import Modality
+from .dataset import Modality, sequence_encoder
 from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, open_image, pages
 from .pipelines import Features, Spectrogram, Tokens
 from .sound import SILENCE, cancelling, integer_bits, mono, read_sound
@@ -106,7 +106,8 @@ class Damage(Group, title="data of your own"):
 class Column:
     """A column of a manifest: its cells by row, and what reading them needs.
 
-    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples.
+    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples. ``lacking``: rows whose file is
+    whole but lacks this modality, with what it lacks.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Column:
     cache: Cache
     bad: dict[int, str]
     training: Sequence[int] = ()
+    lacking: dict[int, str] = field(default_factory=dict)
 
     def add_errors(self, errors: dict[int, str]) -> None:
         for row, reason in errors.items():
@@ -534,7 +536,7 @@ class Array(Kind):
         self.shape = (length, *map(int, rest))
         padded = axes == 2 and len(set(lengths)) > 1
         self.dtype = torch.uint8 if headers[:, 0].all() and not padded else torch.float32
-        self.encoder = {1: "mlp", 2: "cnn1d", 3: "cnn"}.get(axes, "mlp")
+        self.encoder = {1: "mlp", 2: sequence_encoder(length), 3: "cnn"}.get(axes, "mlp")
 
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         if len(self.shape) == 2:

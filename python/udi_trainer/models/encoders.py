@@ -70,6 +70,26 @@ class Padded(nn.Sequential):
         return relu(linear(mean))
 
 
+@encoders.register("fcn")
+def fcn(shape: torch.Size, features: int = FEATURES) -> nn.Module:
+    """For short sequences (T, D): three convolutions with BatchNorm at full length, then mean and maximum over time.
+
+    The fully convolutional network of Wang, Yan and Oates (arXiv 1611.06455), which takes the mean alone.
+    """
+    sizes = (shape[1], 64, 128, 64)
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel in zip(sizes, sizes[1:], (7, 5, 3), strict=False):
+        layers += [nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return nn.Sequential(Transpose(), *layers, MeanAndMax(), nn.Linear(2 * sizes[-1], features), nn.ReLU())
+
+
+class MeanAndMax(nn.Module):
+    """Over the last axis, side by side."""
+
+    def forward(self, x):
+        return torch.cat((x.mean(-1), x.amax(-1)), dim=1)
+
+
 class Transpose(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)
