@@ -1,14 +1,28 @@
 """Two linear heads and the divergence of their softmaxes, without the logits of the whole batch."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.library import register_fake
 
-from . import reference
-from ._ops import FLOATING, INTEGERS, LIBRARY, check_number, define, launched_by_triton, native, not_a_tensor, ops
+from . import _distributed, reference
+from ._distributed import Shard
+from ._ops import (
+    FLOATING,
+    INTEGERS,
+    LIBRARY,
+    check_number,
+    define,
+    dtensors,
+    launched_by_triton,
+    native,
+    not_a_tensor,
+    ops,
+)
 from .reference import accumulation_dtype
 
 NAME = "linear_js_div"
@@ -79,18 +93,41 @@ def linear_js_div(
         ValueError: shapes or devices disagree, a number is out of range, or a tensor without a gradient requires one.
         RuntimeError: the second derivative, which does not exist, is asked for.
 
+    DTensors on one mesh give a replicated DTensor. Heads, biases and the teacher's logits may be sharded over the
+    classes: each process then makes the logits of its classes, and exchanges a few numbers a row twice a chunk. The
+    gradient of ``input`` then comes back as ``Partial``. Rows are replicated first.
+
     Where no kernel serves (see :func:`build_info`), the logits are computed as a whole.
     """
-    tensors = {
+    tensors: dict[str, Any] = {
         "input": input, "weight": weight, "bias": bias, "target": target, "target_weight": target_weight,
         "target_bias": target_bias, "row_weight": row_weight, "labels": labels,
     }  # fmt: skip
     _check(tensors, beta, temperature, hard_weight, ignore_index, reduction, normalizer, chunk)
+    options = beta, temperature, hard_weight, ignore_index, reduction, normalizer, chunk
+    if module := dtensors(*tensors.values()):
+        return module.linear_js_div(partial(_loss, options), tensors)
+    return _loss(options, **tensors)
+
+
+def _loss(
+    options: tuple[Any, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    target_bias: Tensor | None,
+    row_weight: Tensor | None,
+    labels: Tensor | None,
+    shard: Shard | None = None,
+) -> Tensor:
+    beta, temperature, hard_weight, ignore_index, reduction, normalizer, chunk = options
     dtype = _autocast(input)
     soft, hard, scale = _factors(input, row_weight, labels, hard_weight, ignore_index, reduction, normalizer)
     labels = None if labels is None else labels.reshape(-1).long()
     head = (target, target_weight, target_bias)
-    if not _kernels_serve(tensors):
+    if not _kernels_serve(input):
         heads: list[Any] = [t if t is None or dtype is None else t.to(dtype) for t in (input, weight, bias, *head)]
         rows: dict[str, Any] = dict(soft=soft, hard=hard, labels=labels)
         return reference.linear_js_div(*heads, **rows, beta=beta, temperature=temperature) * scale
@@ -100,8 +137,9 @@ def linear_js_div(
     masked = row_weight is not None
     arguments = (*head, soft, hard, labels, scale, masked, float(beta), float(temperature), chunk, dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return _LinearJSDiv.apply(input, weight, bias, *arguments)
-    return ops.linear_js_div_fwd(input, weight, bias, *arguments, False, False, False)[0]
+        return _LinearJSDiv.apply(input, weight, bias, shard, *arguments)
+    fwd = ops.linear_js_div_fwd if shard is None else partial(_linear_js_div_fwd, shard=shard)
+    return fwd(input, weight, bias, *arguments, False, False, False)[0]
 
 
 def chunk_rows(classes: int, features: int, itemsize: int, device: str) -> int:
@@ -236,9 +274,8 @@ def _autocast(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _kernels_serve(tensors: dict[str, Any]) -> bool:
+def _kernels_serve(input: Tensor) -> bool:
     """As `kernels_serve` in csrc/ops/checks.h."""
-    input = tensors["input"]
     if not native() or torch._C._are_functorch_transforms_active():
         return False
     return input.is_cpu or (input.is_cuda and input.dtype != torch.float64)
@@ -280,8 +317,11 @@ def _factors(
 
 class _LinearJSDiv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-        loss, *grads = ops.linear_js_div_fwd(input, weight, bias, *arguments, *ctx.needs_input_grad[:3])
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, shard: Shard | None, *arguments: Any
+    ) -> Tensor:
+        fwd = ops.linear_js_div_fwd if shard is None else partial(_linear_js_div_fwd, shard=shard)
+        loss, *grads = fwd(input, weight, bias, *arguments, *ctx.needs_input_grad[:3])
         ctx.save_for_backward(input, weight, bias, arguments[6], *grads)
         return loss
 
@@ -296,7 +336,7 @@ class _LinearJSDiv(torch.autograd.Function):
             ]
         if recorded:
             grads = _NoSecondDerivative.apply(len(grads), *grads, *inputs)
-        return (*grads, *[None] * 12)
+        return (*grads, *[None] * 13)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -346,9 +386,11 @@ def _linear_js_div_fwd(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     if labels is not None and hard is not None and hard.is_cpu:
-        _check_labels(labels, hard, len(weight))
+        _check_labels(labels, hard, shard.classes if shard else len(weight))
+    rows_loss: Callable = partial(_distributed.linear_js_div_rows, shard=shard) if shard else ops.linear_js_div_rows
     grads = _gradients(input, weight, bias, (need_input, need_weight, need_bias))
     grad_input, grad_weight, grad_bias = grads
     needed = need_input or need_weight or need_bias
@@ -375,7 +417,7 @@ def _linear_js_div_fwd(
             z, p = z.to(wide), p.to(wide)
             p = p if p.stride(1) == 1 else p.contiguous()
             picked = [None if t is None else t[rows] for t in (soft, hard, labels)]
-            losses.append(ops.linear_js_div_rows(z, p, *picked, beta, temperature, needed))
+            losses.append(rows_loss(z, p, *picked, beta, temperature, needed))
             z = z.to(hidden.dtype)  # now the gradient
             if need_input:
                 grad_rows[rows] = (z @ student.weight).to(grad_rows.dtype)
@@ -417,7 +459,9 @@ def _matrix(t: Tensor) -> Tensor:
     """The tensor as a matrix of rows if that is a view, else as it is."""
     outer = [(t.shape[d], t.stride(d)) for d in range(t.dim() - 1) if t.shape[d] != 1]
     joins = all(stride == size * inner for (_, stride), (size, inner) in zip(outer, outer[1:], strict=False))
-    return t.view(-1, t.shape[-1]) if joins and t.numel() else t if t.numel() else t.new_empty(0, t.shape[-1])
+    if t.numel() == 0:
+        return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t.view(-1, t.shape[-1]) if joins else t
 
 
 def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
