@@ -40,6 +40,7 @@ from .run import Run, batch_size, choose_device, identity
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config, write_json
 from .stop import Stop
 
+NEARLY_ALL = 0.995  # of the samples
 Method = str | Callable[[Run], Outcome]
 
 
@@ -169,6 +170,7 @@ class Training:
             check_presence(data)
         for group in options.groups:
             group.check(data)
+        self.options = options = options.sized(len(data.train))
         batch_size(options, data)
         with torch.random.fork_rng(devices=[]):
             for m in options.encoder_weights or ():
@@ -259,6 +261,12 @@ class Training:
                 if outcome.models:
                     predictor.save(run.folder, self.data)
                 run.folder.write("metrics.json", as_json(metrics))
+            for m in suspicious(metrics, predictor, run.data):
+                log.warning(
+                    "%s is right on nearly all samples of training and of validation: if its features come from a model"
+                    " that saw these labels, validation cannot choose anything, and test will be worse",
+                    m,
+                )
             run.show("fused", metrics["fused"], options.epochs)
             if written:
                 if outcome.models:
@@ -377,6 +385,17 @@ def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
     metrics["fused"]["without"] = {
         m: accuracy(predictor.predict(data.test.stored | {presence(m): absent}), labels) for m in data.modalities
     }
+
+
+def suspicious(metrics: dict, predictor: Predictor, data: Dataset) -> list[str]:
+    """The modalities whose accuracy is at least 99.5% both on validation and on the labelled training samples."""
+    high = [m for m, found in metrics["modalities"].items() if found.get("val_acc", 0) >= NEARLY_ALL]
+    if not high or not predictor.models:
+        return []
+    labelled = data.train.take((data.train.labels >= 0).nonzero().flatten())
+    logits = predictor.logits(labelled, shares=True)
+    labels = labelled.labels.cpu()
+    return [m for m in high if m in logits and accuracy(logits[m], labels) >= NEARLY_ALL]
 
 
 def picture(metrics: dict, run: Run) -> None:

@@ -80,6 +80,10 @@ def count_or_fraction(x: Any) -> int | float:
     return number(int, 1)(x) if isinstance(x, Integral) else number(float, above=0, below=1 + 1e-9)(x)
 
 
+def number_or_auto(x: Any) -> str | float:
+    return x if x == "auto" else number(float, 0)(x)
+
+
 def steps_or_epoch(x: Any) -> str | int:
     return x if x == "epoch" else number(int, 1)(x)
 
@@ -326,11 +330,16 @@ class ExperimentOptions(Group, title="what to train"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Group, title="training"):
-    epochs: int = option(30, number(int, 1), "epochs of each phase")
+    epochs: int = option(
+        None, number(int, 1), "epochs of each phase", shown="30, or on small data as many as make 400 steps"
+    )
+    steps: int | None = option(None, number(int, 1), "steps of each phase, rounded up to epochs; instead of --epochs")
     patience: int | None = option(
         None, number(int, 1), "end a stage after this many epochs without an improvement on validation"
     )
-    batch_size: int = option(64, number(int, 1), "samples per step")
+    batch_size: int = option(
+        None, number(int, 1), "samples per step", shown="64; 8, 16 or 32 where that makes 16 steps an epoch"
+    )
     optimizer: str = option("adamw", one_of("adamw", "sgd"), "optimizer: adamw or sgd")
     lr: float = option(3e-3, number(float, above=0), "initial learning rate")
     schedule: str = option(
@@ -367,7 +376,14 @@ class TrainingOptions(Group, title="training"):
         shown="acc for anchor and epoch",
     )
     momentum: float = option(0.9, number(float, 0, below=1), "momentum of sgd", needs={"optimizer": "sgd"})
-    weight_decay: float | None = option(None, number(float, 0), "weight decay", "W", "0.01 for adamw, 0.0001 for sgd")
+    weight_decay: float | str | None = option(
+        None,
+        number_or_auto,
+        "weight decay; auto: of 0.01, 0.3 and 3 the best on validation, for each modality trained alone and its"
+        " follower, and for joint training",
+        "W|auto",
+        "0.01 for adamw, 0.0001 for sgd",
+    )
     seed: int = option(
         0, number(int, 0), "seed of initial weights and of the order of samples; also of --labels and --resplit"
     )
@@ -407,6 +423,8 @@ class MachineOptions(Group, title="machine"):
     out: str | None = option(None, pathname, "run folder to create", "DIR", "a new one under runs/; none from Python")
 
 
+BATCH, STEPS = 64, 400  # samples per step, and the least number of steps of a phase, unless options say otherwise
+DECAYS = (0.01, 0.3, 3.0)  # of --weight-decay auto
 SCIKIT = ("sklearn-late", "sklearn-concat")  # baselines of every run on small data
 RESERVED = ("encoders", "help", "progress", "resume", "trust")  # arguments of `train` and flags of the command
 
@@ -448,6 +466,13 @@ class Options(MachineOptions, TrainingOptions, ExperimentOptions):
         """The same with other values of some options."""
         return self.of_flat(self.flat() | changes, map(type, self.groups))
 
+    def sized(self, count: int) -> "Options":
+        """The same with the batch size and the epochs that suit this number of training samples."""
+        size = self.batch_size or min(BATCH, max(8, 2 ** int(math.log2(max(1, count / 16)))))
+        per_epoch = max(1, count // size)
+        epochs = self.epochs or math.ceil((self.steps or max(STEPS, 30 * per_epoch)) / per_epoch)
+        return self.replace(batch_size=size, epochs=epochs)
+
     @classmethod
     def of_flat(cls, values: dict[str, Any], groups: Iterable[type[Group]]) -> "Options":
         """The options among these values, and these groups of them."""
@@ -481,6 +506,8 @@ class Options(MachineOptions, TrainingOptions, ExperimentOptions):
         if not isinstance(dataset, str) and not hasattr(dataset, "modalities"):
             raise UserError(f"dataset must be a name or a Dataset, got {type(dataset).__name__}")
         name = method if isinstance(method, str) else name_of(method)
+        if given.get("steps") is not None and given.get("epochs") is not None:
+            raise UserError("--steps and --epochs both say how long to train: give one of them")
         functions = readers(method, given.get("baselines"), dataset)
         groups = groups_of(functions)
         own = fields_of(cls) | {n: field for group in groups for n, field in fields_of(group).items()}
@@ -608,7 +635,7 @@ def filled(help: str) -> str:
         if options
     )
     said["recipes"] = "; ".join(map(str, RECIPES.values()))
-    own = {m: methods.recommended[m].get("baselines") for m in methods}
+    own = {m: methods.recommended.get(m, {}).get("baselines") for m in methods}
     said["baselines"] = "; ".join(f"{', '.join(others)} for {m}" for m, others in own.items() if others)
     for word, words in said.items():
         help = help.replace(f"{{{word}}}", words)

@@ -117,7 +117,8 @@ class Follower(Unimodal):
         self.shard(self.q.layers)  # not q itself: its output is a view, which FSDP2 warns of
         self.q_parameters = list(self.q.parameters())
         self.optimizer = run.optimizer(
-            [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}]
+            [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}],
+            run.decay.get(modality),
         )
         self.warmup = q_warmup(run)
         self.controller = Controller(run).to(run.device)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from .engine import Eager, Graphs
 from .feed import Feed
 from .inference import predict
 from .task import Task
+
+T = TypeVar("T", bound=Task)
 
 
 def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
@@ -55,6 +58,18 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
             progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:
         stage.finish()
+
+
+def fit_best(candidates: Sequence[Sequence[T]], run: Run, epochs: int | None = None) -> list[T]:
+    """Trains groups of tasks, as by :func:`fit`; the task of each group that is best on validation."""
+    fit([task for group in candidates for task in group], run, epochs)
+    best = []
+    for group in candidates:
+        rows = [best_epoch(run.history[task.name]) for task in group]
+        best.append(group[rows.index(best_epoch(rows))])
+        if len(group) > 1:
+            log.info("%s: weight decay %g, the best on validation", best[-1].name, best[-1].decay)
+    return best
 
 
 def share_stream(stages: Sequence["Stage"]) -> None:

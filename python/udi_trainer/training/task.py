@@ -36,6 +36,7 @@ class Task:
     model: nn.Module
     parameters: list[nn.Parameter]
     parts: dict
+    decay: float | None = None
 
     def __init__(self, run: Run, modality: str | None = None) -> None:
         self.run, self.modality = run, modality
@@ -49,6 +50,12 @@ class Task:
     @classmethod
     def name_of(cls, modality: str | None) -> str:
         return "-".join(filter(None, (cls.key, modality)))
+
+    def rename(self) -> None:
+        """Names a task that tries another weight decay than the first, and its phase, after it."""
+        if self.decay not in (None, self.run.decays[0]):
+            self.name += f"-decay-{self.decay:g}"
+            self.phase += f", decay {self.decay:g}"
 
     @classmethod
     def seed_name_of(cls, modality: str | None) -> str:
