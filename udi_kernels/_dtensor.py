@@ -218,6 +218,8 @@ def linear_js_div(loss: Callable, tensors: dict[str, Any]) -> Tensor:
     """Heads sharded over the classes, whose rows all processes have; ``loss`` takes local tensors and their `Shard`."""
     name = "linear_js_div"
     mesh = _one_mesh(name, list(tensors), list(tensors.values()))
+    if tensors["logprobs"] is not None:
+        raise ValueError(f"{name}: a teacher's top K classes must be plain tensors, got DTensors")
     weight = tensors["weight"]
     split = [d for d, p in enumerate(weight.placements) if p == Shard(0)]
     if len(split) > 1:
