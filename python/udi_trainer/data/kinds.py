@@ -23,7 +23,7 @@ from ..registry import Registry
 from . import pipelines
 from .cache import KEY, VERSION, Cache, Unreadable, digest, file_key, numpy_type
 from .dataset import Modality, sequence_encoder
-from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, open_image, pages
+from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, loses_bits, open_image, pages
 from .pipelines import Features, Spectrogram, Tokens
 from .sound import SILENCE, cancelling, integer_bits, mono, read_sound
 from .words import words_of
@@ -264,7 +264,7 @@ class Image(Kind):
     Pixels of more than 8 bits are scaled from the range of values that the training files use.
     """
 
-    header_size = 7  # channels, width, height, number of stills, whether deep, and the lowest and the highest value
+    header_size = 8  # channels, width, height, number of stills, deep, lowest value, highest value, loses bits
     channels: int
     mode: str
     size: int
@@ -283,7 +283,7 @@ class Image(Kind):
         header = [1 if is_gray(image) else 3, *image.size, max(len(stills), pages(image)), is_deep(image)]
         some = evenly_spaced(stills, min(len(stills), DEEP_STILLS)) if is_deep(image) else []
         low, high = zip(*map(extremes, some), strict=True) if some else ([0.0], [0.0])
-        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist()]
+        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist(), loses_bits(image)]
 
     def configure(self, headers: np.ndarray) -> None:
         self.channels = int(headers[:, 0].max())
@@ -299,6 +299,7 @@ class Image(Kind):
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         low, high = self.limits
         self.note(f"more than 8 bits a pixel, of which {low:g} to {high:g} become 0 to 255", headers[:, 4] > 0, rows)
+        self.note("16 bits a color, of which the upper 8 are read", headers[:, 7] > 0, rows)
         if type(self) is Image:
             only = f"the first of several pictures is read (--kinds {self.column.name}=frames reads them all)"
             self.note(only, headers[:, 3] > 1, rows)

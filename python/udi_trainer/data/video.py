@@ -96,7 +96,7 @@ class Video(Frames):
         path = single_path(cell)
         times, cut = frame_times(path)
         with open_track(path, "video") as (_, stream):
-            return [3, stream.width, stream.height, len(times) - 1, 0, 0, 0, cut]
+            return [3, stream.width, stream.height, len(times) - 1, *[0] * 4, cut]
 
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         self.note("ends early, so the file is probably cut", headers[:, -1] > 0, rows)

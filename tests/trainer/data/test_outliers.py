@@ -9,7 +9,7 @@ pytest.importorskip("soundfile", reason='needs the extra of files: pip install -
 
 from udi_trainer import UserError, load, train
 from udi_trainer.data.noise import corrupt
-from udi_trainer.models.encoders import cnn1d
+from udi_trainer.models.encoders import cnn1d, fcn
 
 from .files import dataset, stored
 
@@ -69,26 +69,29 @@ def test_a_long_sequence_in_test(folder, options, caplog):
     )
 
 
+@pytest.mark.parametrize("encoder", [cnn1d, fcn])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 21])
-def test_padding_does_not_change_features(length):
+def test_padding_does_not_change_features(encoder, length):
     torch.manual_seed(0)
-    encoder, x = cnn1d(torch.Size((40, 3))).double(), torch.randn(5, 40, 3, dtype=torch.float64)
+    encoder, x = encoder(torch.Size((40, 3))).double().eval(), torch.randn(5, 40, 3, dtype=torch.float64)
     padded = x.clone()
     padded[:, length:] = 0
     torch.testing.assert_close(encoder(padded), encoder(x[:, :length]))
 
 
-def test_whole_sequences_as_by_plain_layers():
+@pytest.mark.parametrize("encoder", [cnn1d, fcn])
+def test_whole_sequences_as_by_plain_layers(encoder):
     """Without padding, the encoder is its layers one after the other, bit for bit."""
-    encoder, x = cnn1d(torch.Size((21, 3))), torch.randn(6, 21, 3)
+    encoder, x = encoder(torch.Size((21, 3))), torch.randn(6, 21, 3)
     plain = x
     for layer in encoder:
         plain = layer(plain)
     assert torch.equal(encoder(x), plain)
 
 
-def test_zeros_within_a_sequence_are_real():
-    encoder, x = cnn1d(torch.Size((40, 2))), torch.randn(2, 40, 2)
+@pytest.mark.parametrize("encoder", [cnn1d, fcn])
+def test_zeros_within_a_sequence_are_real(encoder):
+    encoder, x = encoder(torch.Size((40, 2))).eval(), torch.randn(2, 40, 2)
     x[:, 5:30] = 0
     without = x.clone()
     without[:, 30:] = 0
