@@ -85,12 +85,10 @@ struct Lanes {
   bool adjacent = true;
 
   Lanes(Logits<T> logits, const Block& block) {
-    if (!logits.inner)  // a loop of its own, without branches
-      for (int lane = 0; lane < kLanes; ++lane) at[lane] = logits.data + block.row[lane] * logits.stride;
-    else
-      for (int lane = 0; lane < kLanes; ++lane) at[lane] = logits[block.row[lane]];
-    if (logits.step != 1)
-      for (int lane = 0; lane < block.height; ++lane) adjacent = adjacent && at[lane] == at[0] + lane;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      at[lane] = logits[block.row[lane]];
+      if (logits.step != 1 && lane < block.height) adjacent = adjacent && at[lane] == at[0] + lane;
+    }
   }
 };
 

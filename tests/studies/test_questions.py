@@ -164,7 +164,7 @@ def test_field_study(tmp_path):
         for name, shift in (("one", 0.02), ("two", 0.04), ("two, 60 labels", -0.2))
         for seed in (0, 1)
     ]
-    co_training = metrics(None, 0.9) | {"baselines": {}}
+    co_training = metrics(None, 0.9) | {"method": "co-training"}
     records += [record("co-training", seed, "two, 60 labels", **study.keep(co_training, [])) for seed in (0, 1)]
     records.append(field_record("two", 0, udi=0.84, ensemble=0.8, joint=0.7, pmr=0.9))  # not all have run pmr
     labelled, few = study.tables(records).split("## Few labels")

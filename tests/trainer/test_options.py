@@ -29,7 +29,9 @@ from udi_trainer.registry import datasets, methods
         ({"epochs": 0}, "epochs: 0 is not an integer of at least 1"),
         ({"epochs": 2.0}, "epochs: 2.0 is not an integer"),
         ({"epochs": True}, "epochs: True is not an integer"),
-        ({"epochs": None}, "epochs: None is not an integer"),
+        ({"seed": None}, "seed: None is not an integer"),
+        ({"epochs": 3, "steps": 100}, "--steps and --epochs both say how long to train"),
+        ({"weight_decay": "some"}, "weight_decay: 'some' is not a number of at least 0"),
         ({"lr": float("nan")}, "lr: nan is not a number above 0"),
         ({"lr": "fast"}, "lr: 'fast' is not a number"),
         ({"lr": [0.1]}, r"lr: \[0.1\] is not a number"),
@@ -78,10 +80,10 @@ def test_what_is_refused(given, wanted):
     "given, wanted",
     [
         ({"method": "joint", "contrast_weight": 5.0}, "--contrast-weight has no effect .* belongs to method dimml"),
-        ({"method": "joint", "q_width": 7}, "--q-width has no effect on this run: it belongs to method udi"),
+        ({"method": "joint", "q_width": 7}, "--q-width has no effect .* belongs to methods udi, co-training"),
         ({"dataset": "cgdigits", "rho": 0.2}, "--rho has no effect on this run: it belongs to data set huedigits"),
         ({"dataset": "cgdigits", "frames": 9}, "--frames has no effect .* data sets manifest, cremad, kinetics-sounds"),
-        ({"method": "joint", "fusion": "sum"}, "--fusion has no effect .* methods dimml, ensemble, self-training, udi"),
+        ({"method": "joint", "fusion": "sum"}, "--fusion has no effect .* methods .*ensemble, mla, .*udi"),
         ({"dataset": "cgdigits", "data_root": "x"}, "--data-root has no effect .* data sets cgmnist, splitdigits"),
         ({"method": "udi", "ogm_alpha": 0.5}, "--ogm-alpha has no effect on this run: it belongs to method ogm-ge"),
     ],
@@ -169,6 +171,26 @@ def test_published_protocols_can_be_said():
     )
     assert (options.momentum, options.lr_step) == (0.9, (70, 0.1))
     assert Options.make(schedule="constant", epochs=1000, patience=20).patience == 20
+
+
+@pytest.mark.parametrize(
+    "count, given, wanted",
+    [  # samples, options, (batch size, epochs)
+        (1077, {}, (64, 30)),  # digits: 16 steps an epoch, 480 in all
+        (55_000, {}, (64, 30)),
+        (120, {}, (8, 30)),
+        (300, {}, (16, 30)),
+        (40, {}, (8, 80)),
+        (5, {}, (8, 400)),
+        (120, {"batch_size": 64}, (64, 400)),
+        (120, {"steps": 100}, (8, 7)),
+        (1077, {"steps": 1}, (64, 1)),
+        (40, {"epochs": 3}, (8, 3)),
+    ],
+)
+def test_batches_and_epochs_follow_the_number_of_samples(count, given, wanted):
+    sized = Options.make(**given).sized(count)
+    assert (sized.batch_size, sized.epochs) == wanted and sized.sized(count) == sized
 
 
 def test_counts_and_fractions():

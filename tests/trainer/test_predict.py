@@ -144,7 +144,7 @@ def test_columns_of_a_new_manifest(folder, options, finished, capsys):
     assert "columns that the run does not read: notes" in capsys.readouterr().out
     assert [row["label"] for row in lines("p.csv")] == [row["label"] for row in finished]
     assert predicted(folder, options, [{n: x for n, x in row.items() if n != "sound"} for row in finished]) == 2
-    assert "the run reads 'sound'" in one_line(capsys.readouterr().err)
+    assert "new.csv lacks the column sound, which the run reads" in one_line(capsys.readouterr().err)
     assert predicted(folder, options, [row | {"sound": ""} for row in finished]) == 0
     assert {row["missing"] for row in lines("p.csv")} == {"sound"}
     assert predicted(folder, options, [row | {"sound": "", "image": ""} for row in finished]) == 2

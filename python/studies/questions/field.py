@@ -5,7 +5,7 @@ from pathlib import Path
 from udi_trainer.data.dataset import Dataset
 from udi_trainer.data.openml import SOURCES, downloaded
 from udi_trainer.options import Options
-from udi_trainer.registry import datasets, methods
+from udi_trainer.registry import datasets
 
 from ..plots import benchmark
 from ..ranks import friedman, mean_ranks
@@ -16,8 +16,8 @@ from ..tables import format_scores, markdown
 
 METHODS = "ensemble joint joint-sum ogm-ge gramian mmpareto dgl g2d mla reconboost pdmp pmr g-blending dimml".split()
 SEMI_SUPERVISED = ["self-training", "joint-self-training"]  # further methods that learn from samples without labels
-CO_TRAINING = "--method udi --controller static --alpha 1,0 --teacher fused --rounds 2 --baselines none"
-SCIKIT = "--method sklearn-late --baselines sklearn-concat"  # its own run: these are left out of large data
+CO_TRAINING = "--method co-training --controller static --alpha 1,0 --baselines none"
+SCIKIT = "--method sklearn-late --baselines sklearn-concat"
 REFERENCE = "ensemble"
 BUILT_IN = {"breastcancer": "--resplit 85", "splitdigits": "--resplit 360", "cgdigits": ""}
 FOLDERS = ("cremad", "kinetics-sounds", "ave", "ucf101", "modelnet40", "avmnist")
@@ -60,8 +60,7 @@ class Field(Study):
         return rest
 
     def keep(self, metrics, history):
-        co_training = metrics["method"] == "udi" and metrics["anchor"] is None
-        kept = {"co-training" if co_training else metrics["method"]: metrics["fused"], **metrics["baselines"]}
+        kept = {metrics["method"]: metrics["fused"], **metrics["baselines"]}
         seconds: dict[str, float] = {}
         for row in history:
             stage = row["phase"] if row["modality"] else f"{row['phase']}, all"
@@ -112,9 +111,9 @@ def variants(root: Path | None) -> list[Variant]:
 
 def runs(name: str, options: str, names: list[str]) -> list[Variant]:
     """One of all methods that share stages, and those of the others."""
-    main = Variant("udi", f"{options} --method udi --controller dynamic --baselines {','.join(names)}", name)
-    scikit = [Variant("scikit-learn", f"{options} {SCIKIT}", name)] if "sklearn-late" in methods else []
-    return [main, *scikit, Variant("co-training", f"{options} {CO_TRAINING}", name)]
+    udi = f"--method udi --controller dynamic --baselines {','.join(names)}"
+    each = {"udi": udi, "scikit-learn": SCIKIT, "co-training": CO_TRAINING}
+    return [Variant(variant, f"{options} {own}", name) for variant, own in each.items()]
 
 
 def found(root: Path | None) -> Iterator[tuple[str, str]]:

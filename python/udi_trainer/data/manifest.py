@@ -175,6 +175,7 @@ def build(source: Rows, options: Options) -> Dataset:
     log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
     recipe: dict[str, Any] | None = {
         "options": {n: v for n, v in options.flat().items() if any(n in fields_of(group) for group in PREPROCESSING)},
+        "empty_numbers": chosen.empty_numbers,
         "modalities": {m: specs[m].described(kind.state) for m, (kind, *_) in loaded.items()},
     }
     if not is_plain(recipe):  # of a kind of the user's own
@@ -430,7 +431,7 @@ def check_rows(
 
 
 def check_cells(
-    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], empty_numbers: str = "impute"
+    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], empty_numbers: str
 ) -> dict[int, str]:
     """The errors in the cells of modalities, and in ids, by row."""
     bad: dict[int, str] = {}

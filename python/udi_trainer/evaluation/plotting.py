@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 
 INK, MUTED = "#222222", "#8f8f8f"
@@ -18,6 +20,26 @@ def new_figure(width: float, height: float) -> Figure:
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
     return figure
+
+
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """The font families that draw the text, the usual one first, and its characters that no installed font has."""
+    families = ["DejaVu Sans"]
+    missing = {c for c in text if c.isprintable()} - characters_of(findfont(families[0]))
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    for font in regular if missing else ():
+        if "Last Resort" not in font.name and (found := missing & characters_of(font.fname)):
+            families.append(font.name)
+            missing -= found
+    return families, "".join(sorted(missing))
+
+
+def characters_of(file: str) -> set[str]:
+    """The characters that a font has."""
+    try:
+        return set(map(chr, FT2Font(file).get_charmap()))
+    except (OSError, RuntimeError):  # of a format that Matplotlib does not read
+        return set()
 
 
 def style_axes(axes: Axes, title: str, xlabel: str = "epoch"):

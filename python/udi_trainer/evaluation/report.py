@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import IO, Any
 
-from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, new_figure, style_axes
+from matplotlib import rc_context
+
+from ..console import log
+from ..errors import short
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, fonts_for, new_figure, style_axes
 
 ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
 LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
@@ -90,9 +94,18 @@ def fusion_text(scores: dict) -> str:
 def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Draws report.png: accuracies above; below, the followers' losses, effective dimensions and results by class.
 
-    Each modality has its own color.
+    Each modality has its own color. Where no installed font has the characters of a class name, its number is drawn.
     """
-    metrics, history = literal(metrics), literal(history)
+    families, missing = fonts_for(str([metrics, history]))
+    if missing:
+        log.warning("no installed font has %s: report.png shows the numbers of such classes", short(missing, 20))
+        classes = [str(c) if set(name) & set(missing) else name for c, name in enumerate(metrics.get("classes", []))]
+        metrics = metrics | {"classes": classes}
+    with rc_context({"font.family": families}):
+        draw_panels(literal(metrics, missing), literal(history, missing), path)
+
+
+def draw_panels(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
     phase = "co-trained" if metrics["method"] == "co-training" else "follower"
     followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == phase}
@@ -125,13 +138,16 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def literal(value: Any) -> Any:
-    """The same with all strings escaped, so that a $ in a name starts no formula."""
+def literal(value: Any, missing: str = "") -> Any:
+    """The same with all strings escaped, so that a $ in a name starts no formula, and without missing characters."""
     if isinstance(value, dict):
-        return {literal(name): literal(part) for name, part in value.items()}
+        return {literal(name, missing): literal(part, missing) for name, part in value.items()}
     if isinstance(value, list):
-        return [literal(part) for part in value]
-    return value.replace("$", r"\$") if isinstance(value, str) else value
+        return [literal(part, missing) for part in value]
+    if not isinstance(value, str):
+        return value
+    value = "".join(c.encode("ascii", "backslashreplace").decode() if c in missing else c for c in value)
+    return value.replace("$", r"\$")
 
 
 def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):

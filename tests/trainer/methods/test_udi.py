@@ -176,7 +176,7 @@ def test_short_runs_train_with_the_complementary_loss(mixed):
     """With few samples and epochs too the alphas of config.json are those that count."""
     from udi_trainer import train
 
-    result = train(mixed, epochs=8, baselines=[], anchor="audio", controller="static", progress=False)
+    result = train(mixed, epochs=8, batch_size=64, baselines=[], anchor="audio", controller="static", progress=False)
     rows = result.history["follower-picture"]
     assert result.metrics["q_warmup"] == 2 and [row["alpha_com"] for row in rows] == [0, 0] + [1] * 6
 
