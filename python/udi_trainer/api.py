@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import nn
 
 import udi_kernels
@@ -294,7 +293,9 @@ class Training:
                 for expected in ("Synchronization debug mode", "This instance was constructed with capturable=True"):
                     warnings.filterwarnings("ignore", expected)  # from steps that are captured, or tested for it
             if self.options.compile:  # otherwise a compiled graph gives the gradients of one loss only
-                stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
+                from torch._functorch import config  # slow to import
+
+                stack.enter_context(config.patch(donated_buffer=False))
             try:
                 if self.steps_are_small():
                     torch.set_num_threads(1)

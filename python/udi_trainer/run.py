@@ -13,6 +13,7 @@ from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
 from .evaluation.fusion import FusionOptions
+from .optimizers import SGD, AdamW
 from .options import DECAYS, Options, upgraded
 from .registry import datasets
 from .run_folder import REPEAT, RunFolder
@@ -77,11 +78,11 @@ class Run:
         optimizer: torch.optim.Optimizer
         if options.optimizer == "adamw":
             on_gpu = self.device.type == "cuda"
-            optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
+            optimizer = AdamW(parameters, weight_decay=decay, fused=True, capturable=on_gpu)
         else:
             fused = not options.shard  # fused SGD does not take a tensor as learning rate for FSDP2's parameters
             momentum = options.momentum
-            optimizer = torch.optim.SGD(parameters, options.lr, momentum, weight_decay=decay, fused=fused)
+            optimizer = SGD(parameters, options.lr, momentum, weight_decay=decay, fused=fused)
             # Fused SGD needs the momentum of all parameters or of none, and leaves it uninitialized where its first
             # step is skipped (2.14). Zeros give the same first step.
             for p in (p for group in optimizer.param_groups for p in group["params"] if momentum):

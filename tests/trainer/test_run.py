@@ -6,14 +6,14 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from udi_trainer import Options, UserError, distributed
+from udi_trainer import Options, UserError, distributed, optimizers
 from udi_trainer.methods.joint import Joint
 from udi_trainer.methods.unimodal import Alone
 from udi_trainer.registry import datasets
 from udi_trainer.run import choose_device
 from udi_trainer.seeds import derive_seed, seeded
 
-from .helpers import make_run
+from .helpers import make_run, run_python
 
 
 def steps_of(optimizer, parameter, grads):
@@ -80,6 +80,36 @@ def test_fusion_rule(mixed, monkeypatch):
         assert [run.fusion(), run.fusion("certainty")] == wanted
         run.options = Options.make(dataset=name, fusion="mean")
         assert [run.fusion(), run.fusion("certainty")] == ["mean", "mean"]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_optimizers_without_decorators_are_torchs(name):
+    """Their steps, states and groups; each is resumed from the other's state."""
+    options = {"lr": 0.1, "weight_decay": 0.1, "fused": True} | ({"momentum": 0.9} if name == "SGD" else {})
+    start, grads = torch.randn(5), torch.randn(4, 5)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    mine, torchs = getattr(optimizers, name)([ours], **options), getattr(torch.optim, name)([theirs], **options)
+    for grad in grads:
+        for p, optimizer in (ours, mine), (theirs, torchs):
+            p.grad = grad.clone()
+            optimizer.step()
+        state, other = mine.state_dict(), torchs.state_dict()
+        mine.load_state_dict(other)
+        torchs.load_state_dict(state)
+        assert torch.equal(ours, theirs) and state["param_groups"] == other["param_groups"]
+    assert isinstance(mine, getattr(torch.optim, name)) and repr(mine) == repr(torchs)
+    mine.zero_grad()
+    assert ours.grad is None
+
+
+def test_start_imports_only_what_it_needs():
+    """Up to the first steps, and to the end of a run without a folder; each of these takes up to a second."""
+    code = """import sys
+from udi_trainer import train
+train("cgdigits", epochs=1, baselines=[], progress=False, device="cpu")
+slow = ("matplotlib", "PIL", "soundfile", "sklearn", "scipy", "torch._dynamo", "torch.distributed.fsdp")
+print([name for name in slow if name in sys.modules])"""
+    assert run_python(code).strip() == "[]"
 
 
 def test_adamw_decays_as_asked(mixed):

@@ -9,9 +9,11 @@ import gzip
 import math
 import zlib
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -178,18 +180,53 @@ def drawn(options: Options) -> dict[str, Any]:
 
 def digits() -> dict[str, Any]:
     """scikit-learn's digits, 8x8: 1077 for training, 360 each for validation and test."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ModuleNotFoundError:
-        raise UserError('the bundled digits need scikit-learn: pip install -e ".[train]"') from None
-    images, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 8, 8)
-    labels = torch.from_numpy(labels).long()
-    rest, test = train_test_split(torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    train, val = train_test_split(rest, test_size=360, stratify=labels[rest], random_state=0)
-    train, val, test = ((pixels[part], labels[part]) for part in (train, val, test))
-    return {"train": train, "val": val, "test": test, "mean": 0.3053, "std": 0.3760}
+    columns = scikit_digits()
+    pixels = torch.from_numpy(columns[:, :-1]).mul(255 / 16).round().to(torch.uint8).view(-1, 8, 8)
+    labels = columns[:, -1].astype(int)
+    rest, test = split_off(labels, 360)
+    train, val = (rest[part] for part in split_off(labels[rest], 360))
+    targets = torch.from_numpy(labels)
+    parts = {"train": train, "val": val, "test": test}
+    return {name: (pixels[part], targets[part]) for name, part in parts.items()} | {"mean": 0.3053, "std": 0.3760}
+
+
+def scikit_digits() -> np.ndarray:
+    """Pixels from 0 to 16 and the label, by row. Read without importing scikit-learn, which takes a second."""
+    package = find_spec("sklearn")
+    if package is None:
+        raise UserError('the bundled digits need scikit-learn: pip install -e ".[train]"')
+    file = Path(str(package.origin)).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    return np.column_stack(load_digits(return_X_y=True))
+
+
+def split_off(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of all samples but ``count``, and of these, shuffled and stratified by label.
+
+    The same as scikit-learn's ``train_test_split(..., test_size=count, stratify=labels, random_state=0)``.
+    """
+    generator, sizes = np.random.RandomState(0), np.bincount(labels)
+
+    def shares(sizes: np.ndarray, count: int) -> np.ndarray:
+        """How many samples of each class; of those with equal remainders chance decides which are rounded up."""
+        exact = sizes / sizes.sum() * count
+        whole = np.floor(exact)
+        for remainder in np.unique(exact - whole)[::-1]:
+            missing = int(count - whole.sum())
+            (equal,) = np.where(exact - np.floor(exact) == remainder)
+            if missing > 0:
+                whole[generator.choice(equal, min(len(equal), missing), replace=False)] += 1
+        return whole.astype(int)
+
+    kept = shares(sizes, len(labels) - count)
+    taken = shares(sizes - kept, count)
+    orders = [np.flatnonzero(labels == c)[generator.permutation(size)] for c, size in enumerate(sizes)]
+    rest = np.concatenate([order[:k] for order, k in zip(orders, kept, strict=True)])
+    off = np.concatenate([order[k : k + t] for order, k, t in zip(orders, kept, taken, strict=True)])
+    return generator.permutation(rest), generator.permutation(off)
 
 
 def mnist(data_root: str | Path) -> dict[str, Any]:

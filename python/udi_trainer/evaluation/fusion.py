@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from udi_kernels import certainty_fusion
 
 from ..errors import choose
+from ..optimizers import LBFGS
 from ..options import Group, option, text
 from ..registry import fusion_rules
 from .scores import accuracy, macro_f1, scores
@@ -100,7 +101,7 @@ class LogLinear(Rule):
     @classmethod
     def fit(cls, logits: torch.Tensor, labels: torch.Tensor) -> "Rule":
         logits, exponents = logits.double(), torch.zeros(len(logits), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([exponents], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = LBFGS([exponents], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss():
             optimizer.zero_grad()

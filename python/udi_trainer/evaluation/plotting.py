@@ -1,13 +1,16 @@
-"""Plotting helpers for runs and studies: colors, figures, and lines with labels at their ends."""
+"""Plotting helpers for runs and studies: colors, figures, and lines with labels at their ends.
+
+matplotlib is imported when something is drawn: it takes as long as everything else that the trainer imports.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager
-from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, MUTED = "#222222", "#8f8f8f"
 MODALITY_COLORS = ("#3b6fb6", "#d9822b", "#3a9a5c", "#a3529f", "#8c6d46")
@@ -16,6 +19,9 @@ METHOD_COLORS = ("#6b7a8f", "#c4476a", "#17a2a2", "#a89a1f", "#7b5fc7", "#5b5b5b
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure without a window; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
@@ -24,6 +30,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def fonts_for(text: str) -> tuple[list[str], str]:
     """The font families that draw the text, the usual one first, and its characters that no installed font has."""
+    from matplotlib.font_manager import findfont, fontManager
+
     families = ["DejaVu Sans"]
     missing = {c for c in text if c.isprintable()} - characters_of(findfont(families[0]))
     regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
@@ -36,6 +44,8 @@ def fonts_for(text: str) -> tuple[list[str], str]:
 
 def characters_of(file: str) -> set[str]:
     """The characters that a font has."""
+    from matplotlib.ft2font import FT2Font
+
     try:
         return set(map(chr, FT2Font(file).get_charmap()))
     except (OSError, RuntimeError):  # of a format that Matplotlib does not read
@@ -51,6 +61,8 @@ def style_axes(axes: Axes, title: str, xlabel: str = "epoch"):
 
 def curves(axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float], dict]]):
     """Draws lines (name, epochs, values, style) with their names at the ends. Equal lines are drawn once."""
+    from matplotlib.ticker import MaxNLocator
+
     merged: list[list] = []
     for name, epochs, values, style in (line for line in lines if line[1]):
         equal = next((line for line in merged if line[2] == values), None)

@@ -4,14 +4,41 @@ import gzip
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from udi_trainer import Options, UserError
 from udi_trainer.command import main
-from udi_trainer.data.digits import COLORS, HALVES, cgdigits, cgmnist, fewdigits, huedigits, splitdigits
+from udi_trainer.data.digits import (
+    COLORS,
+    HALVES,
+    cgdigits,
+    cgmnist,
+    fewdigits,
+    huedigits,
+    scikit_digits,
+    split_off,
+    splitdigits,
+)
 
 from ..helpers import one_line, read_metrics, write_idx
+
+
+def test_digits_are_scikit_learns():
+    """Read and split without importing it, to the same samples in the same order."""
+    columns, (x, y) = scikit_digits(), load_digits(return_X_y=True)
+    assert np.array_equal(columns[:, :-1], x) and np.array_equal(columns[:, -1], y)
+    generator = np.random.RandomState(5)
+    for classes in (2, 3, 10) * 10:
+        labels = np.concatenate([np.arange(classes), generator.randint(classes, size=generator.randint(50, 300))])
+        count = generator.randint(classes, len(labels) - classes)
+        _, counts = np.unique(labels, return_counts=True)
+        labels = np.concatenate([labels, np.flatnonzero(counts < 2)])  # it wants two of each class
+        wanted = train_test_split(np.arange(len(labels)), test_size=int(count), stratify=labels, random_state=0)
+        assert all(map(np.array_equal, split_off(labels, int(count)), wanted))
 
 
 def test_cgmnist(little_mnist):
