@@ -205,7 +205,7 @@ def plot(cases, figure, path):
 
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     plt.rcParams |= {"grid.color": "#e6e6e6", "axes.axisbelow": True}
-    results = [r for case in cases for r in case if r.op in FIGURES[figure]]
+    results = [r for case in cases for r in case if r.op in FIGURES[figure] and not r.beside]
     if not results:
         return
     panels = {}

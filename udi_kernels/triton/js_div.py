@@ -765,7 +765,7 @@ def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
     options = _long_rows(C, dtype, values)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:
-        return _fwd_by_rows(R, reduction, values, options)
+        return _fwd_by_programs(Launch(_fwd_row, (R,), values, **options), R, R, reduction, values)
     return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), options)
 
 
@@ -834,25 +834,7 @@ def _fwd_by_tiles(R, C, reduction, values):
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
-    def each(input, target, weight):
-        stats = _stats(input, values["stats"], R)
-        losses = stats.new_empty(R)
-        launch(input, target, weight, stats, losses)
-        return losses, stats
-
-    def at_once(input, target, weight):
-        stats = _stats(input, values["stats"], R)
-        loss = stats.new_empty(())
-        launch(input, target, weight, stats, loss)
-        return loss, stats
-
-    def in_two_stages(input, target, weight):
-        stats = _stats(input, values["stats"], R)
-        parts = stats.new_empty(programs)
-        launch(input, target, weight, stats, parts)
-        return total(parts), stats
-
-    return each if reduction == NONE else at_once if programs == 1 else in_two_stages
+    return _fwd_by_programs(launch, R, programs, reduction, values)
 
 
 def _tile_of_rows(R, block, adjacent, most):
@@ -871,14 +853,16 @@ def _tile_of_rows(R, block, adjacent, most):
     return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
 
 
-def _fwd_by_rows(R, reduction, values, options):
-    launch = Launch(_fwd_row, (R,), values, **options)
+def _fwd_by_programs(launch, R, programs, reduction, values):
+    """By one kernel, which stores the losses of the rows, or a sum for each program."""
+    shape = (R,) if reduction == NONE else () if programs == 1 else (programs,)
+    done = reduction == NONE or programs == 1
 
     def run(input, target, weight):
         stats = _stats(input, values["stats"], R)
-        losses = stats.new_empty(R)
+        losses = stats.new_empty(shape)
         launch(input, target, weight, stats, losses)
-        return losses if reduction == NONE else total(losses), stats
+        return losses if done else total(losses), stats
 
     return run
 
