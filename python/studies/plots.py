@@ -92,7 +92,8 @@ def benchmark(
     limit = max(1.0, 1.5 * statistics.quantiles([abs(mean) for mean, _ in bars.values()], n=4)[2])
     for y, m in enumerate(names):
         mean, half = bars[m]
-        left.plot([max(mean - half, -limit), min(mean + half, limit)], [y, y], color=colors[m], linewidth=2)
+        ends = [max(-limit, min(end, limit)) for end in (mean - half, mean + half)]
+        left.plot(ends, [y, y], color=colors[m], linewidth=2)
         offsets = swarm(list(points[m].values()), near=0.03 * limit)
         marks = [(x, y + offset, 3.5, "o") for x, offset in zip(points[m].values(), offsets, strict=True)]
         for x, height, size, shape in [*marks, (mean, y, 5, "D")]:

@@ -9,7 +9,7 @@ import scipy.io
 import scipy.stats
 
 from studies.command import main, studies
-from studies.questions import gaussian
+from studies.questions import field, gaussian
 from studies.questions.features import follower_features
 from studies.questions.speakers import by_fold, missing
 from udi_trainer import Options
@@ -181,6 +181,7 @@ def test_field_study(tmp_path):
 
 def test_field_study_with_enough_data_sets_for_a_critical_difference(tmp_path):
     records = [field_record(f"set {i}", 0, udi=0.8, ensemble=0.7 + 0.001 * i, joint=0.6) for i in range(6)]
+    assert field.means({"a": {"one": {0: 0.1, 1: 0.2}}, "b": {"one": {0: 0.3, 1: 1e-17}}})["b"] == {"one": 0.15}
     assert "Friedman's test of equal ranks, 6 data sets: p = 0." in studies["field"]().tables(records)
     assert studies["field"]().draw(records, tmp_path) == ["labelled.png"]
 

@@ -1,4 +1,5 @@
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,10 @@ class Field(Study):
         alone = {m: scores_of(scores) for m, scores in metrics["unimodal"].items()}
         scores = {m: scores_of(fused) for m, fused in kept.items()}
         return {"metrics": {"scores": scores, "alone": alone, "seconds": {m: sum(s) for m, s in cost.items() if s}}}
+
+    def notes(self, records):
+        runs = Counter(f"{record['condition']} ({record['variant']})" for record in records)
+        return [f"Runs: {'; '.join(f'{name}: {count}' for name, count in runs.items())}."]
 
     def tables(self, records):
         parts = [f"{HEAD.format(reference=REFERENCE, seeding=self.seeding)}"]
@@ -154,8 +159,10 @@ def collect(records: list[dict], half: str) -> dict[str, dict[str, dict[int, flo
 
 
 def means(scores: dict) -> dict[str, dict[str, float]]:
+    """Over seeds, rounded so that equal means share a rank."""
     return {
-        m: {name: statistics.fmean(by_seed.values()) for name, by_seed in each.items()} for m, each in scores.items()
+        m: {name: round(statistics.fmean(by_seed.values()), 9) for name, by_seed in each.items()}
+        for m, each in scores.items()
     }
 
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..options import Group, Options, assignments, option, pathname, reads
 from ..registry import datasets
 from ..seeds import derive_seed
-from .dataset import DataRoot, Dataset, Modality, Split
+from .dataset import DataRoot, Dataset, Modality, Split, sequence_encoder
 from .digits import Resplit
 from .kinds import first_line
 from .labels import stratified
@@ -131,7 +131,8 @@ def build(views: Views, name: str, options: Options) -> Dataset:
     stored, modalities = {}, {}
     for m, array in views.arrays.items():
         stored[m] = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
-        modalities[m] = Modality("mlp" if array.ndim == 2 else "cnn1d", (m,), Features.of(stored[m][train]))
+        encoder = "mlp" if array.ndim == 2 else sequence_encoder(array.shape[1])
+        modalities[m] = Modality(encoder, (m,), Features.of(stored[m][train]))
     splits: dict[str, Any] = {
         part: Split(labels[rows], {m: t[rows] for m, t in stored.items()}, [str(i) for i in rows.tolist()])
         for part, rows in (("train", train), ("val", val), ("test", test))

@@ -155,6 +155,8 @@ def test_time_series(tmp_path):
     assert views.labels == ["up", "down"] * 2 and views.test.tolist() == [False, False, True, True]
     assert views.arrays["channel1"][:, :, 0].tolist() == [[1, 2, 3], [7, 8, 9], [11, 2, 3], [7, 18, 9]]
     assert views.arrays["channel2"][0, :, 0].tolist() == [4, 5, 0]
+    data = datasets["multiview"](Options.make(dataset="multiview", multiview=series(tmp_path), resplit=1))
+    assert [view.encoder for view in data.modalities.values()] == ["fcn"] * 3
     views = multiview.read(series(tmp_path), {"x": "1+3", "y": "2"})
     assert views.arrays["x"][2].tolist() == [[11, 10.5], [2, 0], [3, 1]] and views.arrays["y"].shape == (4, 3, 1)
     with pytest.raises(UserError, match="has the channels 1 to 3"):

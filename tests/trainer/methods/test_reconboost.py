@@ -12,7 +12,7 @@ from .formulas import check_gradients, gradient, loss_of
 
 @pytest.fixture
 def task(double_views):
-    run = make_run(double_views, epochs=8)
+    run = make_run(double_views, epochs=8, batch_size=64)
     return run.make(ReconBoost, initial={m: run.make(Alone, modality=m) for m in run.data.modalities})
 
 
