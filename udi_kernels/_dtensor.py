@@ -175,7 +175,7 @@ def js_div(
 ) -> Tensor:
     """Every process computes its rows, or its classes of them; ``op`` takes plain tensors and a code."""
     mesh = _one_mesh("js_div", ("input", "target", "weight"), (input, target, weight))
-    input, target, weight, *_ = op.checked(input, target, weight, beta, temperature, code)
+    op.checked(input, target, weight, beta, temperature, code)
     for name, t in (("input", input), ("target", target)):
         if any(p.is_shard() and type(p) is not Shard for p in t.placements):
             raise ValueError(f"js_div: {name} must be sharded by Shard, got placements {t.placements}")
@@ -186,7 +186,8 @@ def js_div(
     if len(split) > 1:
         raise ValueError(f"js_div: classes must be sharded over one dimension of the mesh, got {len(split)}")
     of_rows = [Replicate() if d in split else p for d, p in enumerate(placements)]
-    if split and backend("losses", input.device.type, input.dtype) == "reference":
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if split and backend("losses", input.device.type, dtype) == "reference":
         split, placements = [], of_rows
     x, y = (t.redistribute(mesh, placements).to_local() for t in (input, target))
     w = None if weight is None else weight.redistribute(mesh, of_rows).to_local()

@@ -1,6 +1,7 @@
 """Reads pictures as 8-bit ones: transparent, deep and animated files too."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def is_deep(image: Any) -> bool:
 
 def loses_bits(image: Any) -> bool:
     """Whether Pillow reads the upper 8 bits only: of colors in 16 bits, and of transparent pictures in 16 bits."""
-    return not is_deep(image) and any(";16" in str(tile[3]) for tile in image.tile)
+    return not is_deep(image) and any(re.search(";16[BLN]", str(tile[3])) for tile in image.tile)
 
 
 def is_gray(image: Any) -> bool:

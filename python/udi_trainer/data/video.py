@@ -5,6 +5,7 @@ machine and a torch of the same release.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,17 +67,17 @@ def frame_times(path: Path) -> tuple[np.ndarray, bool]:
     Read from the packets, without decoding. Where these give no times, frames last equally long.
     """
     with open_track(path, "video") as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
+        packets = [(packet.pts, packet.duration) for packet in container.demux(stream) if packet.size]
         if not packets:
             raise Unreadable(f"{path}: a video without frames")
-        times = sorted(packet.pts for packet in packets if packet.pts is not None)
-        unit = float(stream.time_base)
-        if len(times) < len(packets):
-            times, unit = [*range(len(packets))], float(1 / (stream.average_rate or 25))
-        last = max(packets, key=lambda packet: packet.pts or 0).duration
-        last = last or (times[-1] - times[0]) / max(1, len(times) - 1) or 1
-        seconds = unit * np.array([*times, times[-1] + last])
-        cut = len(packets) < CUT * stream.frames or seconds[-1] < CUT * (container.duration or 0) / 1e6
+        unit = stream.time_base
+        if any(time is None for time, _ in packets):
+            packets, unit = [(i, 1) for i in range(len(packets))], 1 / (stream.average_rate or 25)
+        packets.sort(key=lambda packet: packet[0])
+        times = [time for time, _ in packets]
+        last = packets[-1][1] or (times[-1] - times[0]) / max(1, len(times) - 1) or 1
+        seconds = float(unit) * np.array([*times, times[-1] + last])
+        cut = len(times) < CUT * stream.frames or seconds[-1] < CUT * (container.duration or 0) / 1e6
         return seconds, cut
 
 
@@ -151,7 +152,7 @@ class VideoSound(Audio):
     def recording(self, path: Path) -> tuple[np.ndarray, int, bool]:
         with open_track(path, "audio") as (container, stream):
             as_floats = import_av().AudioResampler(format="fltp")
-            frames = [*decoded(path, container, stream), None]
+            frames = itertools.chain(decoded(path, container, stream), [None])  # None flushes
             blocks = [part.to_ndarray() for frame in frames for part in as_floats.resample(frame)]
             if not blocks:
                 raise Unreadable(f"{path}: sound without samples")
