@@ -67,8 +67,8 @@ def linear_js_div(
         target: the teacher's hidden states, (..., G), or without ``target_weight`` its logits, (..., V). Neither it nor
             its head gets a gradient: detach them. Or a pair, the teacher's top K classes: ``(indices, logprobs)``, both
             (..., K), integers in [0, V) without repetition and their log-probabilities, already at the wanted
-            temperature. These are renormalized to add up to 1; index -1 with log-probability -inf is padding. ``beta``
-            is then below 1.
+            temperature. These are renormalized to add up to 1, as by default in :func:`js_div_topk`; index -1 with
+            log-probability -inf is padding. ``beta`` is then below 1.
         target_weight: the teacher's head, (V, G).
         bias, target_bias: of the heads, (V,).
         beta, temperature: as in :func:`js_div`; at its ends 0 and 1, ``beta`` gives KL(teacher || student) and

@@ -13,11 +13,12 @@ namespace {
 // Cross-entropy at temperature 1 of a row with this maximum; fills `probabilities`.
 template <class T>
 Vec<T> cross_entropy(const T* x, int64_t size, Vec<T> peak, compute_t<T> at_label, compute_t<T>* probabilities) {
-  auto [sum] = sums<1>(x, x, size, false, [&](Vec<T> a, Vec<T>, int64_t i, auto& sum) {
+  const auto add = [&](Vec<T> a, Vec<T>, int64_t i, auto& sum) {
     Vec<T> e = exp_negative(a - peak);
     store(probabilities + i, e);
     sum[0] += e;
-  });
+  };
+  const Vec<T> sum = sums<1>(x, x, size, false, add)[0];
   for_each_lanes(size, [&](int64_t i, int) { store(probabilities + i, load(probabilities + i) / sum); });
   return log(sum) - (at_label - peak);
 }
@@ -33,7 +34,7 @@ void rows_loss(Rows<T> x, Rows<T> y, int64_t rows, int64_t classes, Factor<compu
   const bool swapped = beta > 0.5;  // by symmetry
   const Constants<S> k(swapped ? 1 - beta : beta, temperature);
   const int64_t width = (classes + kLanes - 1) / kLanes * kLanes;
-  const S share = (swapped && k.beta != 0 ? k.beta : k.beta == 0 ? S(1) : k.gamma) * k.inverse_temperature;
+  const S share = (k.beta == 0 ? S(1) : swapped ? k.beta : k.gamma) * k.inverse_temperature;
   torch::stable::parallel_for(0, rows, 1 + 4096 / classes, [&](int64_t begin, int64_t end) {
     std::unique_ptr<S[]> room(new S[3 * width]);
     S *terms = room.get(), *mass = terms + width, *chosen = mass + width;

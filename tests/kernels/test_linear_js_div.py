@@ -8,7 +8,7 @@ from losses import EPS, assert_as_good_as_torch, run
 from torch.nn.functional import cross_entropy, linear
 
 import udi_kernels
-from udi_kernels import LinearJSDiv, _linear_js_div, js_div, linear_js_div
+from udi_kernels import LinearJSDiv, _linear_js_div, js_div, js_div_topk, linear_js_div
 
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 BETAS = 0.0, 0.1, 0.5, 0.8, 1.0
@@ -286,6 +286,16 @@ def test_target_may_be_the_top_classes(beta, dtype, backend):
     ours = run(lambda x, w, b: linear_js_div(x, w, target, bias=b, chunk=4, **options), (x, w, b))
     whole = run(lambda x, w, b: js_div(linear(x, w, b), dense, **options), (x, w, b))
     assert_close(ours, whole, {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_top_classes_are_those_of_js_div_topk(beta):
+    x, w, b, *_ = draw(dtype=torch.float64)
+    logprobs, indices = torch.randn(11, 301, dtype=torch.float64).log_softmax(1).topk(20)
+    options = dict(beta=beta, temperature=2.0)
+    ours = run(lambda x, w, b: linear_js_div(x, w, (indices, logprobs), bias=b, chunk=4, **options), (x, w, b))
+    whole = run(lambda x, w, b: js_div_topk(linear(x, w, b), indices, logprobs, **options), (x, w, b))
+    assert_close(ours, whole, 1e-11)
 
 
 def test_top_classes_of_views_and_masks():
