@@ -22,7 +22,9 @@ from udi_kernels import (
     effective_dims,
     gramian,
     js_div,
+    linear_js_div,
     reference,
+    skew_kl,
     weighted_sum,
 )
 
@@ -33,6 +35,7 @@ class Provider:
 
     variants: dict[str, Callable]
     memory: float  # upper estimate of its extra memory, as a multiple of the inputs' size in float32
+    beside: bool = False  # it computes something else, to compare the time with
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ JS_DIV = [
     (64, 6), (64, 31), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (2048, 131072), (1024, 262144),
 ]  # fmt: skip
 CLUB = [(64, 512), (512, 512), (4096, 512), (65536, 512), (8192, 4096)]
+LINEAR = [(2048, 32000), (512, 128256), (512, 262144)]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -104,6 +108,110 @@ def js_div_cases():
                     draw=lambda randn, s=(rows, classes), needs=needs: require([randn(*s), randn(*s)], needs),
                     providers=loss_providers(needs, table),
                 )  # fmt: skip
+
+
+def linear_js_div_cases():
+    """A head of 512 features, its teacher's of 1024; `linear_js_div.py` has memory and chunks."""
+    table = {
+        "udi_kernels": (1, {"": linear_js_div}),
+        "logits": (4, {"js_div": peers.linear_js_div_logits}),
+        "torch.compile": (6, {"reference": compiled(peers.linear_js_div_reference)}),
+        "TRL": (14, {"whole": peers.linear_js_div_trl, "chunked": peers.linear_js_div_trl_chunked}),
+        "liger-kernel": (
+            14,
+            {
+                "chunked": peers.linear_js_div_liger,
+                "compiled": partial(peers.linear_js_div_liger, compiled=True),
+                "Triton": peers.linear_js_div_liger_triton,
+            },
+        ),
+    }
+    for dtype in DTYPES:
+        for rows, classes in LINEAR:
+            heads = classes * (512 + 1024)
+
+            def draw(randn, n=rows, v=classes):
+                return require([randn(n, 512), randn(v, 512) / 16, randn(n, 1024), randn(v, 1024) / 16], (0, 1))
+
+            yield Case(
+                "linear_js_div", f"{rows}x{classes}", dtype, "+ backward", 1 + (dtype == torch.bfloat16),
+                elements=heads + rows * (512 + 1024),
+                bytes=(heads + classes * 512) * dtype.itemsize,
+                draw=draw,
+                providers=loss_providers((0, 1), table),
+            )  # fmt: skip
+
+
+def skew_kl_cases():
+    table = {
+        "udi_kernels": (1, {"": skew_kl}),
+        "eager": (6, {"": peers.skew_kl_eager}),
+        "torch.compile": (
+            3, {"eager": compiled(peers.skew_kl_eager), "reference": compiled(reference.skew_kl)}
+        ),
+    }  # fmt: skip
+    for dtype in DTYPES:
+        for rows, classes in ((64, 101), (1024, 1000), (4096, 32000)):
+            yield Case(
+                "skew_kl", f"{rows}x{classes}", dtype, "+ backward", rank=int(dtype == torch.bfloat16),
+                elements=2 * rows * classes,
+                bytes=5 * rows * classes * dtype.itemsize,
+                draw=lambda randn, s=(rows, classes): require([randn(*s), randn(*s)], (0,)),
+                providers=loss_providers((0,), table),
+            )  # fmt: skip
+
+
+def js_div_view_cases():
+    """Views, of which nothing should be kept for the backward pass."""
+    rows, classes = 512, 32000
+    views = {
+        "logits[:, :-1]": ((4, rows // 4 + 1, classes), lambda z: z[:, :-1]),
+        "(T, B, V) transposed": ((rows // 4, 4, classes), lambda z: z.transpose(0, 1)),
+    }
+    for name, (shape, view) in views.items():
+
+        def viewed(f, view=view):
+            return lambda x, y: f(view(x), view(y))
+
+        table = {
+            "udi_kernels": (1, {"": viewed(js_div)}),
+            "eager": (6, {"": lambda x, y, view=view: peers.js_div_eager(*(view(z).flatten(0, 1) for z in (x, y)))}),
+            "torch.compile": (3, {"probabilities": compiled(viewed(peers.js_div_probabilities))}),
+        }
+        yield Case(
+            "js_div(views)", f"{rows}x{classes}, {name}", torch.float32, "+ backward", rank=0,
+            elements=2 * math.prod(shape),
+            bytes=5 * rows * classes * 4,
+            draw=lambda randn, shape=shape: require([randn(*shape), randn(*shape)], (0,)),
+            providers=loss_providers((0,), table),
+        )  # fmt: skip
+
+
+def js_div_mask_cases():
+    """A tenth of the rows is kept; beside it all rows, and the zeros that the gradient has in the others."""
+    rows, classes = 1024, 32000
+
+    def draw(randn):
+        mask = torch.arange(rows) % 10 == 3
+        x, y = require([randn(rows, classes), randn(rows, classes)], (0,))
+        return x, y, mask.to(x.device)
+
+    table = {
+        "udi_kernels": (1, {"": lambda x, y, mask: js_div(x, y, weight=mask)}),
+        "indexed rows": (1, {"udi_kernels": lambda x, y, mask: js_div(x[mask], y[mask])}),
+        "eager": (2, {"indexed rows": lambda x, y, mask: peers.js_div_eager(x[mask], y[mask])}),
+    }
+    beside = {
+        "all rows": loss_providers((0,), {"": (1, {"": lambda x, y, mask: js_div(x, y)})})[""].variants,
+        "torch.zeros": {"": lambda x, y, mask: lambda: torch.zeros(x.shape, device=x.device)},
+    }
+    yield Case(
+        "js_div(weight=)", f"{rows}x{classes}, 10% kept", torch.float32, "+ backward", rank=0,
+        elements=2 * rows * classes,
+        bytes=(4 * rows // 10 + rows) * classes * 4,
+        draw=draw,
+        providers=loss_providers((0,), table) | {p: Provider(v, 1, beside=True) for p, v in beside.items()},
+    )  # fmt: skip
 
 
 def club_cases():
@@ -417,6 +525,10 @@ def step_cases():
 
 GROUPS = (
     js_div_cases,
+    linear_js_div_cases,
+    skew_kl_cases,
+    js_div_view_cases,
+    js_div_mask_cases,
     club_cases,
     club_given_cases,
     duc_cases,

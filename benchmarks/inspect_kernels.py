@@ -48,8 +48,10 @@ JS_DIV_SHAPES = (
 )  # fmt: skip
 BETAS = (0.0, 0.3)  # besides 1/2, for BETA_SHAPES
 BETA_SHAPES = (8192, 4096), (4096, 32000)
+SKEW_SHAPES = (64, 6), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
 # Masked, and with classes that are not adjacent: (4, C, R / 4).
 MASKED_SHAPES = (64, 6), (1024, 150), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
+LINEAR_SHAPES = (512, 4096), (512, 32000), (512, 128256)
 CLUB_SHAPES = (64, 41), (512, 512), (65536, 512)
 ONCE = {(64, 1), (4096, 6), (1024, 1271), (64, 41)}
 
@@ -61,7 +63,7 @@ def cases():
     """(op, shape, dtype, options in words, function that launches it) of all that is inspected."""
     import torch
 
-    from udi_kernels.triton import certainty, club, duc, effective_dims, js_div
+    from udi_kernels.triton import certainty, club, duc, effective_dims, js_div, linear_js_div
 
     def case(op, shape, words, launch, *args):
         return op, shape, dtype, words, functools.partial(launch, *args)
@@ -78,6 +80,10 @@ def cases():
                 for needs in ((True, False), (True, True))[: 1 if C in (101, 1271, 8192) else 2]:
                     backward = js_div.js_div_bwd, scalar, x, y, None, stats, *options, *needs
                     yield case("js_div", (R, C), words, *backward)
+            if (R, C) in SKEW_SHAPES:
+                options = 0.1, False, 1.0, 2
+                yield case("skew_kl", (R, C), "", js_div.skew_kl_fwd, x, y, None, *options)
+                yield case("skew_kl", (R, C), "", js_div.skew_kl_bwd, scalar, x, y, None, stats, *options, True, True)
         for R, C in MASKED_SHAPES:
             x, first = torch.empty(R, C, **new), torch.empty(4, C, R // 4, **new).mT
             weight = torch.empty(R, device="meta")
@@ -85,6 +91,18 @@ def cases():
                 stats = torch.empty(6 + (w is not None), R, device="meta")
                 yield case("js_div", (R, C), words, js_div.js_div_fwd, a, a, w, 0.5, 1.0, 2)
                 yield case("js_div", (R, C), words, js_div.js_div_bwd, scalar, a, a, w, stats, 0.5, 1.0, 2, True, False)
+        R, C = 4096, 8000  # of 32000 classes over 4 processes
+        x, y, sums = torch.empty(R, C, **new), torch.empty(R, C, **new), torch.empty(4, R, device="meta")
+        yield case("js_div", (R, C), "part", js_div.js_div_part_sums, x, y, None, 1.0)
+        for beta in (0.0, 0.5):
+            words = "part" if beta else "part beta 0.0"
+            yield case("js_div", (R, C), words, js_div.js_div_part_divergences, x, y, None, sums, beta, 1.0)
+        for (R, C), beta, labels in itertools.product(LINEAR_SHAPES, (0.0, 0.5, 0.3, 1.0), (False, True)):
+            x, soft = torch.empty(R, C, **new), torch.empty(R, device="meta")
+            hard = (soft, torch.empty(R, dtype=torch.int64, device="meta")) if labels else (None, None)
+            words = " ".join(filter(None, ("" if beta == 0.5 else f"beta {beta}", "labels" if labels else "")))
+            rows = linear_js_div.linear_js_div_rows, x, x, soft, *hard, beta, 1.0, True
+            yield case("linear_js_div", (R, C), words, *rows)
         for shape in (shape for shape in CLUB_SHAPES if not (dtype == torch.bfloat16 and shape in ONCE)):
             N, D = shape
             inputs, stats = [torch.empty(N, D, **new) for _ in range(3)], torch.empty(5, D, device="meta")

@@ -17,6 +17,10 @@ OURS = "udi_kernels"
 # The implementation in most existing code.
 USUAL = {
     "js_div": "eager",
+    "linear_js_div": "TRL",
+    "skew_kl": "eager",
+    "js_div(views)": "eager",
+    "js_div(weight=)": "indexed rows",
     "club_mi": "NxNxD",
     "club_mi(given=)": "eager",
     "gramian": "cat + matmul",
@@ -27,7 +31,7 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div"],
+    "js_div": ["js_div", "linear_js_div", "skew_kl", "js_div(views)", "js_div(weight=)"],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
@@ -38,6 +42,8 @@ COLORS = {
     "udi_kernels, plan": "#8c1a1a",
     "torch.compile": "#1f77b4",
     "eager": "#7f7f7f",
+    "logits": "#7f7f7f",
+    "TRL": "#9467bd",
     "liger-kernel": "#2ca02c",
     "NxNxD": "#bcbd22",
     "NxCxD": "#bcbd22",
@@ -49,6 +55,9 @@ COLORS = {
     "matmuls": "#e69f00",
     "tensordot": "#e69f00",
     "TorchJD": "#2ca02c",
+    "indexed rows": "#e69f00",
+    "all rows": "#bcbd22",
+    "torch.zeros": "#17becf",
 }
 
 
@@ -57,6 +66,8 @@ PEER = "#a6a6a6"
 
 
 class Result:
+    beside, kept_memory = False, None  # results from before these were measured
+
     def __init__(self, benchmark):
         self.seconds = benchmark["stats"]["median"]
         self.__dict__ |= benchmark["extra_info"]
@@ -83,9 +94,12 @@ def table(cases):
     on_gpu = any(r.host_us is not None for results in cases for r in results)
     columns = ["", "udi_kernels", "fastest peer", "speedup", "against usual code", "of copy speed", "extra memory"]
     columns.append("host µs" if on_gpu else "hot")
+    keeps = any(r.kept_memory is not None for results in cases for r in results)
+    columns += ["kept for backward"] * keeps
     rows = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for results in cases:
-        ours, peer = (min((r for r in results if r.ours == own), key=seconds, default=None) for own in (True, False))
+        same = [r for r in results if not r.beside]
+        ours, peer = (min((r for r in same if r.ours == own), key=seconds, default=None) for own in (True, False))
         if ours is None:
             continue
         usual = next((r for r in results if r.provider == USUAL[ours.op]), None)
@@ -104,9 +118,17 @@ def table(cases):
         if on_gpu:
             row.append(f"{ours.host_us:.0f}, peer {peer.host_us:.0f}" if peer else f"{ours.host_us:.0f}")
         else:
-            row.append(hot(results))
+            row.append(hot(same))
+        if keeps:
+            row.append(f"{size(ours.kept_memory)}, peer {size(peer.kept_memory)}" if peer else size(ours.kept_memory))
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def compared(results):
+    """A case with what is measured beside it."""
+    times = ", ".join(f"{r.provider} {duration(r.seconds)}" for r in results)
+    return f"`{results[0].op}` {results[0].shape}: {times}."
 
 
 def hot(results):
@@ -167,6 +189,7 @@ def markdown(cases):
     quick = [results for results in cases if results[0].quick]
     rest = [results for results in cases if not results[0].quick]
     parts += [table(part) for part in (quick, rest) if part]
+    parts += map(compared, filter(lambda results: any(r.beside for r in results), cases))
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,6 +15,7 @@ namespace {
 
 void losses(torch::Library& m) {
   m.impl("js_div", js_div);
+  m.impl("skew_kl", skew_kl);
   m.impl("club_mi", club_mi);
   m.impl("club_nll", club_nll);
   m.impl("duc_loss", duc_loss);

@@ -7,10 +7,13 @@ from ._effective_dims import effective_dims
 from ._gradients import GradientPlan, alignment_weights, gramian, weighted_sum
 from ._info import build_info
 from ._js_div import js_div
+from ._linear_js_div import LinearJSDiv, linear_js_div
+from ._skew_kl import skew_kl
 
 __all__ = [
     "CLUB",
     "GradientPlan",
+    "LinearJSDiv",
     "alignment_weights",
     "build_info",
     "certainty_fusion",
@@ -20,6 +23,8 @@ __all__ = [
     "effective_dims",
     "gramian",
     "js_div",
+    "linear_js_div",
+    "skew_kl",
     "weighted_sum",
 ]
 __version__ = "0.2.0"

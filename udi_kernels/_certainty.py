@@ -1,11 +1,9 @@
 """Certainty-weighted fusion of logits, the prediction of DI-MML (Fan et al., arXiv 2407.19514)."""
 
-import math
-
 from torch import Tensor
 
 from . import reference
-from ._ops import Argument, Op
+from ._ops import TEMPERATURE, Argument, Op
 
 
 def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -21,8 +19,8 @@ def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     Args:
         logits: shape (M, N, C), one (N, C) per head, float16, bfloat16, float32 or float64, any strides.
-        temperature: T > 0 of the weights; the smaller, the more the surest heads count. The authors' code uses 1 or 3,
-            depending on the data set. Those below 1e-38 count as 1e-38, those above 8e37 as 8e37.
+        temperature: T of the weights, a number in [1e-37, 1e37]; the smaller, the more the surest heads count. The
+            authors' code uses 1 or 3, depending on the data set.
 
     Returns:
         shape (N, C), the logits' dtype; computed in float32 (float64 for float64).
@@ -37,7 +35,7 @@ def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 CERTAINTY_FUSION = Op(
     "certainty_fusion",
     Argument("Tensor logits", "M+ N C+", grad=True),
-    Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
+    TEMPERATURE,
     reference=reference.certainty_fusion,
     result=lambda logits, **_: logits.new_empty(logits.shape[1:]),
     triton="certainty",

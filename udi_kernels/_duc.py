@@ -1,13 +1,12 @@
 """The dimension-decoupled unidirectional contrastive (DUC) loss of DI-MML (Fan et al., arXiv 2407.19514)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _distributed, reference
-from ._ops import Argument, Op, dtensors, reduction_code
+from ._ops import TEMPERATURE, Argument, Op, dtensors, reduction_code
 
 
 def duc_loss(
@@ -41,7 +40,7 @@ def duc_loss(
             the student alone.
         dims: shape (D,), bool: the chosen dimensions. The others are not read into the result, even if they hold NaN.
             If none is chosen, all dot products are 0 and the loss is log M.
-        temperature: T > 0. Those below 1e-38 count as 1e-38, those above 8e37 as 8e37.
+        temperature: T, a number in [1e-37, 1e37].
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``.
         process_group: treats the rows of all its processes as one batch: the teachers of all of them are gathered,
             so that the others' are negatives too. The value is the loss of the whole batch. As in :func:`club_mi`, the
@@ -84,7 +83,7 @@ DUC_LOSS = Op(
     Argument("Tensor student", "N D", grad=True),
     Argument("Tensor teacher", "M D", grad=True),
     Argument("Tensor dims", "D", (torch.bool,)),
-    Argument("float temperature", valid=lambda temperature: 0 < temperature < math.inf),
+    TEMPERATURE,
     Argument("int reduction"),
     reference=_reference,
     saved={

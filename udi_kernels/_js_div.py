@@ -11,6 +11,7 @@ from ._ops import (
     INTEGERS,
     MEAN,
     NONE,
+    TEMPERATURE,
     Argument,
     Op,
     define,
@@ -99,12 +100,12 @@ def classes_last(op: str, name: str, logits: Tensor, dim: int) -> Tensor:
 # Kernels take logits (R, C), or (A, B, C) with A B rows, of any strides; weights and losses are (R,).
 
 
-def _rows_loss(input: Tensor, reduction: int, **_: object) -> Tensor:
+def row_losses(input: Tensor, reduction: int, **_: object) -> Tensor:
     shape = (input.shape[:-1].numel(),) if reduction == NONE else ()
     return input.new_empty(shape, dtype=reference.accumulation_dtype(input.dtype))
 
 
-def _stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) -> tuple[int, int]:
+def row_stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) -> tuple[int, int]:
     """For a weighted mean, the last statistic is each row's share in the sum of the weights."""
     return 6 + (weight is not None and reduction == MEAN), input.shape[:-1].numel()
 
@@ -122,11 +123,11 @@ JS_DIV = Op(
     Argument("Tensor target", "* C+", grad=True),
     Argument("Tensor? weight", "*", (*FLOATING, *INTEGERS, torch.bool)),
     Argument("float beta", valid=lambda beta: 0 <= beta <= 1),
-    Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37),
+    TEMPERATURE,
     Argument("int reduction"),
     reference=reference.js_div,
-    result=_rows_loss,
-    saved={"stats": _stats},
+    result=row_losses,
+    saved={"stats": row_stats},
     empty_grad=gradient_like,
     triton="js_div",
 )

@@ -109,6 +109,7 @@ ACCEPTED: dict[str, Any] = {
     "Tensor": Tensor,
     "Tensor?": (NoneType, Tensor),
     "float": float,  # and what `_number` takes
+    "bool": bool,
     "int": object,  # the dispatcher checks it
 }
 
@@ -154,6 +155,10 @@ def _loss(reduction: int = SUM, **arguments: Any) -> Tensor:
     """The loss that kernels return, for fake kernels."""
     first = next(iter(arguments.values()))
     return first.new_empty(first.shape[:1] if reduction == NONE else (), dtype=accumulation_dtype(first.dtype))
+
+
+# Kernels multiply by 1/T, which must be a normal number in float32; check_temperature in csrc/ops/checks.h.
+TEMPERATURE = Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37)
 
 
 class Op:
@@ -224,6 +229,8 @@ class Op:
         for argument, value in zip(self.arguments, values, strict=True):
             if argument.type == "float":
                 check_number(self.name, argument.name, value)
+            elif argument.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{self.name}: {argument.name} must be a bool, got {type(value).__name__}")
             elif not isinstance(value, ACCEPTED[argument.type]):
                 not_a_tensor(self.name, argument.name, value)
             elif isinstance(value, Tensor) and value.is_nested:

@@ -4,10 +4,12 @@ They document the formulas, are the oracle of the tests (in float64), and serve 
 and on machines where nothing could be compiled.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 Lists = Sequence[Sequence[Tensor | None]]  # K lists of P gradients; None is a zero gradient
 
@@ -15,12 +17,6 @@ Lists = Sequence[Sequence[Tensor | None]]  # K lists of P gradients; None is a z
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """float64 for float64; narrower dtypes are computed in float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def inverse(temperature: float, dtype: torch.dtype) -> float:
-    """1/T, kept within the normal numbers: beyond, 0 times infinity would make NaN."""
-    least = torch.finfo(dtype).tiny
-    return 1 / min(max(temperature, least), 1 / least)
 
 
 def js_div(
@@ -32,21 +28,72 @@ def js_div(
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
+    log_q, log_p, weight = _log_probabilities(input, target, temperature, weight)
+    if beta in (0, 1):
+        rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
+    else:
+        rows = _js(log_p, log_q, beta)
+    return _reduced(rows, weight, reduction)
+
+
+def skew_kl(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    log_q, log_p, weight = _log_probabilities(input, target, temperature, weight)
+    if reverse:
+        log_q, log_p = log_p, log_q
+    return _reduced(_skew(log_p, log_q, alpha) if alpha else _kl(log_p, log_q), weight, reduction)
+
+
+def _log_probabilities(
+    input: Tensor, target: Tensor, temperature: float, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = accumulation_dtype(input.dtype)
     if weight is not None:  # a row of weight 0 is as if it were not there, whatever it holds
         weight = weight.reshape(input.shape[:-1])
         kept = weight != 0
         input, target = (torch.where(kept[..., None], z, 0) for z in (input, target))
     log_q, log_p = (_log_softmax(z.to(dtype), temperature) for z in (input, target))
-    if beta in (0, 1):
-        rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
-    else:
-        rows = _js(log_p, log_q, beta)
-    rows = torch.where(rows < 0, rows - rows.detach(), rows)  # 0, with the gradient of the rounding error
-    return _reduced(rows, weight, reduction)
+    return log_q, log_p, weight
+
+
+def linear_js_div(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    target_bias: Tensor | None,
+    *,
+    soft: Tensor,
+    hard: Tensor | None,
+    labels: Tensor | None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over the rows of soft times the divergence plus hard times the cross-entropy; rows (..., H) or (..., V)."""
+    kept = soft != 0 if hard is None else (soft != 0) | (hard != 0)
+    input = torch.where(kept[:, None], input.flatten(0, -2), 0)
+    z, y = linear(input, weight, bias), target.flatten(0, -2)
+    if target_weight is not None:
+        y = linear(torch.where((soft != 0)[:, None], y, 0), target_weight, target_bias)
+    loss = js_div(z, y, beta=beta, temperature=temperature, weight=soft, reduction="sum")
+    if hard is None or labels is None:
+        return loss
+    z = z.to(loss.dtype)
+    own = z.gather(1, torch.where(hard != 0, labels, 0)[:, None])[:, 0]
+    return loss + torch.where(hard != 0, hard * (z.logsumexp(1) - own), 0).sum()
 
 
 def _reduced(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    rows = torch.where(rows < 0, rows - rows.detach(), rows)  # 0, with the gradient of the rounding error
     if weight is None or (reduction == "mean" and weight.numel() == 0):
         return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
     weight = weight.to(rows.dtype)
@@ -61,13 +108,32 @@ def _reduced(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return weighted.sum() / torch.where((weight == 0).all(), 1, weight.sum())
 
 
-def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    # With d = log p - log q: log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L, finite, and exactly 0 at d = 0.
-    log_p, log_q = (z.clamp_min(torch.finfo(z.dtype).min / 4) for z in (log_p, log_q))  # -inf stays the smallest
+def _finite_difference(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both, with -inf made finite and still the smallest, and min(d, 0) and max(d, 0) of d = log p - log q."""
+    log_p, log_q = (z.clamp_min(torch.finfo(z.dtype).min / 4) for z in (log_p, log_q))
     d = log_p - log_q
-    below, above = torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
+    return log_p, log_q, torch.where(d > 0, 0, d), torch.where(d > 0, d, 0)
+
+
+def _js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    # log(p/m) = min(d, 0) - L and log(q/m) = -max(d, 0) - L, finite, and exactly 0 at d = 0.
+    log_p, log_q, below, above = _finite_difference(log_p, log_q)
     L = torch.log1p(beta * torch.expm1(below)) + torch.log1p((1 - beta) * torch.expm1(-above))
     return (beta * log_p.exp() * (below - L) - (1 - beta) * log_q.exp() * (above + L)).sum(-1)
+
+
+def _skew(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    log_p, log_q, below, above = _finite_difference(log_p, log_q)
+    log_p_over_m = below - torch.log1p(alpha * torch.expm1(below)) - _log_rest(above, alpha)
+    p, q = log_p.exp(), log_q.exp()
+    return (p * log_p_over_m + (1 - alpha) * (q - p)).sum(-1)  # the last, whose sum is 0, as in _kl
+
+
+def _log_rest(d: Tensor, alpha: float) -> Tensor:
+    """log(alpha + (1 - alpha) e^-d) of d >= 0: log(m/p), for any alpha, and exactly 0 at d = 0."""
+    far = torch.logaddexp(torch.full_like(d, math.log(alpha)), math.log1p(-alpha) - d)
+    near = torch.log1p((1 - alpha) * torch.expm1(-torch.where(d > 1, 0, d)))
+    return torch.where(d > 1, far, near)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -181,7 +247,7 @@ def duc_loss(
     student, teacher = (torch.where(dims, x.to(dtype), 0) for x in (student, teacher))
     z = student @ teacher.T
     # Less each row's own, so that small losses and gradients keep their digits. Padded, since a row may have no other.
-    z = (z - z.diagonal()[:, None]) * inverse(temperature, dtype)
+    z = (z - z.diagonal()[:, None]) * (1 / temperature)
     top = torch.nn.functional.pad(z.detach(), (1, 0)).amax(1)
     own = torch.eye(*z.shape, dtype=torch.bool, device=z.device)
     others = (z.masked_fill(own, -torch.inf) - top[:, None]).exp().sum(1)
@@ -212,7 +278,7 @@ def certainty_fusion(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     z = logits.to(accumulation_dtype(logits.dtype))
     certainty = z.softmax(-1).amax(-1, keepdim=True)
     # The largest is subtracted first, for 1/T may be large.
-    weights = ((certainty - certainty.detach().amax(0)) * inverse(temperature, z.dtype)).softmax(0)
+    weights = ((certainty - certainty.detach().amax(0)) * (1 / temperature)).softmax(0)
     impossible = (z == -torch.inf).any(0)  # whatever the weights, and so without a gradient
     fused = (weights * z.masked_fill(impossible, 0)).sum(0)
     return torch.where(impossible, fused - torch.inf, fused).to(logits.dtype)

@@ -81,7 +81,7 @@ Tensor certainty_fusion_fwd(const Tensor& logits, double temperature) {
     Heads<const T> z(logits);
     Rows<T> to(out);
     for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S*) {
-      weights(z, r, inverse<S>(temperature), certainties, weight);
+      weights(z, r, S(1 / temperature), certainties, weight);
       for_each_lanes(z.c, [&](int64_t c, int n) {
         Vec<S> sum{};
         for (int64_t m = 0; m < z.m; ++m) {
@@ -107,7 +107,7 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
     Heads<T> to(out);
     Rows<const T> g(grad);
     for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S* pull) {
-      weights(z, r, inverse<S>(temperature), certainties, weight);
+      weights(z, r, S(1 / temperature), certainties, weight);
       const T* own = g[r];
       auto pulls = [&](S impossible) {  // counts logits of -inf as that
         S mean = 0;
@@ -137,8 +137,7 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
         Vec<S> largest{};
         for_each_lanes(
             z.c, [&](int64_t c, int n) { largest += load_some(from + c, n, none) == top ? splat(S(1)) : Vec<S>{}; });
-        const S factor = weight[m] * (pull[m] - mean) * inverse<S>(temperature) * probability,
-                share = 1 / udi::sum(largest);
+        const S factor = weight[m] * (pull[m] - mean) * S(1 / temperature) * probability, share = 1 / udi::sum(largest);
         for_each_lanes(z.c, [&](int64_t c, int n) {
           Vec<S> x = load_some(from + c, n, none), p = exp_negative(Vec<S>(x - top)) * probability;
           p = (x == top ? splat(share) : Vec<S>{}) - p;

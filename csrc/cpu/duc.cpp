@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> duc_loss_fwd(const Tensor& student, const Ten
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
     std::vector<S> losses(n);
-    forward<T>(Rows<T>(student), Rows<T>(teacher), n, m, width, chosen(dims), inverse<S>(temperature), losses.data(),
+    forward<T>(Rows<T>(student), Rows<T>(teacher), n, m, width, chosen(dims), S(1 / temperature), losses.data(),
                static_cast<S*>(stats.data_ptr()), need_student ? Rows<S>(direction) : Rows<S>());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = 0;
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor> duc_loss_bwd(const Tensor& grad, const Tensor& studen
       const S* others = static_cast<const S*>(stats.data_ptr()) + kOthers * n;
       for_each_block(n, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t r = begin; r < end; ++r) {
-          const S factor = g[r] * scale * inverse<S>(temperature) * others[r];
+          const S factor = g[r] * scale * S(1 / temperature) * others[r];
           for_each_lanes(width, [&](int64_t d, int lanes) {
             store_some(to[r] + d, Vec<T>(factor * load_some(from[r] + d, lanes)), lanes);
           });
@@ -268,8 +268,8 @@ std::tuple<Tensor, Tensor> duc_loss_bwd(const Tensor& grad, const Tensor& studen
     if (n == 0) torch::stable::zero_(grad_teacher);
     if (Rows<T> to = need_teacher && n ? Rows<T>(grad_teacher) : Rows<T>()) {
       std::vector<S> pull(n);
-      for (int64_t r = 0; r < n; ++r) pull[r] = g[r] * scale * inverse<S>(temperature);
-      teacher_gradient<T>(Rows<T>(student), Rows<T>(teacher), n, m, width, chosen(dims), inverse<S>(temperature),
+      for (int64_t r = 0; r < n; ++r) pull[r] = g[r] * scale * S(1 / temperature);
+      teacher_gradient<T>(Rows<T>(student), Rows<T>(teacher), n, m, width, chosen(dims), S(1 / temperature),
                           pull.data(), static_cast<const S*>(stats.data_ptr()), to);
     }
   });

@@ -1,15 +1,7 @@
-// Generalized Jensen-Shannon divergence of rows of logits.
-//
-// With z = (x - max)/T for both rows, q = e^zq / sum_q and p = e^zp / sum_p, let d = log(p/q) = zp - zq -
-// log(sum_p/sum_q) and beta at most 1/2; otherwise the rows are swapped. Where (1 - beta) q is the larger part of m,
-// base = q, w = d and c = beta; elsewhere base = p, w = -d and c = 1 - beta. m/base = (1 - c) + c e^w is a sum in which
-// nothing cancels; near 1, 1 + c expm1(w) has more digits. Its logarithm L gives log(base/m) = -L, and w - L for the
-// other of q and p, which is base e^w: finite for all finite logits, exactly 0 for equal rows, accurate for any beta,
-// and for nearly equal rows, where the divergence is of second order in d. Large logits lose no digits, because the
-// maximum and the logarithm of the sum are never added.
+// Generalized Jensen-Shannon divergence of rows of logits, and skew KL; their arithmetic is in js_div.h.
+#include "js_div.h"
+
 #include <algorithm>
-#include <array>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -17,179 +9,16 @@
 #include <utility>
 #include <vector>
 
-#include "launch.h"
-
 namespace udi {
 namespace {
 
 // Work is done in blocks of 16 lanes: a row of many classes is read 16 elements at a time; rows of few classes are
 // packed, one row per lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
-constexpr int64_t kChunk = 256;  // elements, 16 a lane, summed in the compute type before they join a double
-
-using namespace js_div_stats;  // names of the statistics
-
-template <class S>
-struct Constants {
-  S gamma, beta, edge, inverse_temperature;  // gamma = 1 - beta; beta p < gamma q where d < edge
-  bool even;                                 // 1 + c expm1(w) is never small, so that little cancels in it
-
-  Constants(double b, double temperature)
-      : gamma(1 - b), beta(b), edge(0), inverse_temperature(1 / temperature), even(b > 0.25) {
-    if (even) beta = 1 - gamma;  // exact, so that they add up to 1
-    if (b > 0) beta = std::max(beta, std::numeric_limits<S>::min()), edge = std::log(gamma / beta);
-  }
-};
-
-// f(x, y, offset, lanes) for every 16 elements of two rows; what lies beyond the end reads as probability 0.
-template <class T, class F>
-inline void for_each(const T* x, const T* y, int64_t begin, int64_t end, F f) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(load(x + i), load(y + i), i, kLanes);
-  if (int rest = end - i) f(load(x + i, rest, -INFINITY), load(y + i, rest, -INFINITY), i, rest);
-}
-
-// Sums n terms, which f(x, y, offset, sums) adds, over a row: each lane its own (packed) or all lanes together.
-template <int n, class T, class F>
-inline std::array<Vec<T>, n> sums(const T* x, const T* y, int64_t size, bool packed, F f) {
-  std::array<Doubles, n> total{};
-  for (int64_t begin = 0; begin < size; begin += kChunk) {
-    std::array<Vec<T>, n> chunk{};
-    for_each(x, y, begin, std::min(begin + kChunk, size), [&](auto a, auto b, int64_t i, int) { f(a, b, i, chunk); });
-    for (int i = 0; i < n; ++i) total[i] += __builtin_convertvector(chunk[i], Doubles);
-  }
-  std::array<Vec<T>, n> result;
-  for (int i = 0; i < n; ++i)
-    result[i] = __builtin_convertvector(packed ? total[i] : across(total[i], std::plus<Doubles>()), Vec<T>);
-  return result;
-}
-
-// d = log(p/q), the base, w, the ratio e^w of the other one to it, and ratio - 1.
-template <class V>
-struct Pair {
-  V d, base, w, ratio, ratio_m1;
-  decltype(V{} < V{}) below;  // d < edge: the base is q; NaN is not
-};
-
-// log_sums: log(sum_p / sum_q). exponential(below, x, y) is e^zq where below and e^zp elsewhere, of x = T zq, y = T zp.
-template <class V, class S, class F>
-inline Pair<V> compare(V x, V y, const V* stats, V log_sums, Constants<S> k, F exponential) {
-  Pair<V> c;
-  x -= stats[kMaxQ], y -= stats[kMaxP];
-  // The clamps take infinities out of the differences; NaN stays.
-  c.d = (y - max(splat<S>(std::numeric_limits<S>::lowest()), x)) * k.inverse_temperature - log_sums;
-  c.below = c.d < k.edge;
-  c.w = max(splat<S>(sizeof(S) == 4 ? -87 : -708), c.below ? c.d : -c.d);  // beyond it the other one is negligible
-  c.base = exponential(c.below, x, y) * (c.below ? stats[kInvQ] : stats[kInvP]);
-  exp_expm1(c.w, c.ratio, c.ratio_m1);
-  return c;
-}
-
-template <class V>
-struct Terms {
-  V base, other, log_base, log_other;  // the logarithms over m
-};
-
-template <class V, class S>
-inline Terms<V> terms(const Pair<V>& c, Constants<S> k) {
-  V share = c.below ? splat(k.beta) : splat(k.gamma), m_m1 = share * c.ratio_m1, L;
-  if (k.even)
-    L = log1p(m_m1);
-  else
-    L = log((c.below ? splat(k.gamma) : splat(k.beta)) + share * c.ratio, m_m1);
-  return {c.base, c.base * c.ratio, -L, c.w - L};
-}
-
-// Keeps the compiler from contracting a probability with a later subtraction, so that equal ones give exactly 0.
-template <class V>
-inline V rounded(V probability) {
-  return max(V{}, probability);
-}
-
-// At beta = 0, log(p/q): +inf where only q is 0, whose logit was clamped.
-template <class V, class S>
-inline V log_ratio(const Pair<V>& c, V x, const V* stats, Constants<S> k) {
-  return x - stats[kMaxQ] == -INFINITY ? splat<S>(INFINITY) : c.d;
-}
-
-// The maxima, no less than `least`.
-template <class T>
-void maxima(const T* x, const T* y, int64_t size, bool packed, Vec<T> least, Vec<T>* stats) {
-  Vec<T> max_q = least, max_p = least;
-  for_each(x, y, 0, size, [&](Vec<T> a, Vec<T> b, int64_t, int) {
-    max_q = max(a, max_q);
-    max_p = max(b, max_p);
-  });
-  if (!packed) max_q = across(max_q, max<Vec<T>>), max_p = across(max_p, max<Vec<T>>);
-  stats[kMaxQ] = max_q, stats[kMaxP] = max_p;
-}
-
-// Fills `exps` with both rows' exponentials, each of `size` rounded up to whole vectors, and returns their sums.
-template <class T>
-std::array<Vec<T>, 2> exponentials(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
-                                   const Vec<T>* stats, compute_t<T>* exps) {
-  using V = Vec<T>;
-  const V max_q = stats[kMaxQ], max_p = stats[kMaxP];
-  compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
-  return sums<2>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
-    V q = exp_negative((a - max_q) * k.inverse_temperature), p = exp_negative((b - max_p) * k.inverse_temperature);
-    store(exps_q + i, q);
-    store(exps_p + i, p);
-    sum[0] += q;
-    sum[1] += p;
-  });
-}
-
-// The divergences, into `stats`, and the loss, given maxima and inverse sums.
-template <class T>
-Vec<T> divergences(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k,
-                   const compute_t<T>* exps, Vec<T>* stats) {
-  using V = Vec<T>;
-  const compute_t<T>*exps_q = exps, *exps_p = exps + (size + kLanes - 1) / kLanes * kLanes;
-  V log_sums = log(stats[kInvQ] / stats[kInvP]);
-  const auto compared = [&](V a, V b, int64_t i) {
-    auto exponential = [&](auto below, V, V) { return below ? load(exps_q + i) : load(exps_p + i); };
-    return compare(a, b, stats, log_sums, k, exponential);
-  };
-  if (k.beta == 0) {  // KL(p||q), of terms p d + q - p, which are never negative
-    auto [total, div, rest] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
-      auto c = compared(a, b, i);
-      V q = rounded(load(exps_q + i) * stats[kInvQ]), p = rounded(load(exps_p + i) * stats[kInvP]);
-      V d = log_ratio(c, a, stats, k);
-      V term = c.base * (c.below ? c.ratio * c.w - c.ratio_m1 : d + c.ratio_m1);
-      sum[0] += c.base == 0 ? V{} : term;
-      sum[1] += p == 0 ? V{} : p * d;
-      sum[2] += q - p;
-    });
-    stats[kDivQ] = rest, stats[kDivP] = div;
-    return total;
-  }
-  // The loss is not computed from the two divergences, whose terms are of first order in d; its own are of second.
-  auto [div_q, div_p, loss] = sums<3>(x, y, size, packed, [&](V a, V b, int64_t i, auto& sum) {
-    auto c = compared(a, b, i);
-    auto t = terms(c, k);
-    V base = t.base * t.log_base, other = t.other * t.log_other;
-    V q = c.below ? base : other, p = c.below ? other : base;
-    sum[0] += q;
-    sum[1] += p;
-    sum[2] += k.beta * p + k.gamma * q;
-  });
-  stats[kDivQ] = div_q, stats[kDivP] = div_p;
-  return loss;
-}
-
-// Fills `stats`, returns the loss: in each lane that of its own row (packed), or the same in all.
-template <class T>
-Vec<T> forward(const T* x, const T* y, int64_t size, bool packed, Constants<compute_t<T>> k, compute_t<T>* exps,
-               Vec<T>* stats) {
-  maxima(x, y, size, packed, Vec<T>{} - INFINITY, stats);
-  auto [sum_q, sum_p] = exponentials(x, y, size, packed, k, stats, exps);
-  stats[kInvQ] = 1 / sum_q, stats[kInvP] = 1 / sum_p;
-  return divergences(x, y, size, packed, k, exps, stats);
-}
 
 // d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
-// p/T (log(p/q) - KL(p||q)). `grad` is dL/d(row) in every lane.
+// p/T (log(p/q) - KL(p||q)). With a the weight of s in m, those of KL(r||m) are r/T (D - sum r D) and a/T s (sum s u -
+// u). `grad` is dL/d(row) in every lane.
 template <class T>
 void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
               T* grad_x, T* grad_y) {
@@ -206,6 +35,15 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
       V scale = grad * k.inverse_temperature;
       if (grad_x) put(grad_x, scale * (q - p - q * stats[kDivQ]));
       if (grad_y) put(grad_y, p == 0 ? V{} : V(scale * p * (log_ratio(c, a, stats, k) - stats[kDivP])));
+      return;
+    }
+    if (k.part != Part::kBoth) {
+      auto t = skew(c, k);
+      const bool q = k.part == Part::kQ;
+      V scale = grad * k.inverse_temperature;
+      T *own = q ? grad_x : grad_y, *others = q ? grad_y : grad_x;
+      if (own) put(own, scale * t.r * (t.slope - stats[q ? kDivQ : kDivP]));
+      if (others) put(others, scale * k.others() * t.s * (stats[q ? kDivP : kDivQ] - t.u));
       return;
     }
     auto s = terms(c, k);
@@ -423,9 +261,13 @@ Tensor empty_logits(const Tensor& like, bool needed) {
   return empty(sizes, like.scalar_type(), strides);
 }
 
-std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                                      double beta, double temperature, int64_t reduction) {
-  if (beta > 0.5) return js_div_fwd(target, input, weight, 1 - beta, temperature, reduction);  // by symmetry
+Part mirrored(Part part) { return part == Part::kP ? Part::kQ : part == Part::kQ ? Part::kP : part; }
+
+std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, double beta, double temperature,
+                                          int64_t reduction, Part part) {
+  if (beta > 0.5)  // by symmetry
+    return divergence_fwd(target, input, weight, 1 - beta, temperature, reduction, mirrored(part));
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
   const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
   ScalarType dtype = compute_dtype(input);
@@ -442,7 +284,7 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
       for (int i = 0; i < kStats; ++i)
         for (int64_t r : mask->masked) kept[i * rows + r] = 0;
     std::vector<S> row_loss(rows);
-    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                  row_loss.data());
     S* out = static_cast<S*>(loss.data_ptr());
     double total = 0, mass = weighted_mean ? 0 : rows;
@@ -460,12 +302,13 @@ std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target,
   return {loss, stats};
 }
 
-std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
-                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+std::tuple<Tensor, Tensor> divergence_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, const Tensor& stats, double beta,
+                                          double temperature, int64_t reduction, bool need_input, bool need_target,
+                                          Part part) {
   if (beta > 0.5) {
-    auto [grad_target, grad_input] =
-        js_div_bwd(grad, target, input, weight, stats, 1 - beta, temperature, reduction, need_target, need_input);
+    auto [grad_target, grad_input] = divergence_bwd(grad, target, input, weight, stats, 1 - beta, temperature,
+                                                    reduction, need_target, need_input, mirrored(part));
     return {grad_input, grad_target};
   }
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
@@ -477,11 +320,39 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
     auto kept = static_cast<const S*>(stats.data_ptr());
     auto factor = !weight ? Factor<S>() : reduction == kMean ? Factor<S>(kept + kShare * rows, 1) : Factor<S>(*weight);
     auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
-    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature), kept,
+    backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                   Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
                   need_input ? Logits<T>(grad_input) : Logits<T>(), need_target ? Logits<T>(grad_target) : Logits<T>());
   });
   return {grad_input, grad_target};
+}
+
+std::tuple<Tensor, Tensor> js_div_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                      double beta, double temperature, int64_t reduction) {
+  return divergence_fwd(input, target, weight, beta, temperature, reduction, Part::kBoth);
+}
+
+std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                      std::optional<Tensor> weight, const Tensor& stats, double beta,
+                                      double temperature, int64_t reduction, bool need_input, bool need_target) {
+  return divergence_bwd(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target,
+                        Part::kBoth);
+}
+
+// KL(p || alpha p + (1 - alpha) q); its reverse is the same with the sides exchanged.
+std::tuple<Tensor, Tensor> skew_kl_fwd(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                                       double alpha, bool reverse, double temperature, int64_t reduction) {
+  return divergence_fwd(reverse ? target : input, reverse ? input : target, weight, alpha, temperature, reduction,
+                        Part::kP);
+}
+
+std::tuple<Tensor, Tensor> skew_kl_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                       std::optional<Tensor> weight, const Tensor& stats, double alpha, bool reverse,
+                                       double temperature, int64_t reduction, bool need_input, bool need_target) {
+  auto [grad_q, grad_p] =
+      divergence_bwd(grad, reverse ? target : input, reverse ? input : target, weight, stats, alpha, temperature,
+                     reduction, reverse ? need_target : need_input, reverse ? need_input : need_target, Part::kP);
+  return reverse ? std::tuple(grad_p, grad_q) : std::tuple(grad_q, grad_p);
 }
 
 // Where processes have parts of the classes, a forward pass has these two steps, and an exchange after each. beta is at
@@ -545,6 +416,8 @@ Tensor js_div_part_divergences(const Tensor& input, const Tensor& target, std::o
 STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
   m.impl("js_div_fwd", TORCH_BOX(&js_div_fwd));
   m.impl("js_div_bwd", TORCH_BOX(&js_div_bwd));
+  m.impl("skew_kl_fwd", TORCH_BOX(&skew_kl_fwd));
+  m.impl("skew_kl_bwd", TORCH_BOX(&skew_kl_bwd));
   m.impl("js_div_part_sums", TORCH_BOX(&js_div_part_sums));
   m.impl("js_div_part_divergences", TORCH_BOX(&js_div_part_divergences));
 }

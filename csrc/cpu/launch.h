@@ -87,11 +87,4 @@ struct Factor {
   S operator[](int64_t r) const { return data ? data[r * stride] : S(1); }
 };
 
-// 1/T, kept within the normal numbers: beyond, 0 times infinity would make NaN.
-template <class S>
-S inverse(double temperature) {
-  constexpr double least = std::numeric_limits<S>::min();
-  return S(1 / std::clamp(temperature, least, 1 / least));
-}
-
 }  // namespace udi

@@ -1,8 +1,6 @@
 // certainty_fusion: its checks and its node in autograd's graph.
 #pragma once
 
-#include <cmath>
-
 #include "checks.h"
 
 namespace udi {
@@ -35,8 +33,7 @@ Tensor certainty_fusion(const Tensor& logits, double temperature) {
   TORCH_CHECK_VALUE(logits.dim() == 3 && logits.sym_size(0) != 0 && logits.sym_size(2) != 0,
                     "certainty_fusion: logits must have shape (M, N, C) with at least one head and class, got ",
                     python(logits.sym_sizes()));
-  TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY,
-                    "certainty_fusion: temperature must be positive and finite, got ", temperature);
+  check_temperature("certainty_fusion", temperature);
   if (!kernels_serve<CertaintyFusion>(logits.scalar_type(), {{"logits", logits}})) {
     static const auto reference = op<Tensor(const Tensor&, double)>("udi_kernels::certainty_fusion_reference");
     return reference.call(logits, temperature);

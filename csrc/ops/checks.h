@@ -102,6 +102,22 @@ void check_temperature(const char* op, double temperature) {
                     temperature);
 }
 
+// A factor of each row of `rows`, whose last dimension is one row's.
+void check_weight(const char* op, const Tensor& weight, const Named& rows) {
+  check_dense(op, "weight", weight);
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(floating(type) || integers(type) || type == at::kBool, op,
+                   ": weight must be float16, bfloat16, float32, float64, bool or an integer, got ", python(type));
+  const auto& [name, like] = rows;
+  TORCH_CHECK_VALUE(weight.device() == like.device(), op, ": weight must be on ", like.device(), " as ", name,
+                    " is, got ", weight.device());
+  const auto shape = like.sym_sizes().slice(0, like.dim() - 1);
+  TORCH_CHECK_VALUE(weight.sym_sizes() == shape, op, ": weight must have shape ", python(shape), ", one per row of ",
+                    name, ", got ", python(weight.sym_sizes()));
+  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(), op,
+                    ": weight gets no gradient: pass weight.detach()");
+}
+
 // Whether kernels serve; elsewhere the reference does. C++ nodes support neither function transforms (torch.func) nor
 // forward-mode AD. Triton computes in float32, so the reference serves float64 on a GPU, and all other devices.
 template <class Node>

@@ -108,23 +108,9 @@ Tensor club_mi(const Tensor& mu, const Tensor& logvar, const Tensor& y, const Ma
                        classes, reduction);
 }
 
-void check_row_weight(const Tensor& weight, const Tensor& mu) {
-  check_dense("club_nll", "weight", weight);
-  const auto type = weight.scalar_type();
-  TORCH_CHECK_TYPE(floating(type) || integers(type) || type == at::kBool,
-                   "club_nll: weight must be float16, bfloat16, float32, float64, bool or an integer, got ",
-                   python(type));
-  TORCH_CHECK_VALUE(weight.sym_sizes() == mu.sym_sizes().slice(0, 1), "club_nll: weight must have shape ",
-                    python(mu.sym_sizes().slice(0, 1)), ", one per row of mu, got ", python(weight.sym_sizes()));
-  TORCH_CHECK_VALUE(weight.device() == mu.device(), "club_nll: weight must be on ", mu.device(), " as mu is, got ",
-                    weight.device());
-  TORCH_CHECK_VALUE(!weight.requires_grad() || !at::GradMode::is_enabled(),
-                    "club_nll: weight gets no gradient: pass weight.detach()");
-}
-
 Tensor club_nll(const Tensor& mu, const Tensor& logvar, const Tensor& y, const MaybeTensor& weight) {
   const auto dtype = check_gaussian("club_nll", mu, logvar, y);
-  if (weight) check_row_weight(*weight, mu);
+  if (weight) check_weight("club_nll", *weight, {"mu", mu});
   if (!kernels_serve<ClubNLL>(dtype, {{"mu", mu}, {"logvar", logvar}, {"y", y}})) {
     static const auto reference =
         op<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&)>("udi_kernels::club_nll_reference");

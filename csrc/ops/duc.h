@@ -1,7 +1,6 @@
 // duc_loss: its checks and its node in autograd's graph.
 #pragma once
 
-#include <cmath>
 #include <tuple>
 
 #include "checks.h"
@@ -54,8 +53,7 @@ Tensor duc_loss(const Tensor& student, const Tensor& teacher, const Tensor& dims
                     python(student.sym_sizes().slice(1)), ", one per dimension, got ", python(dims.sym_sizes()));
   TORCH_CHECK_VALUE(dims.device() == student.device(), "duc_loss: dims must be on ", student.device(),
                     " as student is, got ", dims.device());
-  TORCH_CHECK_VALUE(0 < temperature && temperature < INFINITY,
-                    "duc_loss: temperature must be positive and finite, got ", temperature);
+  check_temperature("duc_loss", temperature);
   if (!kernels_serve<DUCLoss>(dtype, {{"student", student}, {"teacher", teacher}})) {
     static const auto reference =
         op<Tensor(const Tensor&, const Tensor&, const Tensor&, double, int64_t)>("udi_kernels::duc_loss_reference");

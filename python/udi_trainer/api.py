@@ -26,7 +26,7 @@ from .data.labels import hide
 from .data.noise import corrupt
 from .errors import UserError, choose, memory_errors
 from .evaluation.predictions import details, predictions_csv
-from .evaluation.report import draw, table
+from .evaluation.report import controller_table, draw, table
 from .evaluation.scores import accuracy
 from .methods.outcome import Outcome
 from .methods.scikit import too_large
@@ -39,6 +39,7 @@ from .run import Run, batch_size, choose_device, identity
 from .run_folder import RunFolder, as_json, locked, new_folder, read_config, write_json
 from .stop import Stop
 
+NEARLY_ALL = 0.995  # of the samples
 Method = str | Callable[[Run], Outcome]
 
 
@@ -64,8 +65,8 @@ class Result:
         return self.predictor.models
 
     def table(self) -> str:
-        """The comparison of everything that was trained, as text."""
-        return table(self.metrics)
+        """The comparison of everything that was trained, and what the dynamic controller measured, as text."""
+        return "\n\n".join(filter(None, (controller_table(self.history), table(self.metrics))))
 
     def predict(self, split: Split | dict[str, torch.Tensor]) -> torch.Tensor:
         """Fused probabilities (N, C), on the CPU, for a split or just its stored tensors."""
@@ -74,7 +75,7 @@ class Result:
 
 def train(
     dataset: Dataset | str = "fewdigits",
-    method: Method = "udi",
+    method: Method | None = None,
     encoders: dict[str, Encoder] | None = None,
     *,
     resume: str | Path | None = None,
@@ -88,7 +89,8 @@ def train(
 
     Args:
         dataset: tensors in memory, or the name of a registered data set.
-        method: ``"udi"``, ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an :class:`Outcome`.
+        method: ``"udi"`` (the default), ``"joint"``, ``"ensemble"``, ...; or a function from a :class:`Run` to an
+            :class:`Outcome`.
         encoders: replace the modalities' own, by modality: a name, or a callable from a sample's shape to a fresh
             module from inputs ``(N, *shape)`` to features (N, width). It is called once for each model.
         resume: the folder of an interrupted run, which continues with its options; give data set and encoders again.
@@ -111,9 +113,9 @@ def train(
             folder, chosen = None, Options.make(method=method, dataset=dataset, **options)
         else:
             said = {"dataset": dataset if isinstance(dataset, str) else dataset.name}
-            said |= {"method": method if isinstance(method, str) else name_of(method)}
+            said |= {"method": method if isinstance(method, str) else name_of(method)} if method else {}
             said = {key: value for key, value in said.items() if value != getattr(Options, key)}  # not the defaults
-            own = None if isinstance(method, str) else method
+            own = method if callable(method) else None
             folder, chosen = restored(resume, options | said, method=own, encoders=encoders or {}, trust=trust)
         training = Training(chosen, None if isinstance(dataset, str) else dataset, encoders, method)
         if folder is None and chosen.out is not None:
@@ -167,6 +169,7 @@ class Training:
             check_presence(data)
         for group in options.groups:
             group.check(data)
+        self.options = options = options.sized(len(data.train))
         batch_size(options, data)
         with torch.random.fork_rng(devices=[]):
             for m in options.encoder_weights or ():
@@ -257,6 +260,12 @@ class Training:
                 if outcome.models:
                     predictor.save(run.folder, self.data)
                 run.folder.write("metrics.json", as_json(metrics))
+            for m in suspicious(metrics, predictor, run.data):
+                log.warning(
+                    "%s is right on nearly all samples of training and of validation: if its features come from a model"
+                    " that saw these labels, validation cannot choose anything, and test will be worse",
+                    m,
+                )
             run.show("fused", metrics["fused"], options.epochs)
             if written:
                 if outcome.models:
@@ -377,6 +386,17 @@ def add_without(metrics: dict, predictor: Predictor, data: Dataset) -> None:
     metrics["fused"]["without"] = {
         m: accuracy(predictor.predict(data.test.stored | {presence(m): absent}), labels) for m in data.modalities
     }
+
+
+def suspicious(metrics: dict, predictor: Predictor, data: Dataset) -> list[str]:
+    """The modalities whose accuracy is at least 99.5% both on validation and on the labelled training samples."""
+    high = [m for m, found in metrics["modalities"].items() if found.get("val_acc", 0) >= NEARLY_ALL]
+    if not high or not predictor.models:
+        return []
+    labelled = data.train.take((data.train.labels >= 0).nonzero().flatten())
+    logits = predictor.logits(labelled, shares=True)
+    labels = labelled.labels.cpu()
+    return [m for m in high if m in logits and accuracy(logits[m], labels) >= NEARLY_ALL]
 
 
 def picture(metrics: dict, run: Run) -> None:

@@ -31,6 +31,7 @@ from .options import (
     names,
     own_modules,
     readers,
+    recipe_of,
     spelled,
 )
 from .registry import datasets
@@ -79,13 +80,15 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
 def parse(argv: list[str], prog: str = "train.py") -> tuple[Options, Path | None]:
     """The options, and the folder of the run to resume, if there is one."""
     first = Parser(add_help=False, allow_abbrev=False)  # what decides which other options there are
-    first.add_argument("--method", default=Options.method)
+    first.add_argument("--method")
+    first.add_argument("--recipe")
     first.add_argument("--dataset", default=Options.dataset)
     first.add_argument("--baselines")
     first.add_argument("-h", "--help", nargs="?", const="chosen")
     chosen, _ = first.parse_known_args(argv)
     see_working_folder()
-    own = groups_of(readers(chosen.method, chosen.baselines, chosen.dataset))
+    method = chosen.method or recipe_of(chosen.recipe, None).get("method", Options.method)
+    own = groups_of(readers(method, chosen.baselines, chosen.dataset))
     if chosen.help:
         if chosen.help not in ("chosen", "all"):
             raise UserError(f"unknown help {chosen.help!r}: use --help or --help all")

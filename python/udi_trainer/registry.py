@@ -4,9 +4,11 @@ Packages register here; this module imports none of them.
 """
 
 import importlib
+import traceback
 from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError, choose
@@ -53,10 +55,15 @@ class Registry(dict[str, Any]):
 def imported(where: str, remedy: str) -> Any:
     """The object that ``module:name`` refers to. The user gave the name, or trusts the module."""
     module, _, path = where.partition(":")
+    if module.endswith(".py"):
+        raise UserError(f"{where} names a file: give its module as {Path(module).stem}:{path}, from the file's folder")
     try:
         return attrgetter(path)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where} cannot be imported ({error}): {remedy}") from None
+    except Exception as error:  # whatever the module raises while it runs
+        *_, place = traceback.extract_tb(error.__traceback__)
+        own = "importlib" not in place.filename and place.filename != __file__
+        reason = f"{type(error).__name__}: {error}" + (f", in {place.filename}, line {place.lineno}" if own else "")
+        raise UserError(f"{where} cannot be imported ({reason}): {remedy}") from None
 
 
 def check_trusted(folder: object, where: str, trust: Collection[str], again: str) -> None:

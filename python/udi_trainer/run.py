@@ -14,7 +14,7 @@ from .data.dataset import Dataset
 from .errors import UserError
 from .evaluation.fusion import FusionOptions
 from .optimizers import SGD, AdamW
-from .options import Options, upgraded
+from .options import DECAYS, Options, upgraded
 from .registry import datasets
 from .run_folder import REPEAT, RunFolder
 from .seeds import derive_seed, seeded
@@ -37,7 +37,8 @@ class Run:
     ) -> None:
         """``fingerprint``: a digest of the data and the encoders, which checkpoints keep."""
         self.fingerprint = fingerprint
-        self.options, self.device, self.folder, self.stop = options, device, folder, stop or Stop()
+        self.options = options = options.sized(len(data.train))
+        self.device, self.folder, self.stop = device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device, options.shard)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device if self.resident else torch.device("cpu"))
@@ -47,6 +48,7 @@ class Run:
         # Per epoch: full batches only. The samples left out differ between epochs.
         self.steps = len(data.train) // self.batch_size
         self.history: dict[str, list[dict]] = {}  # stage: its lines of metrics.jsonl
+        self.decay: dict[str, float] = {}  # the weight decay chosen for each modality
         self.began = time.perf_counter()
         self.board = event_writer(folder) if options.tensorboard and distributed.first() else None
 
@@ -55,15 +57,24 @@ class Run:
 
     def make(self, task: Callable[..., T], **arguments: Any) -> T:
         """A task of this class with these arguments; its initial weights are drawn from the seed of its name."""
-        with seeded(self.seed(task.name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
+        with seeded(self.seed(task.seed_name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
             return task(self, **arguments)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.options.amp)
 
-    def optimizer(self, parameters: Iterable) -> torch.optim.Optimizer:
-        """The optimizer that the options choose. It clips the gradients of each parameter group by itself."""
-        options, decay = self.options, self.options.weight_decay or 0.0
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The weight decays to choose from."""
+        decay = self.options.weight_decay
+        return DECAYS if decay == "auto" else (decay,)  # type: ignore[return-value]
+
+    def optimizer(self, parameters: Iterable, decay: float | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the options choose. It clips the gradients of each parameter group by itself.
+
+        ``decay``: the weight decay, by default the first of :attr:`decays`.
+        """
+        options, decay = self.options, self.decays[0] if decay is None else decay
         optimizer: torch.optim.Optimizer
         if options.optimizer == "adamw":
             on_gpu = self.device.type == "cuda"

@@ -7,7 +7,7 @@ import torch
 from torch.func import grad, hessian, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from udi_kernels import club_mi, club_nll, js_div, reference
+from udi_kernels import club_mi, club_nll, js_div, reference, skew_kl
 
 LOSSES = {
     "js_div": (js_div, reference.js_div, 2),
@@ -17,6 +17,8 @@ LOSSES = {
         2,
     ),
     "js_div, KL": (partial(js_div, beta=0), partial(reference.js_div, beta=0), 2),
+    "skew_kl": (partial(skew_kl, temperature=2.0), partial(reference.skew_kl, temperature=2.0), 2),
+    "skew_kl, reverse": (partial(skew_kl, reverse=True), partial(reference.skew_kl, reverse=True), 2),
     "club_mi": (club_mi, reference.club_mi, 3),
     "club_mi, given": (
         partial(club_mi, given=torch.tensor([3, 0, 3, 3])),

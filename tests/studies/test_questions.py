@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.io
 import scipy.stats
 
 from studies.command import main, studies
@@ -111,6 +113,76 @@ def test_fitted_club_is_right_on_gaussians(dim):
     cell = gaussian.estimate(dim, 0.3, options)
     assert cell["estimate"] == pytest.approx(cell["club"], rel=0.05)
     assert cell["estimate"] > cell["information"]
+
+
+# --- the field ---
+
+
+def multiview_file(folder, name, count, classes):
+    random, labels = np.random.default_rng(0), np.arange(count) % classes
+    views = {f"x{i}": labels[:, None] + random.normal(size=(count, 4)) for i in (1, 2)}
+    scipy.io.savemat(folder / name, views | {"y": labels})
+
+
+def test_field_study_finds_the_data_sets(tmp_path):
+    multiview_file(tmp_path, "many.mat", 600, 3)
+    multiview_file(tmp_path, "little.mat", 60, 3)
+    study = studies["field"]()
+    assert study.prepare(["--epochs", "2", "--data-root", str(tmp_path)]) == ["--epochs", "2"]
+    options = {str(variant): variant.options for variant in study.variants}
+    conditions = list(dict.fromkeys(variant.condition for variant in study.variants))
+    files = ["little", "many", "many, 60 labels"]  # few labels need four times as many samples
+    few = ["breastcancer, 60 labels", "splitdigits", "splitdigits, 100 labels", "cgdigits"]
+    assert conditions == [*files, "breastcancer", *few]
+    assert (
+        f"--data-root {tmp_path} --multiview many.mat --resplit 90 --batch-size 32 --epochs 46" in options["many: udi"]
+    )
+    assert "--batch-size 8 --epochs 50" in options["little: udi"] and "--labels 60" in options["many, 60 labels: udi"]
+    assert "self-training" not in options["many: udi"] and "self-training" in options["many, 60 labels: udi"]
+    for variant in study.variants:
+        assert study.resolve([*variant.options.split(), "--seed", "0"])
+    assert studies["field"]().prepare([f"--data-root={tmp_path}", "--jobs"]) == ["--jobs"]
+
+
+def field_record(condition, seed, **accuracies):
+    history = [
+        {"phase": "anchor", "modality": "a", "seconds": 2.0},
+        {"phase": "anchor", "modality": "b", "seconds": 1.0},
+        {"phase": "follower", "modality": "b", "seconds": 3.0},
+        {"phase": "joint", "modality": None, "seconds": 4.0},
+    ]
+    baselines = {name: scored(x) for name, x in accuracies.items() if name != "udi"}
+    found = metrics("a", accuracies["udi"]) | {"baselines": baselines}
+    return record("udi", seed, condition, **studies["field"]().keep(found, history))
+
+
+def test_field_study(tmp_path):
+    """Ranks of mean accuracies, differences paired by seed and averaged over sets, and the cost of shared stages."""
+    study = studies["field"]()
+    records = [
+        field_record(name, seed, udi=0.8 + shift + 0.01 * seed, ensemble=0.8, joint=0.7)
+        for name, shift in (("one", 0.02), ("two", 0.04), ("two, 60 labels", -0.2))
+        for seed in (0, 1)
+    ]
+    co_training = metrics(None, 0.9) | {"method": "co-training"}
+    records += [record("co-training", seed, "two, 60 labels", **study.keep(co_training, [])) for seed in (0, 1)]
+    records.append(field_record("two", 0, udi=0.84, ensemble=0.8, joint=0.7, pmr=0.9))  # not all have run pmr
+    labelled, few = study.tables(records).split("## Few labels")
+    low, high = scipy.stats.ttest_1samp([2.5, 4.5], 0).confidence_interval(0.95)
+    wanted = ["82.50 ± 0.71", "84.50 ± 0.71", "83.50", f"+3.50 [{low:+.2f}, {high:+.2f}]", "1.00"]
+    assert line(labelled, "udi") == wanted and line(labelled, "joint")[-1] == "3.00"
+    low, high = scipy.stats.ttest_1samp([2, 3], 0).confidence_interval(0.95)
+    assert line(labelled.split("by data set")[1], "udi")[0] == f"+2.50 [{low:+.2f}, {high:+.2f}]"
+    assert "pmr" not in labelled and line(few, "co-training")[0] == "90.00 ± 0.00" and line(few, "udi")[-1] == "4.00"
+    costs = few.split("## Cost")[1]
+    assert [line(costs, m)[0] for m in ("ensemble", "joint", "udi")] == ["0.8", "1.0", "1.5"]
+    assert study.draw(records, tmp_path) == ["labelled.png", "few.png"] and (tmp_path / "few.png").stat().st_size > 9999
+
+
+def test_field_study_with_enough_data_sets_for_a_critical_difference(tmp_path):
+    records = [field_record(f"set {i}", 0, udi=0.8, ensemble=0.7 + 0.001 * i, joint=0.6) for i in range(6)]
+    assert "Friedman's test of equal ranks, 6 data sets: p = 0." in studies["field"]().tables(records)
+    assert studies["field"]().draw(records, tmp_path) == ["labelled.png"]
 
 
 # --- where UDI wins ---

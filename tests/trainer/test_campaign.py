@@ -19,7 +19,17 @@ from .helpers import read_metrics
 pytestmark = pytest.mark.slow
 
 OPTIONS = "--dataset manifest --manifest m.csv --cache-dir cache --batch-size 16 --epochs 1 --device cpu".split()
-METHODS = ["udi", "dimml", "joint", "joint-sum", "ensemble", "ogm-ge", "self-training", "joint-self-training"]
+METHODS = [
+    "udi",
+    "co-training",
+    "dimml",
+    "joint",
+    "joint-sum",
+    "ensemble",
+    "ogm-ge",
+    "self-training",
+    "joint-self-training",
+]
 # compile takes seconds a run; the others choose what is run at all, or need several processes.
 LEFT_OUT = {"compile", "dataset", "manifest", "cache_dir", "epochs", "device", "out", "shard", "resplit", "data_root"}
 TEXTS = ["0", "1", "2", "3", "17", "-1", "0.5", "1e-3", "1e400", "nan", "inf", "", "x", "1,2", "0.2,0.1", "a=b", "none"]

@@ -32,7 +32,7 @@ def test_plain_command(tmp_path):
     }  # fmt: skip
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
-    assert (config["epochs"], config["controller"], config["alpha"]) == (2, "static", [1, 0])
+    assert (config["epochs"], config["controller"], config["alpha"]) == (2, "dynamic", None)
 
 
 def test_as_a_module_from_anywhere(tmp_path):
@@ -151,7 +151,7 @@ def test_no_line_of_progress_in_a_short_run(monkeypatch, capsys):
         ("--q-steps 0", ["--q-steps", "at least 1"]),
         ("--q-warmup=-1", ["--q-warmup", "at least 0"]),
         ("--controller dynamic --alpha 1,1", ["--alpha", "--controller static"]),
-        ("--align-every 3", ["--align-every", "--controller dynamic"]),
+        ("--align-every 3 --controller static", ["--align-every", "--controller dynamic"]),
         ("--alpha 1", ["two weights"]),
         ("--alpha 1,-1", ["'-1'", "at least 0"]),
         ("--alpha 1,nan", ["'nan'"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from udi_trainer import Group, Options, UserError, option, reads
+from udi_trainer.command import parse
 from udi_trainer.data.cache import CacheOptions
 from udi_trainer.data.dataset import DataRoot
 from udi_trainer.data.digits import Resplit
@@ -17,8 +18,8 @@ from udi_trainer.data.manifest import ManifestFile
 from udi_trainer.evaluation.fusion import FusionOptions
 from udi_trainer.methods.follower import FollowerOptions
 from udi_trainer.methods.self_training import SelfTrainingOptions
-from udi_trainer.methods.udi import UDIOptions
-from udi_trainer.options import SCIKIT, all_fields, fields_of, number, resumed
+from udi_trainer.methods.udi import CoTrainingOptions, UDIOptions
+from udi_trainer.options import RECIPES, SCIKIT, all_fields, fields_of, number, resumed
 from udi_trainer.registry import datasets, methods
 
 
@@ -28,7 +29,9 @@ from udi_trainer.registry import datasets, methods
         ({"epochs": 0}, "epochs: 0 is not an integer of at least 1"),
         ({"epochs": 2.0}, "epochs: 2.0 is not an integer"),
         ({"epochs": True}, "epochs: True is not an integer"),
-        ({"epochs": None}, "epochs: None is not an integer"),
+        ({"seed": None}, "seed: None is not an integer"),
+        ({"epochs": 3, "steps": 100}, "--steps and --epochs both say how long to train"),
+        ({"weight_decay": "some"}, "weight_decay: 'some' is not a number of at least 0"),
         ({"lr": float("nan")}, "lr: nan is not a number above 0"),
         ({"lr": "fast"}, "lr: 'fast' is not a number"),
         ({"lr": [0.1]}, r"lr: \[0.1\] is not a number"),
@@ -47,7 +50,14 @@ from udi_trainer.registry import datasets, methods
         ({"baselines": ["jont"]}, "unknown baseline 'jont': .*; did you mean 'joint'?"),
         ({"fusion": "median"}, "unknown fusion rule 'median': choose from auto, mean, sum, weighted"),
         ({"controller": "dynamic", "alpha": (1, 1)}, "--alpha needs --controller static"),
-        ({"align_every": 3}, "--align-every needs --controller dynamic"),
+        ({"align_every": 3, "controller": "static"}, "--align-every needs --controller dynamic"),
+        ({"align_every": 3, "alpha": (1, 1)}, "--align-every needs --controller dynamic"),
+        ({"recipe": "few"}, "unknown recipe 'few': choose from all-labels, few-labels"),
+        (
+            {"recipe": "few-labels", "method": "udi"},
+            "--recipe few-labels is for method co-training: leave out --method",
+        ),
+        ({"method": "co-training", "follower_loss": "residual"}, "--follower-loss has no effect .* method udi"),
         ({"race": 0.5, "anchor": "gray"}, "--race needs --anchor auto"),
         ({"labels": 0}, "labels: 0 is not an integer of at least 1"),
         ({"labels": 1.5}, "labels: 1.5 is not a number above 0"),
@@ -70,10 +80,10 @@ def test_what_is_refused(given, wanted):
     "given, wanted",
     [
         ({"method": "joint", "contrast_weight": 5.0}, "--contrast-weight has no effect .* belongs to method dimml"),
-        ({"method": "joint", "q_width": 7}, "--q-width has no effect on this run: it belongs to method udi"),
+        ({"method": "joint", "q_width": 7}, "--q-width has no effect .* belongs to methods udi, co-training"),
         ({"dataset": "cgdigits", "rho": 0.2}, "--rho has no effect on this run: it belongs to data set huedigits"),
         ({"dataset": "cgdigits", "frames": 9}, "--frames has no effect .* data sets manifest, cremad, kinetics-sounds"),
-        ({"method": "joint", "fusion": "sum"}, "--fusion has no effect .* methods dimml, ensemble, self-training, udi"),
+        ({"method": "joint", "fusion": "sum"}, "--fusion has no effect .* methods .*ensemble, mla, .*udi"),
         ({"dataset": "cgdigits", "data_root": "x"}, "--data-root has no effect .* data sets cgmnist, splitdigits"),
         ({"method": "udi", "ogm_alpha": 0.5}, "--ogm-alpha has no effect on this run: it belongs to method ogm-ge"),
     ],
@@ -146,7 +156,10 @@ def test_values_are_of_the_option_s_type():
 def test_defaults_that_follow_others():
     assert Options().baselines == ("joint", *SCIKIT) and Options.make(method="joint").baselines == SCIKIT
     assert Options.make(baselines="none").baselines == Options.make(baselines=[]).baselines == ()
-    assert FollowerOptions().alpha == (1, 1) and FollowerOptions(controller="dynamic").alpha is None
+    assert FollowerOptions().controller == "dynamic" and FollowerOptions().alpha is None
+    assert FollowerOptions(controller="static").alpha == (1, 1)
+    implied = Options.make(alpha="1,0").of(FollowerOptions)
+    assert (implied.controller, implied.alpha) == ("static", (1, 0))
     assert Options().weight_decay == 0.01 and Options.make(optimizer="sgd").weight_decay == 1e-4
     assert Options.make(optimizer="sgd", weight_decay=0).weight_decay == 0
 
@@ -160,6 +173,26 @@ def test_published_protocols_can_be_said():
     assert Options.make(schedule="constant", epochs=1000, patience=20).patience == 20
 
 
+@pytest.mark.parametrize(
+    "count, given, wanted",
+    [  # samples, options, (batch size, epochs)
+        (1077, {}, (64, 30)),  # digits: 16 steps an epoch, 480 in all
+        (55_000, {}, (64, 30)),
+        (120, {}, (8, 30)),
+        (300, {}, (16, 30)),
+        (40, {}, (8, 80)),
+        (5, {}, (8, 400)),
+        (120, {"batch_size": 64}, (64, 400)),
+        (120, {"steps": 100}, (8, 7)),
+        (1077, {"steps": 1}, (64, 1)),
+        (40, {"epochs": 3}, (8, 3)),
+    ],
+)
+def test_batches_and_epochs_follow_the_number_of_samples(count, given, wanted):
+    sized = Options.make(**given).sized(count)
+    assert (sized.batch_size, sized.epochs) == wanted and sized.sized(count) == sized
+
+
 def test_counts_and_fractions():
     kinds = [Options.make(labels=x).labels for x in ("100", "0.1", "1", "1.0", np.int64(5), 1.0)]
     assert kinds == [100, 0.1, 1, 1.0, 5, 1.0] and [type(x) for x in kinds] == [int, float, int, float, int, float]
@@ -168,7 +201,7 @@ def test_counts_and_fractions():
 def test_what_a_dataset_recommends():
     """It yields to what the user says, concerns no other data set, and reaches only what reads it."""
     few = Options.make(dataset="fewdigits")
-    assert (few.labels, few.of(Resplit).resplit, few.of(FollowerOptions).alpha) == (100, 100, (1, 0))
+    assert (few.labels, few.of(Resplit).resplit, few.of(FollowerOptions).controller) == (100, 100, "dynamic")
     assert few.of(FusionOptions).fusion == "auto"
     assert Options.make(dataset="fewdigits", labels=50, alpha=(1, 1)).of(FollowerOptions).alpha == (1, 1)
     assert Options.make(dataset="fewdigits", controller="dynamic").of(FollowerOptions).alpha is None
@@ -177,6 +210,26 @@ def test_what_a_dataset_recommends():
         assert Options.make(dataset="huedigits", **given).of(UDIOptions).anchor == anchor
     assert Options.make(dataset="splitdigits").of(Resplit).resplit is None
     assert resumed("run", saved(dataset="fewdigits", labels=50), {}).labels == 50
+
+
+def test_a_recipe_is_named_options_that_yield_to_those_given():
+    recipe = Options.make(recipe="few-labels", dataset="splitdigits")
+    assert (recipe.method, recipe.recipe) == ("co-training", "few-labels")
+    assert (recipe.of(FollowerOptions).controller, recipe.of(FollowerOptions).alpha) == ("static", (1, 0))
+    assert recipe.of(CoTrainingOptions).rounds == 2 and recipe.baselines == ("joint", *SCIKIT)
+    given = Options.make(recipe="few-labels", rounds=3, controller="dynamic")
+    assert given.of(CoTrainingOptions).rounds == 3 and given.of(FollowerOptions).controller == "dynamic"
+    shortcut = Options.make(recipe="shortcut", method="udi", anchor="hue", dataset="huedigits")
+    assert shortcut.of(UDIOptions).follower_loss == "residual" and shortcut.of(FollowerOptions).alpha == (0, 0)
+    for name, each in RECIPES.items():
+        assert each.evidence and Options.make(recipe=name).method == each.options["method"]
+        assert parse(["--recipe", name])[0].flat() == Options.make(recipe=name).flat()
+    assert resumed("run", saved(recipe="few-labels"), {"recipe": "few-labels"}).recipe == "few-labels"
+
+
+def test_rounds_are_read_by_co_training_beside_udi():
+    options = Options.make(method="co-training", baselines="udi", rounds=3)
+    assert options.of(CoTrainingOptions).rounds == 3 and options.of(UDIOptions).teacher == "anchor"
 
 
 # --- resume ---
@@ -212,6 +265,10 @@ def test_a_run_of_an_older_version_is_resumed():
     del older["self_training_weight"]
     options = resumed("run", older, {})
     assert options.of(SelfTrainingOptions).self_training_weight == 3 and "q_width" not in options.flat()
+    older = saved(controller="static") | {"rounds": 1}
+    del older["recipe"]
+    options = resumed("run", older, {})
+    assert (options.of(FollowerOptions).controller, options.of(FollowerOptions).alpha) == ("static", (1, 1))
 
 
 def test_nothing_is_imported_because_a_folder_names_it(tmp_path, monkeypatch):

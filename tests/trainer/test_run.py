@@ -9,6 +9,7 @@ from torch import nn
 from udi_trainer import Options, UserError, distributed, optimizers
 from udi_trainer.methods.joint import Joint
 from udi_trainer.methods.unimodal import Alone
+from udi_trainer.registry import datasets
 from udi_trainer.run import choose_device
 from udi_trainer.seeds import derive_seed, seeded
 
@@ -70,9 +71,10 @@ def test_balanced_class_weights(mixed):
     torch.testing.assert_close(weights[known].mean(), torch.tensor(1.0))
 
 
-def test_fusion_rule(mixed):
+def test_fusion_rule(mixed, monkeypatch):
     """What is asked for, else the method's own, else what the dataset recommends."""
     run = make_run(mixed)
+    monkeypatch.setitem(datasets.recommended, "fewdigits", {"fusion": "loglinear"})
     for name, wanted in ("fewdigits", ["loglinear", "certainty"]), ("splitdigits", ["auto", "certainty"]):
         run.options = Options.make(dataset=name)
         assert [run.fusion(), run.fusion("certainty")] == wanted

@@ -71,11 +71,6 @@ def wanted(grads, needs):
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
-def inverse(temperature):
-    """1/T, kept within the normal numbers of float32: beyond, 0 times infinity would make NaN."""
-    return 1.0 / min(max(temperature, 2.0**-126), 2.0**126)
-
-
 def cdiv(a, b):
     return -(-a // b)
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Launch, cached_launch, cdiv, inverse, next_power_of_2, warps
+from . import Launch, cached_launch, cdiv, next_power_of_2, warps
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _forward(_device, _dtype, size, strides, temperature):
     if size[1] == 0:
         return lambda logits: logits.new_empty(size[1:])
     stride_zm, stride_zn = strides
-    launch = _launch(_fwd, size, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=inverse(temperature))
+    launch = _launch(_fwd, size, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1 / temperature)
 
     def run(logits):
         out = logits.new_empty(size[1:])
@@ -169,9 +169,7 @@ def _backward(_device, _dtype, size, strides, stride_gn, temperature, need_logit
     if size[1] == 0 or not need_logits:
         return lambda grad, logits: logits.new_empty(size if need_logits else (0,))
     stride_zm, stride_zn = strides
-    values = dict(
-        stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=inverse(temperature)
-    )
+    values = dict(stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1 / temperature)
     launch = _launch(_bwd, size, **values)
 
     def run(grad, logits):

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import MEAN, NONE, Launch, cached_launch, cdiv, inverse, next_power_of_2, total, warps
+from . import MEAN, NONE, Launch, cached_launch, cdiv, next_power_of_2, total, warps
 
 # Rows of the statistics (3, N), float32: the largest z of the negatives, 1/sum_j e^((z_ij - that)/T), and 1 - p_ii.
 MAX, INV_SUM, OTHERS = (tl.constexpr(i) for i in range(3))
@@ -119,7 +119,7 @@ def duc_loss_fwd(student, teacher, dims, temperature, reduction, need_student):
 def _forward(_device, dtype, size, M, temperature, reduction, need_student):
     N, D = size
     factor = 1.0 / N if reduction == MEAN and N else 1.0
-    launches = _block_launches(_rows, N, M, inverse_temperature=inverse(temperature), factor=factor) if N else ()
+    launches = _block_launches(_rows, N, M, inverse_temperature=1 / temperature, factor=factor) if N else ()
 
     def run(student, teacher, dims):
         losses, stats = (student.new_empty(shape, dtype=torch.float32) for shape in ((N,), (3, N)))
@@ -208,14 +208,14 @@ def _backward(_device, _dtype, size, M, _grad_dtype, stride_g, temperature, redu
     if N * D == 0:
         return lambda grad, student, *_: tuple([student.new_zeros(size) for size in sizes])
     need_student, need_teacher = needs
-    values = dict(stride_g=stride_g, factor=inverse(temperature) / (N if reduction == MEAN else 1))
+    values = dict(stride_g=stride_g, factor=1 / temperature / (N if reduction == MEAN else 1))
     block = min(256, next_power_of_2(D))
     rows = 1024 // block
     by_direction = Launch(
         _bwd_student, (cdiv(N, rows), cdiv(D, block)), values | dict(N=N, D=D, ROWS=rows, BLOCK=block)
     )
     launches = (
-        _block_launches(_bwd_weights, N, M, inverse_temperature=inverse(temperature), **values) if need_teacher else ()
+        _block_launches(_bwd_weights, N, M, inverse_temperature=1 / temperature, **values) if need_teacher else ()
     )
 
     def run(grad, student, teacher, dims, stats, direction):

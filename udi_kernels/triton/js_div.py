@@ -1,4 +1,4 @@
-"""Generalized Jensen-Shannon divergence of two softmaxes on a GPU.
+"""Generalized Jensen-Shannon divergence of two softmaxes on a GPU, and skew KL.
 
 With q = softmax(input/T), p = softmax(target/T) and m = beta p + (1 - beta) q:
 
@@ -12,6 +12,11 @@ rows give exactly 0.
 The ends are defined as divergences, not as limits: beta = 0 is KL(p || q), beta = 1 its mirror image, KL(q || p).
 
     KL(p || q): d input = (q - p)/T,    d target = p/T (log(p/q) - KL(p || q))
+
+Skew KL is KL(p || m) alone, with alpha instead of beta; its reverse is the same with the sides exchanged.  With
+u = (p - m)/m and D = log(p/m) - alpha u:
+
+    KL(p || m): d input = (1 - alpha)/T q (sum q u - u),    d target = p/T (D - sum p D)
 
 Rows up to TILE_CLASSES are read once and stay in registers; a program takes several rows if they are short.  Longer
 rows are read twice by one program, the second time backwards, because what was read last is still in the cache.  A few
@@ -46,18 +51,20 @@ from . import (
 
 # Rows of the statistics (6, R), float32: maximum and 1 / sum of exponentials of the input, the same of the target,
 # KL(q || m) and KL(p || m) in bits.  At beta = 0 the last two are the sum of q - p, which rounding leaves, and that of
-# p log(p/q) in nats.  For a weighted mean, one more: each row's weight over the sum of the weights.
+# p log(p/q) in nats; for skew KL, the sums of q u and of p D.  For a weighted mean, one more: each row's weight over
+# the sum of the weights.
 MAX_Q, INV_Q, MAX_P, INV_P, DIV_Q, DIV_P, SHARE = (tl.constexpr(i) for i in range(7))
-# Rows of PARTS (7, R, S), where rows are split: the sums themselves are in INV_Q and INV_P; and at beta = 0
-DIV = tl.constexpr(6)  # KL(p || q)
+# Rows of PARTS (7, R, S), where rows are split: the sums themselves are in INV_Q and INV_P; and for KL and SKEW
+DIV = tl.constexpr(6)  # the divergence
 
 FURTHEST = tl.constexpr(1e6)  # bound of |d|: exp2 is exactly 0 there
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 
-# MIX, what a kernel is compiled for: beta = 1/2, which has shorter formulas, other values in between, and the ends
-HALF, BETWEEN, KL = (tl.constexpr(i) for i in range(3))
+# MIX, what a kernel is compiled for: beta = 1/2, which has shorter formulas, other values in between, the ends, and
+# skew KL.  The last two divide by the sums of exponentials first, and add up the divergence from terms of its own.
+HALF, BETWEEN, KL, SKEW = (tl.constexpr(i) for i in range(4))
 
 TILE_CLASSES = 4096  # longest row held in registers: 16 classes a thread at 8 warps
 STRIDED_CLASSES = 1024  # longest row whose classes may have a stride
@@ -65,7 +72,7 @@ FEW_ROWS = 64  # fewer rows leave half of an A100 or H100 idle, so very long one
 PROGRAMS = 256  # at most, for the parts of few rows
 MAX_PROGRAMS = 16384  # for short rows: a single program adds up their results
 WARPS = 64  # of a multiprocessor; long rows need all of them to have enough loads in flight ...
-MAX_REGISTERS = 32  # ... so a thread gets this many; else Triton's version decides between 32 and 64 warps
+MAX_REGISTERS = 32  # ... so a thread gets this many (for SKEW, twice); else Triton's version decides on 32 or 64 warps
 L2_BYTES = 50 * 2**20 // 132  # of an H100, for each multiprocessor
 
 
@@ -165,6 +172,13 @@ def _kl_term(d, q, p):
 
     The second part has the sum 0 but for the rounding errors of both rows' sums of exponentials, which cancel this way.
     """
+    far = tl.where(p == 0, 0.0, p * d) + (q - p)
+    return tl.where(tl.abs(d) < LN2, p * _exp_rest(d), far)
+
+
+@triton.jit
+def _exp_rest(d):
+    """e^-d - 1 + d, of second order, for |d| < ln 2."""
     P = -2.7557319223985893e-06
     P = P * d + 2.48015873015873e-05
     P = P * d - 0.0001984126984126984
@@ -173,18 +187,53 @@ def _kl_term(d, q, p):
     P = P * d + 0.04166666666666667
     P = P * d - 0.16666666666666666
     P = P * d + 0.5
-    far = tl.where(p == 0, 0.0, p * d) + (q - p)
-    return tl.where(tl.abs(d) < LN2, p * (d * d * P), far)
+    return d * d * P
+
+
+@triton.jit
+def _log_rest(v):
+    """v - log(1 + v), of second order, for |v| < 1/3: with t = v/(2 + v), log(1 + v) is 2 artanh(t)."""
+    t = v / (2.0 + v)
+    s = t * t
+    P = 0.09090909090909091
+    P = P * s + 0.1111111111111111
+    P = P * s + 0.14285714285714285
+    P = P * s + 0.2
+    P = P * s + 0.3333333333333333
+    return t * (v - 2.0 * s * P)
+
+
+@triton.jit
+def _skew(d, q, p, alpha, gamma):
+    """Of KL(p || m), m = alpha p + gamma q: u, D, and a term p log(p/m) + m - p, of second order in v = m/p - 1.
+
+    d: log2(p/q), infinite or NaN where p or q or both are 0.
+    """
+    d = tl.maximum(d, -FURTHEST)  # NaN too
+    near = d * LN2
+    rest = exp2(-d)  # q/p
+    v = gamma * tl.where(tl.abs(near) < LN2, _exp_rest(near) - near, rest - 1.0)
+    x = alpha + gamma * rest  # 1 + v, in which nothing cancels
+    inverse = 1.0 / x
+    log = _log2(x, v) * LN2
+    small = tl.abs(v) < 1 / 3
+    h = _log_rest(v)
+    u = tl.where(small, -v * inverse, inverse - 1.0)
+    slope = tl.where(small, h + (gamma + v) * u, -log - alpha * u)
+    return u, slope, tl.where(small, p * h, gamma * (q - p) - p * log)
 
 
 @triton.jit
 def _summands(d, q, p, beta, gamma, mixture, MIX: tl.constexpr):
-    """A class's part of KL(q || m) and KL(p || m), in bits; for KL, of the sums of q - p and of p log(p/q)."""
+    """A class's part of the last two statistics and, for KL and SKEW, of the divergence."""
     if MIX == KL:
-        return q - p, tl.where(p == 0, 0.0, p * d)
+        return q - p, tl.where(p == 0, 0.0, p * d), _kl_term(d, q, p)
+    elif MIX == SKEW:
+        u, slope, term = _skew(d, q, p, beta, gamma)
+        return q * u, p * slope, term
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
-        return q * over_q, p * over_p
+        return q * over_q, p * over_p, 0.0
 
 
 @triton.jit
@@ -298,14 +347,15 @@ def _store_stats(STATS, row, R, mask, peak_q, share_q, peak_p, share_p):
 def _losses(
     W, STATS, row, R, mask, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH: tl.constexpr, MIX: tl.constexpr
 ):
-    """Stores the divergences of some rows, given in bits; returns their losses in nats, 0 outside of the mask.
+    """Stores the last statistics of some rows; returns their losses in nats, 0 outside of the mask.
 
-    kl: KL(p || q) in nats, for KL.
+    kl: the divergence in nats, for KL and SKEW.
     """
-    if MIX == KL:
-        loss = kl
-    else:  # a NaN in either row is one in both gradients, as in torch
+    if MIX != KL:  # a NaN in either row is one in both gradients, as in torch
         kl_q, kl_p = kl_q + 0 * kl_p, kl_p + 0 * kl_q
+    if MIX >= KL:
+        loss = kl
+    else:
         loss = (beta * kl_p + gamma * kl_q) * LN2
     loss = tl.where(loss < 0, 0.0, loss) * factor  # rounding may be negative; NaN stays
     S = _stat(STATS, R, DIV_Q) + row
@@ -346,7 +396,7 @@ def _fwd_tile(
     BLOCK: tl.constexpr,
     REDUCE: tl.constexpr,  # whether OUT gets sums
     WEIGH: tl.constexpr,  # whether the losses are multiplied by W
-    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+    MIX: tl.constexpr,  # HALF, BETWEEN, KL or SKEW
 ):
     """STEPS times ROWS whole rows, read once."""
     sum = tl.zeros([ROWS], tl.float32)
@@ -391,12 +441,12 @@ def _tile_losses(
     _store_stats(STATS, row, R, kept, peak_q, share_q, peak_p, share_p)
 
     d = _log_ratio(x, y, _gap(share_q, share_p)[:, None], scale, MIX)
-    if MIX == KL:
+    if MIX >= KL:
         q, p = q * share_q[:, None], p * share_p[:, None]
-    add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+    add_q, add_p, add = _summands(d, q, p, beta, gamma, mixture, MIX)
     kl_q, kl_p = tl.sum(add_q, 1), tl.sum(add_p, 1)
-    if MIX == KL:
-        kl = tl.sum(_kl_term(d, q, p), 1)
+    if MIX >= KL:
+        kl = tl.sum(add, 1)
     else:
         kl_q, kl_p, kl = _quotient(kl_q, sum_q), _quotient(kl_p, sum_p), None
     return _losses(W, STATS, row, R, kept, kl_q, kl_p, kl, w_stride, beta, gamma, factor, WEIGH, MIX)
@@ -439,7 +489,7 @@ def _divergences(
     X, Y, begin, end, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    """The part of KL(q || m), KL(p || m) and, for KL, KL(p || q) from columns [begin, end), last column first."""
+    """The sums of `_summands` over columns [begin, end), last column first."""
     sum_q = tl.zeros([LANES], tl.float32)
     sum_p = tl.zeros([LANES], tl.float32)
     sum = tl.zeros([LANES], tl.float32)
@@ -449,17 +499,17 @@ def _divergences(
     for i in range(0, tiles):
         col = begin + (tiles - 1 - i) * (LANES * WIDTH) + lane
         d, q, p = _compared(_load(X + col, col < end), _load(Y + col, col < end), peak_q, peak_p, gap, scale, MIX)
-        if MIX == KL:
+        if MIX >= KL:
             q, p = q * share_q, p * share_p
-        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+        add_q, add_p, add = _summands(d, q, p, beta, gamma, mixture, MIX)
         sum_p += tl.sum(add_p, 1)
-        if MIX == KL:
+        if MIX >= KL:
             # Not a sum of q - p: at that the LLVM of Triton 3.8 and 3.9 crashes where classes are read one by one.
             sum_q -= tl.sum(-add_q, 1)
-            sum += tl.sum(_kl_term(d, q, p), 1)
+            sum += tl.sum(add, 1)
         else:
             sum_q += tl.sum(add_q, 1)
-    if MIX == KL:
+    if MIX >= KL:
         return tl.sum(sum_q, 0), tl.sum(sum_p, 0), tl.sum(sum, 0)
     else:
         return tl.sum(sum_q, 0) * share_q, tl.sum(sum_p, 0) * share_p, 0.0
@@ -487,7 +537,7 @@ def _fwd_row(
     LANES: tl.constexpr,  # times WIDTH, the columns of a tile
     WIDTH: tl.constexpr,
     WEIGH: tl.constexpr,  # whether the losses are multiplied by W
-    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+    MIX: tl.constexpr,  # HALF, BETWEEN, KL or SKEW
 ):
     """One long row, read twice."""
     row = tl.program_id(0).to(tl.int64)
@@ -563,7 +613,7 @@ def _fwd_split_div(
     LANES: tl.constexpr,  # times WIDTH, the columns of a tile
     WIDTH: tl.constexpr,
     MAX_S: tl.constexpr,  # at least S
-    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+    MIX: tl.constexpr,  # HALF, BETWEEN, KL or SKEW
 ):
     """The divergences of that part, read again, with the sums of the whole row."""
     row, part = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
@@ -605,7 +655,7 @@ def _fwd_split_join(
     MAX_S: tl.constexpr,  # at least S
     REDUCE: tl.constexpr,  # whether OUT gets sums
     WEIGH: tl.constexpr,  # whether the losses are multiplied by W
-    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+    MIX: tl.constexpr,  # HALF, BETWEEN, KL or SKEW
 ):
     """Adds up the divergences of the parts."""
     row, i = tl.arange(0, ROWS), tl.arange(0, MAX_S)
@@ -656,11 +706,21 @@ def _weighted_mean(
 def js_div_fwd(input, target, weight, beta, temperature, reduction):
     if beta == 1:  # KL(q || p) is KL(p || q) mirrored
         input, target, beta = target, input, 0.0
+    return _launch_forward(input, target, weight, beta, temperature, reduction)
+
+
+def skew_kl_fwd(input, target, weight, alpha, reverse, temperature, reduction):
+    if reverse:
+        input, target = target, input
+    return _launch_forward(input, target, weight, alpha, temperature, reduction, skew=alpha > 0)
+
+
+def _launch_forward(input, target, weight, beta, temperature, reduction, skew=False):
     if input.shape[-1] > STRIDED_CLASSES:
         input, target = _adjacent(input), _adjacent(target)
     run = _forward(
         input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
-        weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction,
+        weight is not None and (weight.dtype, weight.stride(0)), beta, temperature, reduction, skew,
     )  # fmt: skip
     with torch.cuda.device_of(input):
         return run(input, target, weight)
@@ -672,11 +732,11 @@ def _adjacent(x):
 
 
 @cached_launch
-def _forward(_device, dtype, shape, x_strides, y_strides, weight, beta, temperature, reduction):
+def _forward(_device, dtype, shape, x_strides, y_strides, weight, beta, temperature, reduction, skew):
     R, C = math.prod(shape[:-1]), shape[-1]
     if R == 0:
         return _fwd_empty(reduction)
-    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature, skew)
     if weight and reduction == MEAN:
         return _fwd_weighted_mean(R, C, dtype, values)
     values |= dict(WEIGH=bool(weight))
@@ -701,22 +761,22 @@ def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
     values |= dict(factor=1.0 / R if reduction == MEAN else 1.0, REDUCE=reduction != NONE, stats=stats)
     if C <= TILE_CLASSES:
         return _fwd_by_tiles(R, C, reduction, values)
-    num_warps = _long_rows(C, dtype, values)
+    options = _long_rows(C, dtype, values)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:
-        return _fwd_by_rows(R, reduction, values, num_warps)
-    return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), num_warps)
+        return _fwd_by_rows(R, reduction, values, options)
+    return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), options)
 
 
 def _long_rows(C, dtype, values):
-    """The warps of a program; its tiles are added to the values."""
+    """The options of a launch; the sizes of tiles are added to the values."""
     # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
     row_bytes = 2 * C * dtype.itemsize
     num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
     # More values at a time leave too few registers; each narrow load needs an address and a mask.
     width = min(4, max(2, values["V"]))
     values |= dict(LANES=32 * num_warps, WIDTH=width)
-    return num_warps
+    return dict(num_warps=num_warps, maxnreg=MAX_REGISTERS * (2 if values["MIX"] == SKEW.value else 1))
 
 
 def _mixture(beta):
@@ -731,7 +791,7 @@ def _mixture(beta):
     return -math.log2(beta), -math.log2(1 - beta), *taylor
 
 
-def _values(dtype, shape, x_strides, y_strides, weight, beta, temperature):
+def _values(dtype, shape, x_strides, y_strides, weight, beta, temperature, skew=False):
     """The arguments that forward and backward kernels share, by name."""
     R, C = math.prod(shape[:-1]), shape[-1]
     layout = _layout(shape, x_strides, y_strides)
@@ -750,9 +810,9 @@ def _values(dtype, shape, x_strides, y_strides, weight, beta, temperature):
         scale=math.log2(math.e) / temperature,
         beta=float(beta),
         gamma=1.0 - beta,
-        mixture=_mixture(beta),
+        mixture=() if skew else _mixture(beta),
         V=V,
-        MIX={0: KL, 0.5: HALF}.get(beta, BETWEEN).value,
+        MIX=(SKEW if skew else {0: KL, 0.5: HALF}.get(beta, BETWEEN)).value,
     )
 
 
@@ -768,7 +828,7 @@ def _fwd_empty(reduction):
 
 def _fwd_by_tiles(R, C, reduction, values):
     block = next_power_of_2(C)
-    rows, steps, num_warps = _tile_of_rows(R, block, values["adjacent"])
+    rows, steps, num_warps = _tile_of_rows(R, block, values["adjacent"], 4096 if values["MIX"] == SKEW.value else 8192)
     programs = cdiv(R, rows * steps)
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
@@ -794,24 +854,24 @@ def _fwd_by_tiles(R, C, reduction, values):
     return each if reduction == NONE else at_once if programs == 1 else in_two_stages
 
 
-def _tile_of_rows(R, block, adjacent):
+def _tile_of_rows(R, block, adjacent, most):
     """Rows of `block` classes that a program takes at a time, how often, and with how many warps.
 
     A small batch is one tile, so that one launch is enough.  Otherwise a thread has 16 classes, and only long rows are
-    distributed over several warps, whose sums need shared memory.
+    distributed over several warps, whose sums need shared memory.  A tile of strided rows has `most` classes in all.
     """
     rows = next_power_of_2(R)
     if rows * block <= 1024:
         return rows, 1, warps(rows * block, 4)
     if not adjacent:  # the rows are what is adjacent: 32 bytes of them, or 128
-        rows = min(next_power_of_2(R), 32, 8192 // block)
+        rows = min(next_power_of_2(R), 32, most // block)
         return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
     rows = max(1, 256 // block)
     return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
 
 
-def _fwd_by_rows(R, reduction, values, num_warps):
-    launch = Launch(_fwd_row, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+def _fwd_by_rows(R, reduction, values, options):
+    launch = Launch(_fwd_row, (R,), values, **options)
 
     def run(input, target, weight):
         stats = _stats(input, values["stats"], R)
@@ -830,10 +890,10 @@ def _split(R, C, tile):
     return cdiv(tiles, span), span
 
 
-def _fwd_by_parts(R, S, reduction, values, num_warps):
+def _fwd_by_parts(R, S, reduction, values, options):
     values |= dict(MAX_S=next_power_of_2(S), ROWS=next_power_of_2(R))
-    sums = Launch(_fwd_split_sums, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
-    div = Launch(_fwd_split_div, (R * S,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+    sums = Launch(_fwd_split_sums, (R * S,), values, **options)
+    div = Launch(_fwd_split_div, (R * S,), values, **options)
     join = Launch(_fwd_split_join, (1,), values, num_warps=1)
 
     def run(input, target, weight):
@@ -872,10 +932,10 @@ def _of_part(step, input, target, weight, sums, beta, temperature):
 def _part(step, _device, dtype, shape, x_strides, y_strides, weight, beta, temperature):
     R, C = shape
     values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
-    num_warps = _long_rows(C, dtype, values)
+    options = _long_rows(C, dtype, values)
     values |= dict(S=1, MAX_S=1, span=cdiv(C, values["LANES"] * values["WIDTH"]))
     kernel = _fwd_split_sums if step == "sums" else _fwd_split_div
-    launch = Launch(kernel, (R,), values, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+    launch = Launch(kernel, (R,), values, **options)
 
     def run(input, target, weight, sums):
         parts = torch.zeros((7, R), dtype=torch.float32, device=input.device)
@@ -927,7 +987,7 @@ def _bwd(
     V: tl.constexpr,  # elements per load
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    MIX: tl.constexpr,  # HALF, BETWEEN or KL
+    MIX: tl.constexpr,  # HALF, BETWEEN, KL or SKEW
 ):
     """ROWS rows by BLOCK columns."""
     row = tile_row(R) * ROWS + tl.arange(0, ROWS)
@@ -953,9 +1013,13 @@ def _bwd(
     DIVS = _stat(S, R, DIV_Q)  # and of the next row of the statistics, DIV_P
     gap = _gap(share_q, share_p)
     d, q, p = _compared(x, y, peak_q[:, None], peak_p[:, None], gap[:, None], scale, MIX)
-    if MIX == KL:  # less the rounding errors of the sums of these terms
+    if MIX == SKEW:
+        u, slope, _ = _skew(d, q, p, beta, gamma)
+        dx = (g * gamma * share_q)[:, None] * q * (tl.load(DIVS, real)[:, None] - u)
+        dy = (g * share_p)[:, None] * p * (slope - tl.load(DIVS + R, real)[:, None])
+    elif MIX == KL:  # less the rounding errors of the sums of these terms
         q, p = q * share_q[:, None], p * share_p[:, None]
-        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+        add_q, add_p, _ = _summands(d, q, p, beta, gamma, mixture, MIX)
         dx = g[:, None] * (add_q - q * tl.load(DIVS, real)[:, None])
         dy = g[:, None] * (add_p - p * tl.load(DIVS + R, real)[:, None])
     else:
@@ -1010,13 +1074,27 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
     if beta == 1:
         grads = js_div_bwd(grad, target, input, weight, stats, 0.0, temperature, reduction, need_target, need_input)
         return grads[::-1]
+    return _launch_backward(grad, input, target, weight, stats, beta, temperature, reduction, (need_input, need_target))
+
+
+def skew_kl_bwd(
+    grad, input, target, weight, stats, alpha, reverse, temperature, reduction, need_input, need_target
+):  # fmt: skip
+    sides, needs = (input, target), (need_input, need_target)
+    if reverse:
+        sides, needs = sides[::-1], needs[::-1]
+    grads = _launch_backward(grad, *sides, weight, stats, alpha, temperature, reduction, needs, skew=alpha > 0)
+    return grads[::-1] if reverse else grads
+
+
+def _launch_backward(grad, input, target, weight, stats, beta, temperature, reduction, needs, skew=False):
     if weight is not None and reduction == MEAN:
         weight, reduction = stats[SHARE.value], SUM
     run = _backward(
         input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
-        beta, temperature, reduction, (need_input, need_target),
+        beta, temperature, reduction, needs, skew,
     )  # fmt: skip
     with torch.cuda.device_of(input):
         return run(grad, input, target, weight, stats)
@@ -1024,13 +1102,14 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
 
 @cached_launch
 def _backward(
-    _device, dtype, shape, x_strides, y_strides, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs
-):
+    _device, dtype, shape, x_strides, y_strides, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs,
+    skew,
+):  # fmt: skip
     R, C = math.prod(shape[:-1]), shape[-1]
     allocate, grad_layout = _gradients(shape, x_strides, y_strides, needs)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
-    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature)
+    values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature, skew)
     if grad_layout:
         values |= dict(V=1, C=C, **{k: values[k] * values["V"] for k in ("x_stride", "y_stride")}) | dict(
             layout=_layout(shape, x_strides, y_strides) or (R, 0, 0, 1, 1)

@@ -4,6 +4,7 @@ from ..registry import studies
 from ..study import Study, Variant
 from ..summary import mean_and_std
 
+UDI = "--controller static --baselines none"
 MODALITIES = {"cgdigits": ("gray", "color"), "splitdigits": ("left", "right")}
 
 
@@ -12,7 +13,7 @@ class Anchor(Study):
     """How much does it matter which modality is the anchor, and does validation choose the best?"""
 
     variants = [
-        Variant(name, f"--dataset {dataset} --baselines none --anchor {name.removeprefix('anchor ')}", dataset)
+        Variant(name, f"--dataset {dataset} {UDI} --anchor {name.removeprefix('anchor ')}", dataset)
         for dataset, modalities in MODALITIES.items()
         for name in ("auto", *(f"anchor {m}" for m in modalities))
     ]

@@ -6,7 +6,7 @@ DATASETS = {"cgdigits": "--dataset cgdigits", "halves": "--dataset splitdigits"}
 FULL = "full contrast, both ways"
 NEITHER = "neither shared classifier nor contrast"
 SETTINGS = {
-    "dimml": "--baselines udi,ensemble,joint",
+    "dimml": "--baselines udi,ensemble,joint --controller static",
     "no shared classifier": "--baselines none --shared-weight 0",
     "no contrast": "--baselines none --contrast-weight 0",
     FULL: "--baselines none --contrast full",

@@ -5,8 +5,8 @@ from ..summary import collect, format_difference, scores_by_seed
 
 LABELS = (50, 100, 200)
 SETTINGS = {
-    "udi": "--baselines joint,joint-self-training,self-training",
-    "co-training": "--baselines none --teacher fused --rounds 2",
+    "udi": "--controller dynamic --baselines joint,joint-self-training,self-training",
+    "co-training": "--method co-training --rounds 2 --controller static --alpha 1,0 --baselines none",
 }
 CLAIMS = [
     ("udi", "ensemble"),
@@ -14,6 +14,9 @@ CLAIMS = [
     ("co-training", "ensemble"),
     ("co-training", "udi"),
     ("udi", "self-training"),
+    ("co-training", "self-training"),
+    ("udi", "sklearn-concat"),
+    ("co-training", "sklearn-concat"),
 ]
 LINES = ("co-training", "udi", "ensemble", "joint")
 

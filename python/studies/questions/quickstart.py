@@ -2,7 +2,7 @@ from ..registry import studies
 from ..study import RESPLIT, Study, Variant
 from ..summary import collect, format_difference
 
-OTHERS = ("left alone", "right alone", "joint", "ensemble")
+OTHERS = ("left alone", "right alone", "joint", "ensemble", "sklearn-late", "sklearn-concat")
 
 
 @studies.register("quickstart")

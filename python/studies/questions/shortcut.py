@@ -5,7 +5,7 @@ from ..summary import collect, format_difference, scores_by_seed
 
 RHOS = (0.9, 0.95, 0.99)
 ALONE, PLAIN, GIVEN, RESIDUAL = "digit alone", "CLUB", "CLUB given the label", "residual"
-UDI = "--method udi --baselines none"
+UDI = "--method udi --controller static --baselines none"
 SETTINGS = {
     "ensemble": "--method ensemble --baselines joint",
     "consistency": f"{UDI} --alpha 1,0",

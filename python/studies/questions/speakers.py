@@ -11,11 +11,13 @@ DATA = "--dataset spokendigits --audio-length 0.6 --epochs 12"
 FEW = "one speaker with labels"
 SETTINGS = {
     "": {
-        "udi": "--baselines joint,ogm-ge,dimml",
-        "udi, warm": "--baselines none --follower-init anchor-phase",
-        "udi, warm, static 1,0": "--baselines none --follower-init anchor-phase --alpha 1,0",
+        "udi": "--controller static --baselines joint,ogm-ge,dimml",
+        "udi, warm": "--controller static --baselines none --follower-init anchor-phase",
+        "udi, warm, static 1,0": "--controller static --baselines none --follower-init anchor-phase --alpha 1,0",
     },
-    FEW: {"udi, static 1,0": "--labelled-speakers 1 --fusion loglinear --alpha 1,0 --baselines joint"},
+    FEW: {
+        "udi, static 1,0": "--labelled-speakers 1 --fusion loglinear --controller static --alpha 1,0 --baselines joint"
+    },
 }
 OTHERS = ("ensemble", "joint", "ogm-ge", "dimml", "image alone")
 LABELLED = {FEW: "one", "": "all three"}

@@ -2,15 +2,15 @@ from ..registry import studies
 from ..study import NOISE, Study, Variant
 
 SETTINGS = {
-    "udi": "--baselines joint,joint-sum,ogm-ge,gramian",
+    "udi": "--controller static --baselines joint,joint-sum,ogm-ge,gramian",
     "udi, dynamic": "--controller dynamic",
-    "udi, static 0.5,0.5": "--alpha 0.5,0.5",
-    "udi, static 1,0": "--alpha 1,0",
-    "udi, followers warm": "--follower-init anchor-phase",
-    "udi, CLUB given the label": "--club given-label",
-    "udi, residual": "--follower-loss residual",
-    "udi, loglinear fusion": "--fusion loglinear",
-    "co-training, loglinear fusion": "--teacher fused --rounds 2 --fusion loglinear",
+    "udi, static 0.5,0.5": "--controller static --alpha 0.5,0.5",
+    "udi, static 1,0": "--controller static --alpha 1,0",
+    "udi, followers warm": "--controller static --follower-init anchor-phase",
+    "udi, CLUB given the label": "--controller static --club given-label",
+    "udi, residual": "--controller static --follower-loss residual",
+    "udi, loglinear fusion": "--controller static --fusion loglinear",
+    "co-training, loglinear fusion": "--controller static --teacher fused --rounds 2 --fusion loglinear",
     "dimml": "--method dimml",
 }
 

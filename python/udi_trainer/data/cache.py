@@ -27,6 +27,7 @@ from ..run_folder import read_json, write_json
 
 VERSION = 3  # of the decoders; a new number invalidates the cache
 KEY = 16  # bytes
+LFS_POINTER = "version https://git-lfs"  # how a file starts that Git LFS has not fetched
 RECORD = KEY + 4  # bytes of a sample in the index: its key, and a CRC-32 of its data
 
 
@@ -51,8 +52,14 @@ def file_key(paths: Sequence[Path]) -> bytes:
     for path in paths:
         try:
             stat = os.stat(path)
+            pointer = stat.st_size < 1000 and path.is_file() and path.read_bytes().startswith(LFS_POINTER.encode())
         except OSError as error:
-            raise Unreadable(f"{path}: {error.strerror}") from None
+            hint = (
+                ": separate folders by /" if "\\" in str(path) and Path(str(path).replace("\\", "/")).exists() else ""
+            )
+            raise Unreadable(f"{path}: {error.strerror}{hint}") from None
+        if pointer:
+            raise Unreadable(f"{path}: a Git LFS pointer, not the file itself: run git lfs pull")
         facts.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
     return digest(facts)
 

@@ -1,14 +1,19 @@
 """Checks of a dataset before training."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 from torch import nn
 
+from ..console import log
 from ..errors import UserError
 from ..registry import methods
 from .dataset import Dataset, Split
+
+SCALES = (0.1, 10.0)  # root mean squares of inputs that need no warning
+SCALE_SAMPLES = 2000  # training samples, evenly spaced, that it is computed from
 
 
 def check(data: Dataset) -> None:
@@ -32,6 +37,28 @@ def check(data: Dataset) -> None:
         shapes = {name: tuple(modality.sample(split).shape[1:]) for name, split in data.splits().items()}
         if len(set(shapes.values())) > 1:
             raise UserError(f"inputs of {m} differ in shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
+    warn_about_scale(data)
+
+
+def warn_about_scale(data: Dataset) -> None:
+    """Warns of inputs that are taken as they are and are far from the scale that encoders learn well at.
+
+    Integers that an encoder of the user's own reads may be names, and are no warning.
+    """
+    for m, view in data.modalities.items():
+        x = data.train.stored[view.reads[0]]
+        names = view.encoder == "words" or (callable(view.encoder) and not x.is_floating_point())
+        if view.make is not torch.Tensor.float or names:
+            continue
+        has = data.train.present(m)
+        x = x if has is None else x[has.to(x.device)]
+        scale = x[:: math.ceil(len(x) / SCALE_SAMPLES)].double().square().mean().sqrt().item()
+        if not SCALES[0] <= scale <= SCALES[1] and scale:
+            log.warning(
+                "%s is not standardised, its values are of size %.2g (root mean square in training), and most encoders"
+                " learn best near 1: make=udi_trainer.data.pipelines.Features.of(training samples) standardises it",
+                m, scale,
+            )  # fmt: skip
 
 
 def check_names(what: str, names: object, count: int, of: str) -> None:

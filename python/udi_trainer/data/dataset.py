@@ -10,8 +10,14 @@ from torch import nn
 from ..options import Group, number, option, pathname
 
 Encoder = str | Callable[[torch.Size], nn.Module]
+SHORT = 512  # steps of a sequence that is convolved at full length
 FEATURES = 64  # width of the trainer's own encoders, unless an option says otherwise
 Batch = dict[str, torch.Tensor]  # stored tensors of some samples, and their labels and indices
+
+
+def sequence_encoder(steps: int) -> str:
+    """The default encoder of sequences of this length."""
+    return "fcn" if steps <= SHORT else "cnn1d"
 
 
 def presence(modality: str) -> str:

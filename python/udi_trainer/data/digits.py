@@ -141,10 +141,10 @@ def splitdigits(options: Options) -> Dataset:
     return split_in_halves(**drawn(options))
 
 
-@datasets.register("fewdigits", labels=100, resplit=100, alpha=(1.0, 0.0), fusion="loglinear")
+@datasets.register("fewdigits", labels=100, resplit=100)
 @reads(DataRoot, Resplit)
 def fewdigits(options: Options) -> Dataset:
-    """splitdigits with few labels, where consistency with the anchor helps."""
+    """splitdigits with few labels."""
     return splitdigits(options)
 
 

@@ -10,7 +10,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from ..options import Group, Options, flag, number, option, pair, some_of
 from ..registry import Registry
 from . import pipelines
 from .cache import KEY, VERSION, Cache, Unreadable, digest, file_key, numpy_type
-from .dataset import Modality
-from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, open_image, pages
+from .dataset import Modality, sequence_encoder
+from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, loses_bits, open_image, pages
 from .pipelines import Features, Spectrogram, Tokens
 from .sound import SILENCE, cancelling, integer_bits, mono, read_sound
 from .words import words_of
@@ -40,6 +40,7 @@ DEEP_STILLS = 8  # of a clip, evenly spaced, whose range of values is looked at
 BUCKETS = 8191  # of hashed words; 0 is padding
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+VIDEOS = (".mp4", ".avi", ".flv", ".mkv", ".webm", ".mov")
 ARRAYS = (".npy", ".npz", ".pt")
 
 Cell = Any  # a list of paths, a text, or a list of numbers, as its kind takes it
@@ -105,7 +106,8 @@ class Damage(Group, title="data of your own"):
 class Column:
     """A column of a manifest: its cells by row, and what reading them needs.
 
-    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples.
+    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples. ``lacking``: rows whose file is
+    whole but lacks this modality, with what it lacks.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Column:
     cache: Cache
     bad: dict[int, str]
     training: Sequence[int] = ()
+    lacking: dict[int, str] = field(default_factory=dict)
 
     def add_errors(self, errors: dict[int, str]) -> None:
         for row, reason in errors.items():
@@ -220,18 +223,22 @@ class Kind:
         """Mean and standard deviation per channel of ``values(sample)`` (..., channels); cached."""
 
         def compute() -> dict:
-            x = values(sample).double().flatten(0, -2)
-            std = x.std(0, correction=0)
-            return {"mean": x.mean(0).tolist(), "std": torch.where(std > 1e-6 * x.abs().amax(0), std, 1).tolist()}
+            mean, std = pipelines.moments(values(sample))
+            return {"mean": mean, "std": std}
 
         key = digest("statistics", VERSION, type(self).__name__, self.settings(), self.shape, settings, *keys)
         statistics = self.column.cache.memoize(key, compute)
         return tuple(statistics["mean"]), tuple(statistics["std"])
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data, but left by an operating system, an editor or a notebook."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
 def natural_sort_key(path: Path) -> list:
     """Sorts frame 2 before frame 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def frames_of(paths: list[Path]) -> list[Path]:
@@ -241,7 +248,8 @@ def frames_of(paths: list[Path]) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     try:
-        images = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=natural_sort_key)
+        found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not is_hidden(p.name))
+        images = sorted(found, key=natural_sort_key)
     except OSError as error:
         raise Unreadable(f"{folder}: {error.strerror}") from None
     if not images:
@@ -256,7 +264,7 @@ class Image(Kind):
     Pixels of more than 8 bits are scaled from the range of values that the training files use.
     """
 
-    header_size = 7  # channels, width, height, number of stills, whether deep, and the lowest and the highest value
+    header_size = 8  # channels, width, height, number of stills, deep, lowest value, highest value, loses bits
     channels: int
     mode: str
     size: int
@@ -275,7 +283,7 @@ class Image(Kind):
         header = [1 if is_gray(image) else 3, *image.size, max(len(stills), pages(image)), is_deep(image)]
         some = evenly_spaced(stills, min(len(stills), DEEP_STILLS)) if is_deep(image) else []
         low, high = zip(*map(extremes, some), strict=True) if some else ([0.0], [0.0])
-        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist()]
+        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist(), loses_bits(image)]
 
     def configure(self, headers: np.ndarray) -> None:
         self.channels = int(headers[:, 0].max())
@@ -291,6 +299,7 @@ class Image(Kind):
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         low, high = self.limits
         self.note(f"more than 8 bits a pixel, of which {low:g} to {high:g} become 0 to 255", headers[:, 4] > 0, rows)
+        self.note("16 bits a color, of which the upper 8 are read", headers[:, 7] > 0, rows)
         if type(self) is Image:
             only = f"the first of several pictures is read (--kinds {self.column.name}=frames reads them all)"
             self.note(only, headers[:, 3] > 1, rows)
@@ -495,13 +504,18 @@ class Array(Kind):
 
     def array(self, cell: Cell) -> np.ndarray:
         path, row = split_row(single_path(cell))
+        if path.suffix.lower() not in ARRAYS:
+            raise Unreadable(f"{path}: arrays are read from {', '.join(ARRAYS)} (numpy.save writes one)")
         try:
             x = load_array(path, path.stat().st_mtime_ns)
             return x if row is None else x[row]
         except pickle.UnpicklingError:  # torch's message recommends weights_only=False
             raise Unreadable(f"{single_path(cell)}: not a tensor") from None
         except Exception as error:
-            raise Unreadable(f"{single_path(cell)}: not a readable array ({first_line(error)})") from None
+            reason = first_line(error)
+            if "allow_pickle" in reason or "Python objects" in reason:  # NumPy's advice would run code from the file
+                reason = "it holds Python objects, or is no such file: save numbers, with rows of the same shape"
+            raise Unreadable(f"{single_path(cell)}: not a readable array ({reason})") from None
 
     def probe(self, cell: Cell) -> list[int]:
         x = self.array(cell)
@@ -523,7 +537,7 @@ class Array(Kind):
         self.shape = (length, *map(int, rest))
         padded = axes == 2 and len(set(lengths)) > 1
         self.dtype = torch.uint8 if headers[:, 0].all() and not padded else torch.float32
-        self.encoder = {1: "mlp", 2: "cnn1d", 3: "cnn"}.get(axes, "mlp")
+        self.encoder = {1: "mlp", 2: sequence_encoder(length), 3: "cnn"}.get(axes, "mlp")
 
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         if len(self.shape) == 2:
@@ -545,7 +559,9 @@ class Array(Kind):
             if self.dtype == torch.float32:
                 x = np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)), constant_values=np.nan)
         if x.shape != self.shape:
-            raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}")
+            turned = x.ndim == 2 == len(self.shape) and x.shape[0] == self.shape[0]
+            hint = ": sequences may differ along their first axis, so save them as (steps, features)" * turned
+            raise Unreadable(f"{single_path(cell)}: has shape {x.shape}, the others have {self.shape}{hint}")
         return x
 
     def modality(self, name: str, sample: torch.Tensor, keys: Sequence[bytes]) -> Modality:

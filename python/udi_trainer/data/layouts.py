@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from ..console import log
 from ..errors import UserError
 from ..options import Options, reads
 from ..registry import datasets
 from .cache import CacheOptions
 from .dataset import DataRoot, Dataset, Fold
-from .kinds import AugmentationOptions, Damage, PictureOptions, SoundOptions
+from .kinds import VIDEOS, AugmentationOptions, Damage, PictureOptions, SoundOptions, is_hidden
 from .manifest import Columns, build
 from .pipelines import Features
 from .rows import Rows
@@ -64,13 +65,36 @@ def need_root(name: str, options: Options) -> Path:
     return Path(root).absolute()  # rows hold paths below it, which are not relative to it
 
 
+def in_videos(name: str) -> list[str]:
+    """The names that the video of a clip may have, which holds its frames and its sound."""
+    return [name + ending for ending in VIDEOS]
+
+
+def kind_of(paths: Sequence[Path], kind: str) -> str:
+    """The kind of frames or sound, which may be extracted already or within the videos."""
+    path = next((path for path in paths if path.exists()), paths[0])
+    in_video = path.suffix.lower() in VIDEOS and not path.is_dir()
+    return {"frames": "video", "audio": "videosound"}.get(kind, kind) if in_video else kind
+
+
 def build_dataset(root: Path, rows: list[dict[str, str]], options: Options, **defaults: float) -> Dataset:
-    """The dataset of these rows. Options that the run does not set take the usual values of the field."""
+    """The dataset of these rows. Options that the run does not set take the usual values of the field.
+
+    With ``allow_missing``, files that do not exist are modalities that their samples lack.
+    """
     kinds = {"frames": "frames", "flow": "flow", "sound": "audio", "view1": "image", "view7": "image"}
+    kinds = {m: kind_of([root / row[m] for row in rows], kind) for m, kind in kinds.items() if m in rows[0]}
+    for m in kinds if options.of(Columns).allow_missing else ():
+        lacking = [row for row in rows if not all((root / path).exists() for path in row[m].split(";"))]
+        for row in lacking:
+            row[m] = ""
+        if lacking:
+            count = f"{len(lacking)} of {len(rows)}"
+            log.warning("%s: %s samples have no file of %s, such as %s", root, count, m, lacking[0]["id"])
     usual: dict[str, Any] = {
         "image_size": 224,
         "sample_rate": 22050,
-        "kinds": {m: k for m, k in kinds.items() if m in rows[0]},
+        "kinds": kinds,
     } | defaults
     values = options.flat()
     options = options.replace(**{n: value for n, value in usual.items() if values.get(n) is None})
@@ -84,17 +108,21 @@ def cremad(options: Options) -> Dataset:
     """CREMA-D: faces and voices of 91 actors, six emotions.
 
     Protocol of OGM-GE: train.csv and test.csv (id,LABEL), one frame per second, sound repeated to 3 seconds. Training
-    and test contain all actors. With ``fold``, validation and test contain only actors that training does not.
+    and test contain all actors. With ``fold``, validation and test contain only actors that training does not. Frames
+    and sound that are not extracted are read from VideoFlash.
     """
     root = need_root("cremad", options)
-    frames = [find_path(root, "frames", "Image-01-FPS", "visual/Image-01-FPS", "visual")]
-    sounds = [find_path(root, "sound", "AudioWAV", "Audio-01-FPS", "audio", "wav", "Audio")]
+    frames = [find_path(root, "frames", "Image-01-FPS", "visual/Image-01-FPS", "visual", "VideoFlash")]
+    sounds = [find_path(root, "sound", "AudioWAV", "Audio-01-FPS", "audio", "wav", "Audio", "VideoFlash")]
     rows = []
     for split in ("train", "test"):
         for name, label, *_ in read_fields(
             find_path(root, f"its {split} list", f"{split}.csv", f"annotations/{split}.csv"), ",", 2
         ):
-            files = {"frames": first_existing(frames, name), "sound": first_existing(sounds, f"{name}.wav")}
+            files = {
+                "frames": first_existing(frames, name, *in_videos(name)),
+                "sound": first_existing(sounds, f"{name}.wav", *in_videos(name)),
+            }
             rows.append({"id": name, "label": label, "split": split} | files)
     fold = options.of(Fold).fold
     if fold is not None:
@@ -111,7 +139,8 @@ def cremad(options: Options) -> Dataset:
 def kinetics_sounds(options: Options) -> Dataset:
     """Kinetics-Sounds: 31 actions that can be seen and heard.
 
-    Lists as in OGM-GE's repository: my_train.txt and my_test.txt with lines ``id,10,label``; clips of 10 seconds.
+    Lists as in OGM-GE's repository: my_train.txt and my_test.txt with lines ``id,10,label``; clips of 10 seconds, as
+    frames and sound or as videos.
     """
     root = need_root("kinetics-sounds", options)
     rows = []
@@ -122,8 +151,8 @@ def kinetics_sounds(options: Options) -> Dataset:
             root, f"sound of {split}", f"{split}-audios/{split}-set", f"audio/{split}", f"{split}_audio", "audio", split
         )
         for name, _, label, *_ in read_fields(find_path(root, f"its {split} list", f"my_{split}.txt"), ",", 3):
-            sound = first_existing([sounds], f"{name}.wav", f"{name}/{name}.wav")
-            files = {"frames": first_existing([frames], name, f"{name}.mp4"), "sound": sound}
+            sound = first_existing([sounds], f"{name}.wav", f"{name}/{name}.wav", *in_videos(name))
+            files = {"frames": first_existing([frames], name, *in_videos(name)), "sound": sound}
             rows.append({"id": name, "label": label, "split": split} | files)
     return build_dataset(root, rows, options)
 
@@ -134,17 +163,21 @@ def ave(options: Options) -> Dataset:
     """AVE: 28 events that can be seen and heard (Tian et al. 2018, arXiv 1803.08842).
 
     The authors' trainSet.txt, valSet.txt and testSet.txt with lines ``category&id&quality&start&end``. A clip that is
-    listed several times is used once.
+    listed several times is used once. Frames and sound that are not extracted are read from the videos.
     """
     root = need_root("ave", options)
-    frames = [find_path(root, "frames", "Image-01-FPS-SE", "Image-01-FPS", "visual")]
-    sounds = [find_path(root, "sound (wav)", "Audio-01-FPS-SE", "AudioWAV", "Audios", "audio", "wav", "Audio")]
+    videos = ("AVE", "AVE_Dataset/AVE")
+    frames = [find_path(root, "frames", "Image-01-FPS-SE", "Image-01-FPS", "visual", *videos)]
+    sounds = [find_path(root, "sound (wav)", "Audio-01-FPS-SE", "AudioWAV", "Audios", "audio", "wav", "Audio", *videos)]
     rows: dict[str, dict[str, str]] = {}
     for split in ("test", "val", "train"):
         for label, name, *_ in read_fields(
             find_path(root, f"its {split} list", f"{split}Set.txt", f"data/{split}Set.txt"), "&", 2
         ):
-            files = {"frames": first_existing(frames, name), "sound": first_existing(sounds, f"{name}.wav")}
+            files = {
+                "frames": first_existing(frames, name, *in_videos(name)),
+                "sound": first_existing(sounds, f"{name}.wav", *in_videos(name)),
+            }
             rows.setdefault(name, {"id": name, "label": label, "split": split} | files)
     return build_dataset(root, list(rows.values()), options)
 
@@ -183,7 +216,7 @@ def modelnet40(options: Options) -> Dataset:
     for split in ("train", "test"):
         for file in sorted(root.glob(f"*/{split}/*.png")):
             view = re.fullmatch(r"(.+?)[._](?:shaded_v)?(\d{3})", file.stem)
-            if view:
+            if view and not is_hidden(file.name):
                 objects.setdefault((file.parent.parent.name, split, view[1]), file.relative_to(root))
     if not objects:
         raise UserError(

@@ -131,11 +131,7 @@ def build(views: Views, name: str, options: Options) -> Dataset:
     stored, modalities = {}, {}
     for m, array in views.arrays.items():
         stored[m] = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
-        x = stored[m][train].double().flatten(0, -2)
-        std = x.std(0, correction=0)
-        std = torch.where(std > 1e-6 * x.abs().amax(0), std, 1)
-        pipeline = Features(tuple(x.mean(0).tolist()), tuple(std.tolist()))
-        modalities[m] = Modality("mlp" if array.ndim == 2 else "cnn1d", (m,), pipeline)
+        modalities[m] = Modality("mlp" if array.ndim == 2 else "cnn1d", (m,), Features.of(stored[m][train]))
     splits: dict[str, Any] = {
         part: Split(labels[rows], {m: t[rows] for m, t in stored.items()}, [str(i) for i in rows.tolist()])
         for part, rows in (("train", train), ("val", val), ("test", test))
@@ -212,7 +208,7 @@ def labels_of(value: np.ndarray) -> list[str]:
             raise UserError(f"labels of shape {value.shape} are neither a vector nor one-hot")
         value = codes.argmax(1) + 1
     flat = (x.ravel()[0] if isinstance(x, np.ndarray) and x.size else x for x in value.ravel())
-    return [str(int(x)) if isinstance(x, np.number) and x == int(x) else str(x).strip() for x in flat]
+    return [str(int(x)) if isinstance(x, np.number) and float(x).is_integer() else str(x).strip() for x in flat]
 
 
 # --- .ts ---

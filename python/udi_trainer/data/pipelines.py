@@ -114,6 +114,13 @@ class Spectrogram:
         return masked.view(len(x), *(size if a == axis else 1 for a in (1, 2, 3)))
 
 
+def moments(x: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of (N, ..., D) by position of the last axis; the latter is 1 where x is constant."""
+    x = x.double().flatten(0, -2)
+    std = x.std(0, correction=0)
+    return tuple(x.mean(0).tolist()), tuple(torch.where(std > 1e-6 * x.abs().amax(0), std, 1).tolist())
+
+
 @dataclass(frozen=True)
 class Features:
     """Normalised arrays (N, ...), with one mean or one per position of the last axis, reshaped to ``shape``.
@@ -125,6 +132,11 @@ class Features:
     std: tuple[float, ...]
     shape: tuple[int, ...] | None = None
     padded: bool = False
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Features":
+        """Standardises inputs like these, the training samples (N, ..., D): by position of the last axis."""
+        return cls(*moments(x))
 
     def __call__(self, x):
         x = x if self.shape is None else x.view(len(x), *self.shape)

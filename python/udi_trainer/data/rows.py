@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..console import log
 from ..errors import UserError, short
+from .cache import LFS_POINTER
 
 RESERVED = ("label", "split", "group", "id")  # columns that are no modality
-LFS_POINTER = "version https://git-lfs"  # how a file starts that Git LFS has not fetched
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from .kinds import is_hidden
 from .rows import RESERVED, write
 
 GROUPS = ("group", "speaker", "actor", "subject", "patient", "singer", "person")  # fields that define a group
@@ -88,10 +89,10 @@ def expression(name: str, pattern: str) -> re.Pattern[str]:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """The sorted paths of all files and subfolders, relative to the folder, with slashes."""
+    """The sorted paths of all files and subfolders but hidden ones, relative to the folder, with slashes."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted([*folders, *files]):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted([*folders, *(name for name in files if not is_hidden(name))]):
             yield os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/")

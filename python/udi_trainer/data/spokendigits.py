@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from ..console import log
 from ..errors import UserError
 from ..options import Group, Options, number, option, reads
 from ..registry import datasets
 from .cache import Cache, CacheOptions
 from .dataset import DataRoot, Dataset, Fold, Modality, Split
 from .digits import mnist
-from .kinds import Audio, AugmentationOptions, Column, SoundOptions
+from .kinds import Audio, AugmentationOptions, Column, Damage, Kind, SoundOptions, is_hidden
 from .manifest import load_column
 from .noise import add_noise
 from .pipelines import Features
@@ -34,31 +35,30 @@ class SpokenDigits(Group, title="data"):
 
 
 @datasets.register("spokendigits", needs=("soundfile",), extra="data")
-@reads(DataRoot, Fold, SpokenDigits, CacheOptions, SoundOptions, AugmentationOptions)
+@reads(DataRoot, Fold, SpokenDigits, Damage, CacheOptions, SoundOptions, AugmentationOptions)
 def spokendigits(options: Options) -> Dataset:
     """Spoken digits of the Free Spoken Digit Dataset, and written ones of MNIST."""
     data_root, own, fold = options.of(DataRoot).data_root, options.of(SpokenDigits), options.of(Fold).fold or 0
     if data_root is None:
         raise UserError("dataset spokendigits needs --data-root DIR, with the wav files and MNIST's four idx.gz files")
     root = Path(data_root)
-    files = sorted((p for p in root.rglob("*.wav") if NAME.fullmatch(p.name)), key=lambda p: p.name)
+    found = (p for p in root.rglob("*.wav") if NAME.fullmatch(p.name))
+    visible = (p for p in found if not any(map(is_hidden, p.relative_to(root).parts)))
+    files = sorted(visible, key=lambda p: p.name)
     if not files:
         raise UserError(f"--data-root {root} and its subfolders contain no recordings such as 7_jackson_32.wav")
-    names = [match.groups() for p in files if (match := NAME.fullmatch(p.name))]
-    speakers = sorted({speaker for _, speaker, _ in names})
+    speakers = sorted({speaker for _, speaker in map(parts_of, files)})
     if len(speakers) < 4:
         raise UserError(f"--data-root {root} has recordings of {len(speakers)} speakers, but a fold needs four or more")
     place = {speaker: (i - fold) % len(speakers) for i, speaker in enumerate(speakers)}
-    part = ["val" if place[s] == 0 else "test" if place[s] <= 2 else "train" for _, s, _ in names]
     labelled = own.labelled_speakers or len(speakers) - 3
     if labelled > len(speakers) - 3:
         raise UserError(f"--labelled-speakers {labelled}: only {len(speakers) - 3} speakers are for training")
 
-    column = Column("speech", [[p] for p in files], options, Cache(options.of(CacheOptions).cache_dir), {})
-    kind, keys, sound = load_column(Audio(column))
-    if column.bad or sound is None:
-        raise UserError(next(iter(column.bad.values())))
-    labels = torch.tensor([int(digit) for digit, *_ in names])
+    files, kind, keys, sound = read_recordings(files, options)
+    names = [*map(parts_of, files)]
+    part = ["val" if place[s] == 0 else "test" if place[s] <= 2 else "train" for _, s in names]
+    labels = torch.tensor([int(digit) for digit, _ in names])
     images, generator = mnist(mnist_folder(root)), torch.Generator().manual_seed(fold)
     train_rows = [i for i, name in enumerate(part) if name == "train"]
     speech = kind.modality("speech", sound[train_rows], [keys[i] for i in train_rows])
@@ -84,6 +84,32 @@ def spokendigits(options: Options) -> Dataset:
     gray = Features((x.mean().item(),), (x.std().item(),), (1, *x.shape[1:]))
     modalities = {"image": Modality("cnn", ("image",), gray), "speech": speech}
     return Dataset(10, modalities, train, val, test, class_names=[str(d) for d in range(10)])
+
+
+def parts_of(file: Path) -> tuple[str, str]:
+    """The digit and the speaker of a recording, from its name."""
+    digit, _, rest = file.stem.partition("_")
+    return digit, rest.rpartition("_")[0]
+
+
+def read_recordings(files: list[Path], options: Options) -> tuple[list[Path], Kind, list[bytes], torch.Tensor]:
+    """The recordings that can be read, their kind, keys and samples. Others are refused, or left out by --skip-bad.
+
+    All recordings determine the stored length, so it is the same in every fold.
+    """
+    while True:
+        column = Column("speech", [[p] for p in files], options, Cache(options.of(CacheOptions).cache_dir), {})
+        kind, keys, sound = load_column(Audio(column))
+        if sound is not None and not column.bad:
+            for note in kind.notes:
+                log.warning(note)
+            return files, kind, keys, sound
+        bad = [column.bad[row] for row in sorted(column.bad)]
+        if not options.of(Damage).skip_bad:
+            raise UserError(f"{bad[0]}{f'; and {len(bad) - 1} more' if bad[1:] else ''} (--skip-bad leaves them out)")
+        for reason in bad:
+            log.warning("left out: %s", reason)
+        files = [file for row, file in enumerate(files) if row not in column.bad]
 
 
 def mnist_folder(root: Path) -> Path:

@@ -25,8 +25,8 @@ class FusionOptions(Group, title="fusion"):
     fusion: str = option(
         "auto",
         text,
-        "fusion rule: {fusion_rules}; auto: certainty for dimml, loglinear for residual followers, else what the"
-        " data set recommends, else the one of sum, loglinear, certainty and calibrated with the highest"
+        "fusion rule: {fusion_rules}; auto: certainty for dimml, entropy for mla, loglinear for residual followers,"
+        " else what the data set recommends, else the one of sum, loglinear, certainty and calibrated with the highest"
         " cross-validated likelihood on validation, or what --select says",
     )
 

@@ -28,6 +28,30 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """The font families that draw the text, the usual one first, and its characters that no installed font has."""
+    from matplotlib.font_manager import findfont, fontManager
+
+    families = ["DejaVu Sans"]
+    missing = {c for c in text if c.isprintable()} - characters_of(findfont(families[0]))
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    for font in regular if missing else ():
+        if "Last Resort" not in font.name and (found := missing & characters_of(font.fname)):
+            families.append(font.name)
+            missing -= found
+    return families, "".join(sorted(missing))
+
+
+def characters_of(file: str) -> set[str]:
+    """The characters that a font has."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return set(map(chr, FT2Font(file).get_charmap()))
+    except (OSError, RuntimeError):  # of a format that Matplotlib does not read
+        return set()
+
+
 def style_axes(axes: Axes, title: str, xlabel: str = "epoch"):
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import IO, Any
 
-from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, new_figure, style_axes
+from ..console import log
+from ..errors import short
+from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, fonts_for, new_figure, style_axes
 
 ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
 LOSSES = {"cls": "$L_{cls}$", "con": "$L_{con}$", "com": "$L_{com}$"}
 ALPHAS = {"alpha_con": r"$\alpha_{con}$", "alpha_com": r"$\alpha_{com}$"}
+PRODUCTS = {(0, 1): r"$\langle g_{cls}, g_{con}\rangle$", (0, 2): r"$\langle g_{cls}, g_{com}\rangle$"}
 History = dict[str, list[dict]]  # the rows of metrics.jsonl by stage
 
 
@@ -48,6 +51,38 @@ def table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+def controller_table(history: History) -> str:
+    """What followers measured under the dynamic controller, epoch by epoch; empty without them."""
+    lines = []
+    for rows in history.values():
+        if "gramian" not in rows[0]:
+            continue
+        heads = (
+            "epoch",
+            "JS",
+            "CLUB",
+            "a_con",
+            "a_com",
+            "cls.cls",
+            "con.con",
+            "com.com",
+            "cls.con",
+            "cls.com",
+            "con.com",
+        )
+        lines.append(
+            f"{rows[0]['phase']} {rows[0]['modality']}: losses in nats (CLUB's per dimension), weights, Gramian"
+        )
+        lines += ["".join(f"{head:>{6 if head == 'epoch' else 10}}" for head in heads)]
+        for row in rows:
+            gram = [row["gramian"][i][j] for i, j in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]
+            values = [row["con"], row["com"], row["alpha_con"], row["alpha_com"]]
+            lines.append(
+                f"{row['epoch']:>6}" + "".join(f"{x:>10.4f}" for x in values) + "".join(f"{x:>10.2e}" for x in gram)
+            )
+    return "\n".join(lines)
+
+
 def fusion_text(scores: dict) -> str:
     """The fusion rule and its weights."""
     weights = scores.get("weights") or {}
@@ -57,11 +92,23 @@ def fusion_text(scores: dict) -> str:
 def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Draws report.png: accuracies above; below, the followers' losses, effective dimensions and results by class.
 
-    Each modality has its own color.
+    Each modality has its own color. Where no installed font has the characters of a class name, its number is drawn.
     """
-    metrics, history = literal(metrics), literal(history)
+    from matplotlib import rc_context
+
+    families, missing = fonts_for(str([metrics, history]))
+    if missing:
+        log.warning("no installed font has %s: report.png shows the numbers of such classes", short(missing, 20))
+        classes = [str(c) if set(name) & set(missing) else name for c, name in enumerate(metrics.get("classes", []))]
+        metrics = metrics | {"classes": classes}
+    with rc_context({"font.family": families}):
+        draw_panels(literal(metrics, missing), literal(history, missing), path)
+
+
+def draw_panels(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     colors = {m: MODALITY_COLORS[i % len(MODALITY_COLORS)] for i, m in enumerate(metrics["modalities"])}
-    followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == "follower"}
+    phase = "co-trained" if metrics["method"] == "co-training" else "follower"
+    followers = {rows[0]["modality"]: rows for rows in history.values() if rows[0]["phase"] == phase}
     if "controller" not in metrics:  # they belong to a baseline
         followers = {}
     effective_dims = metrics.get("effective_dims")
@@ -69,16 +116,19 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     colors |= {phase: METHOD_COLORS[i % len(METHOD_COLORS)] for i, phase in enumerate(joint_phases)}
     colors[metrics["method"]] = INK
     bars = bar_entries(metrics)
+    dynamic = bool(followers) and metrics["controller"] == "dynamic"
     top, middle = max(4.0, 1 + 0.42 * len(bars)), 2.9 * bool(followers or effective_dims)
     bottom = 4.2 * ("test_confusion" in metrics["fused"])
-    heights = [height for height in (top, middle, bottom) if height]
+    heights = [height for height in (top, middle, 2.9 * dynamic, bottom) if height]
     figure = new_figure(12, sum(heights) + 0.4)
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
     draw_accuracies(left, history, metrics["anchor"], colors)
     draw_comparison(right, bars, metrics["method"], colors)
     if followers:
-        draw_losses(rows[1, 0], followers, metrics["controller"] == "dynamic", colors)
+        draw_losses(rows[1, 0], followers, dynamic, colors)
+    if dynamic:
+        draw_controller(rows[2, 0], followers, colors)
     if effective_dims:
         draw_dimensions(rows[1, 0], effective_dims, history, colors)
     if bottom:
@@ -88,13 +138,16 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def literal(value: Any) -> Any:
-    """The same with all strings escaped, so that a $ in a name starts no formula."""
+def literal(value: Any, missing: str = "") -> Any:
+    """The same with all strings escaped, so that a $ in a name starts no formula, and without missing characters."""
     if isinstance(value, dict):
-        return {literal(name): literal(part) for name, part in value.items()}
+        return {literal(name, missing): literal(part, missing) for name, part in value.items()}
     if isinstance(value, list):
-        return [literal(part) for part in value]
-    return value.replace("$", r"\$") if isinstance(value, str) else value
+        return [literal(part, missing) for part in value]
+    if not isinstance(value, str):
+        return value
+    value = "".join(c.encode("ascii", "backslashreplace").decode() if c in missing else c for c in value)
+    return value.replace("$", r"\$")
 
 
 def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):
@@ -120,18 +173,37 @@ def draw_accuracies(axes, history: History, anchor: str | None, colors: dict):
 
 
 def draw_losses(figure, followers: History, dynamic: bool, colors: dict):
-    """The followers' losses. With the dynamic controller, further panels show the weights of L_con and L_com."""
-    shown = LOSSES | (ALPHAS if dynamic else {})
+    """The followers' losses."""
     last = next(iter(followers.values()))[-1]
     fixed = ", ".join(f"{label} = {last[name]:g}" for name, label in ALPHAS.items())
-    weights = ", and their weights (dynamic controller)" if dynamic else f"; weights in the last epoch {fixed}"
+    weights = "" if dynamic else f"; weights in the last epoch {fixed}"
     title = f"Follower{'s' * (len(followers) > 1)}: losses before weighting, nats{weights}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+    for axes, (name, label) in zip(figure.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
         lines = [(m, *series(rows, name), {"color": colors[m]}) for m, rows in followers.items()]
         finite = [x for _, _, values, _ in lines for x in values if x == x]
-        axes.set_ylim((-0.03, 1.03) if name in ALPHAS else (min(0, *finite), 1.05 * max(finite)))
+        axes.set_ylim(min(0, *finite), 1.05 * max(finite))
         curves(axes, lines)
+        style_axes(axes, label)
+
+
+def draw_controller(figure, followers: History, colors: dict):
+    """What the dynamic controller measures, inner products of the losses' gradients, and the weights that follow."""
+    figure.suptitle("Dynamic controller: inner products of gradients, and weights", x=0.01, ha="left", fontsize=11)
+    panels = figure.subplots(1, len(PRODUCTS) + len(ALPHAS))
+    for axes, ((i, j), label) in zip(panels, PRODUCTS.items(), strict=False):
+        rows = {m: [row for row in rows if "gramian" in row] for m, rows in followers.items()}
+        lines = [
+            (m, [row["epoch"] for row in kept], [row["gramian"][i][j] for row in kept], {"color": colors[m]})
+            for m, kept in rows.items()
+        ]
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        curves(axes, lines)
+        style_axes(axes, label)
+    for axes, (name, label) in zip(panels[len(PRODUCTS) :], ALPHAS.items(), strict=True):
+        axes.set_ylim(-0.03, 1.03)
+        curves(axes, [(m, *series(rows, name), {"color": colors[m]}) for m, rows in followers.items()])
         style_axes(axes, label)
 
 

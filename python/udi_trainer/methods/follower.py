@@ -29,25 +29,19 @@ Q_WARMUP = 100  # steps that only fit q: the bound of an unfitted q is noise tha
 
 @dataclass(frozen=True, kw_only=True)
 class FollowerOptions(Group, title="UDI: the followers' losses"):
-    follower_loss: str = option(
-        "label",
-        one_of("label", "residual"),
-        "L_cls of a follower: of its own logits (label), or of their sum with the anchor's (residual), so that it"
-        " learns what the anchor does not know",
-        needs={"teacher": "anchor"},
-    )
     controller: str = option(
-        "static",
+        "dynamic",
         one_of("dynamic", "static"),
-        "weights of L_con and L_com: static, or dynamic, from the losses' gradients",
+        "weights of L_con and L_com: dynamic, from the losses' gradients as in the paper, or static",
     )
     alpha: tuple[float, float] | None = option(
         None,
         pair("weights CON,COM", number(float, 0), number(float, 0)),
-        "weights of L_con and L_com under the static controller",
+        "static weights of L_con and L_com; implies --controller static",
         "CON,COM",
         "1,1",
         needs={"controller": "static"},
+        implied=True,
     )
     align_every: str | int = option(
         "epoch",
@@ -85,7 +79,7 @@ class FollowerOptions(Group, title="UDI: the followers' losses"):
 
 
 class Follower(Unimodal):
-    key = "follower"
+    key, rounds = "follower", 1
 
     def __init__(
         self,
@@ -106,7 +100,7 @@ class Follower(Unimodal):
         """
         super().__init__(run, modality)
         if round > 1:
-            self.name += f"-{round}"
+            self.name, self.seed_name = (f"{name}-{round}" for name in (self.name, self.seed_name))
         self.options = options = run.options.of(FollowerOptions)
         self.teacher, present = teacher, run.data.val.present(modality)
         self.val_anchor_logits = val_anchor_logits
@@ -123,7 +117,8 @@ class Follower(Unimodal):
         self.shard(self.q.layers)  # not q itself: its output is a view, which FSDP2 warns of
         self.q_parameters = list(self.q.parameters())
         self.optimizer = run.optimizer(
-            [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}]
+            [{"params": self.parameters}, {"params": self.q_parameters, "lr_scale": options.q_lr}],
+            run.decay.get(modality),
         )
         self.warmup = q_warmup(run)
         self.controller = Controller(run).to(run.device)
@@ -141,7 +136,8 @@ class Follower(Unimodal):
         if align:
             # The gradients that set the weights make this step's update too.
             grads = [self.gradients(loss, self.parameters, retain_graph=True) for loss in (cls, con, com)]
-            found = alignment_weights(gramian(grads))
+            self.controller.gram.copy_(gramian(grads))
+            found = alignment_weights(self.controller.gram)
             alpha.copy_(found.where(found.isfinite(), alpha) if self.loss_scale else found)
             q_grad = self.gradients(q_nll, self.q_parameters)
             update(self.optimizer, parameters, [*weighted_sum(grads, alpha), *q_grad])
@@ -153,6 +149,10 @@ class Follower(Unimodal):
         loss = torch.stack((cls, con, com)).detach() @ alpha
         scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
         return scalars | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
+
+    def measured(self):
+        """The Gramian of L_cls, L_con and L_com that the dynamic controller measured last."""
+        return {} if self.controller.every is None else {"gramian": self.controller.gram.tolist()}
 
     def losses(self, batch: Batch, fitted: bool) -> tuple[torch.Tensor, ...]:
         """L_cls, L_con, L_com, q's loss, the bound behind L_com, and q's input and target, detached."""
@@ -220,14 +220,18 @@ def repeated(present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Controller(nn.Module):
-    """The weights (1, a_con, a_com) of the three losses, and the steps in which they are measured anew."""
+    """The weights (1, a_con, a_com) of the three losses, their gradients' Gramian, and the steps that measure both."""
 
     def __init__(self, run: Run):
         super().__init__()
         options = run.options.of(FollowerOptions)
         static = options.controller == "static"
         self.register_buffer("alpha", torch.tensor([1.0, *(options.alpha or (0, 0))]))
+        self.register_buffer("gram", torch.zeros(3, 3))
         self.every = None if static else run.steps if options.align_every == "epoch" else int(options.align_every)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return super().load_state_dict({"gram": self.gram} | state_dict, *args, **kwargs)  # older states lack it
 
     def due(self, number: int) -> bool:
         return self.every is not None and number % self.every == 0

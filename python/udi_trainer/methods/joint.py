@@ -12,7 +12,7 @@ from ..models.encoders import is_stochastic
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs
-from ..training.loop import fit
+from ..training.loop import fit, fit_best
 from ..training.task import Task, trainable, update
 from .outcome import Outcome
 
@@ -24,8 +24,10 @@ class Joint(Task):
     classifier: type = ConcatClassifier
     model: JointClassifier
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, decay: float | None = None) -> None:
         super().__init__(run)
+        self.decay = decay
+        self.rename()
         views = run.data.modalities
         made = {name: self.make_encoder(name) for name in views}
         encoders = {name: encoder for name, (encoder, _) in made.items()}
@@ -33,7 +35,7 @@ class Joint(Task):
         self.random = any(view.random for view in views.values()) or any(map(is_stochastic, encoders.values()))
         self.model = self.place(self.classifier(encoders, widths, run.data.classes))
         self.parameters = trainable(self.model)
-        self.optimizer = run.optimizer(self.parameters)
+        self.optimizer = run.optimizer(self.parameters, decay)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
     def forward(self, batch: Batch, training: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -96,7 +98,13 @@ def train_joint(task: Joint) -> Outcome:
     return Outcome(metrics, {task.key: task.model})
 
 
+def best_joint(run: Run, kind: type[Joint]) -> Joint:
+    """The task of the weight decay that is best on validation."""
+    (task,) = fit_best([[run.make(kind, decay=decay) for decay in run.decays]], run)
+    return task
+
+
 @methods.register("joint")
 def joint(run: Run) -> Outcome:
     """One linear head on the concatenated features, one loss."""
-    return train_joint(run.make(Joint))
+    return train_joint(best_joint(run, Joint))

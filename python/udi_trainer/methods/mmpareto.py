@@ -55,12 +55,13 @@ class MMPareto(Joint):
         grads = [g if g is not None else t for g, t in zip(ours, theirs, strict=True)]  # of the heads
         scalars = {"loss": joint} | {f"loss_{m}": loss for m, loss in alone.items()}
         for m, indices in self.of.items():
-            if indices:
-                pair = [[side[i] for i in indices] for side in (ours, theirs)]
+            learning, weights = [i for i in indices if ours[i] is not None], torch.zeros_like(joint).expand(2)
+            if learning:  # the encoder is not frozen
+                pair = [[side[i] for i in learning] for side in (ours, theirs)]
                 weights = pareto_weights(gramian(pair), self.gamma)
-                for i, g in zip(indices, weighted_sum(pair, weights), strict=True):
+                for i, g in zip(learning, weighted_sum(pair, weights), strict=True):
                     grads[i] = g
-                scalars[f"weight_{m}"] = weights[1]
+            scalars[f"weight_{m}"] = weights[1]
         update(self.optimizer, self.parameters, grads)
         return scalars
 

@@ -3,7 +3,8 @@
 Anchor phase: every modality alone; the best is frozen as the anchor. Follower phase: every other modality learns from
 its labels and from the anchor, see `follower`; no gradient reaches the anchor.
 
-With --teacher fused, all modalities follow the fused prediction of all. That is co-training, and no longer one way.
+In co-training (method co-training, or --teacher fused), all modalities follow the fused prediction of all. That is no
+longer one way.
 """
 
 import math
@@ -48,35 +49,53 @@ class UDIOptions(Group, title="UDI"):
         "F",
         needs={"anchor": "auto", "teacher": "anchor"},
     )
-    follower_init: str = option(
-        "scratch",
-        one_of("scratch", "anchor-phase"),
-        "weights that followers start from: scratch, or anchor-phase (trained alone)",
+    follower_loss: str = option(
+        "label",
+        one_of("label", "residual"),
+        "L_cls of a follower: of its own logits (label), or of their sum with the anchor's (residual), so that it"
+        " learns what the anchor does not know",
+        needs={"teacher": "anchor"},
     )
     teacher: str = option(
         "anchor",
         one_of("anchor", "fused"),
         "what followers learn from: anchor; or fused: the fused prediction of all modalities, and all of them follow"
-        " (co-training, no longer one way)",
-    )
-    rounds: int = option(
-        1,
-        number(int, 1),
-        "with --teacher fused: how often followers are trained, each time from the previous ones",
-        needs={"teacher": "fused"},
+        " (the method co-training, no longer one way)",
     )
 
     def check(self, data: Dataset) -> None:
         if self.anchor != "auto":
             choose("anchor", self.anchor, data.modalities)
-        if self.teacher == "fused" and (lacking := [m for m in data.modalities if data.train.present(m) is not None]):
-            raise UserError(f"--teacher fused fuses all modalities, and samples lack {', '.join(lacking)}")
+        if self.teacher == "fused":
+            check_complete(data)
 
 
-def anchor_phase(run: Run) -> tuple[dict[str, Alone], str, dict]:
+def check_complete(data: Dataset) -> None:
+    """Raises UserError where samples lack a modality, as co-training fuses all."""
+    if lacking := [m for m in data.modalities if data.train.present(m) is not None]:
+        raise UserError(f"co-training fuses all modalities, and samples lack {', '.join(lacking)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoTrainingOptions(Group, title="UDI and co-training"):
+    follower_init: str = option(
+        "scratch",
+        one_of("scratch", "anchor-phase"),
+        "weights that followers start from: scratch, or anchor-phase (trained alone)",
+    )
+    rounds: int | None = option(
+        None,
+        number(int, 1),
+        "of co-training: how often followers are trained, each time from the previous ones",
+        shown="1; of the method co-training 2",
+        needs={"teacher": "fused"},
+    )
+
+
+def anchor_phase(run: Run, options: UDIOptions) -> tuple[dict[str, Alone], str, dict]:
     """Trains modalities alone: their tasks by modality, the anchor, and how it was chosen."""
-    options, epochs = run.options.of(UDIOptions), run.options.epochs
-    only_anchor = options.anchor != "auto" and options.follower_init == "scratch"
+    epochs = run.options.epochs
+    only_anchor = options.anchor != "auto" and run.options.of(CoTrainingOptions).follower_init == "scratch"
     selected_at = math.ceil(options.race * epochs) if options.race else epochs  # epoch
     tasks = train_alone(run, [options.anchor] if only_anchor else None, selected_at, phase="anchor")
     histories = {m: run.history[task.name][:selected_at] for m, task in tasks.items()}
@@ -163,7 +182,7 @@ def overfitted(anchor: Alone, val_acc: float) -> str | None:
 
 def follow(run: Run, tasks: Mapping[str, Alone], name: str, alone: dict[str, dict]) -> dict[str, Follower]:
     """Trains the followers of the anchor ``name``. ``alone``: the logits of each task."""
-    residual = run.options.of(FollowerOptions).follower_loss == "residual"
+    residual = run.options.of(UDIOptions).follower_loss == "residual"
     val, labels = alone[name]["val"], run.labels["val"]
     if residual and (reason := overfitted(tasks[name], accuracy(val, labels))):
         log.warning("anchor %s is overfitted, which ruins residual followers: %s", name, reason)
@@ -183,12 +202,20 @@ def follow(run: Run, tasks: Mapping[str, Alone], name: str, alone: dict[str, dic
     return followers
 
 
-def co_train(run: Run, tasks: Mapping[str, Alone], logits: dict[str, dict]) -> dict[str, Follower]:
+class CoTrained(Follower):
+    """A follower of the method co-training; its seeds, and so its figures, are those of --teacher fused."""
+
+    key, seed_key, rounds = "co-trained", "follower", 2
+
+
+def co_train(
+    run: Run, tasks: Mapping[str, Alone], logits: dict[str, dict], kind: type[Follower]
+) -> dict[str, Follower]:
     """Trains all modalities to follow the fused prediction; each round follows the models of the last one."""
-    teachers, rounds = fused_teachers(run, tasks, logits), run.options.of(UDIOptions).rounds
+    teachers, rounds = fused_teachers(run, tasks, logits), run.options.of(CoTrainingOptions).rounds or kind.rounds
     for round in range(1, rounds + 1):
         followers = {
-            m: run.make(Follower, modality=m, teacher=teachers[m], initial=initial(run, tasks, m), round=round)
+            m: run.make(kind, modality=m, teacher=teachers[m], initial=initial(run, tasks, m), round=round)
             for m in tasks
         }
         fit(list(followers.values()), run)
@@ -199,16 +226,28 @@ def co_train(run: Run, tasks: Mapping[str, Alone], logits: dict[str, dict]) -> d
 
 def initial(run: Run, tasks: Mapping[str, Alone], modality: str) -> Alone | None:
     """The task whose parameters a follower starts from; None: from scratch."""
-    return tasks[modality] if run.options.of(UDIOptions).follower_init == "anchor-phase" else None
+    return tasks[modality] if run.options.of(CoTrainingOptions).follower_init == "anchor-phase" else None
 
 
 @methods.register("udi", baselines=("joint",))
-@reads(UDIOptions, FollowerOptions, FusionOptions)
+@reads(UDIOptions, CoTrainingOptions, FollowerOptions, FusionOptions)
 def udi(run: Run) -> Outcome:
     """Unidirectional Dynamic Interaction: a frozen anchor, and followers that learn from it."""
-    options, losses = run.options.of(UDIOptions), run.options.of(FollowerOptions)
-    co_training = options.teacher == "fused"
-    tasks, name, selection = anchor_phase(run)
+    return two_phases(run, run.options.of(UDIOptions), Follower)
+
+
+@methods.register("co-training", baselines=("joint",))
+@reads(CoTrainingOptions, FollowerOptions, FusionOptions)
+def co_training(run: Run) -> Outcome:
+    """Each modality learns from its labels and from the fused prediction of all, in rounds."""
+    check_complete(run.data)
+    return two_phases(run, UDIOptions(teacher="fused"), CoTrained)
+
+
+def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
+    """Trains each modality alone, then ``kind`` of followers of the anchor, or in co-training of all."""
+    losses, co_training = run.options.of(FollowerOptions), options.teacher == "fused"
+    tasks, name, selection = anchor_phase(run, options)
     features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
     epochs = {m: len(run.history[task.name]) for m, task in tasks.items() if m != name}
@@ -219,7 +258,7 @@ def udi(run: Run) -> Outcome:
     warmup, steps = q_warmup(run), run.options.epochs * run.steps
     if warmup >= steps:
         log.warning("q is fitted in all %d steps of a follower, so L_com never counts: lower --q-warmup", steps)
-    followers = co_train(run, tasks, alone) if co_training else follow(run, tasks, name, alone)
+    followers = co_train(run, tasks, alone, kind) if co_training else follow(run, tasks, name, alone)
     followed, trained = predictions(followers, run)
     logits = {m: (trained if m in followers else alone)[m] for m in run.data.modalities}
     collapses = {}
@@ -229,7 +268,7 @@ def udi(run: Run) -> Outcome:
         if reason:
             collapses[modality] = reason
             log.warning("follower %s collapsed: %s", modality, reason)
-    own = "loglinear" if losses.follower_loss == "residual" else "auto"
+    own = "loglinear" if options.follower_loss == "residual" else "auto"
     fused, rule = fuse(run.fusion(own), logits, run.labels, run.options.select)
     metrics = {
         "anchor": None if co_training else name,

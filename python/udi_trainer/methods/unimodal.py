@@ -8,7 +8,7 @@ from ..data.dataset import Batch
 from ..models.classifiers import Classifier
 from ..models.encoders import is_stochastic
 from ..run import Run
-from ..training.loop import fit
+from ..training.loop import fit_best
 from ..training.task import Task, trainable, update
 
 
@@ -43,9 +43,11 @@ class Unimodal(Task):
 class Alone(Unimodal):
     key = "anchor"
 
-    def __init__(self, run: Run, modality: str) -> None:
+    def __init__(self, run: Run, modality: str, decay: float | None = None) -> None:
+        """``decay``: the weight decay, by default the one chosen for the modality."""
         super().__init__(run, modality)
-        self.optimizer = run.optimizer(self.parameters)
+        self.decay = run.decay.get(modality) if decay is None else decay
+        self.optimizer = run.optimizer(self.parameters, self.decay)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
     def step(self, batch):
@@ -59,8 +61,11 @@ def train_alone(
     run: Run, modalities: Sequence[str] | None = None, epochs: int | None = None, phase: str = "unimodal"
 ) -> dict[str, Alone]:
     """Trains these modalities (by default all), each alone; returns their tasks by modality."""
-    tasks = {modality: run.make(Alone, modality=modality) for modality in modalities or run.data.modalities}
-    for task in tasks.values():
+    names = list(modalities or run.data.modalities)
+    tried = [[run.make(Alone, modality=m, decay=decay) for decay in run.decays] for m in names]
+    for task in (task for group in tried for task in group):
         task.phase = phase
-    fit(list(tasks.values()), run, epochs)
+        task.rename()
+    tasks = dict(zip(names, fit_best(tried, run, epochs), strict=True))
+    run.decay = {m: task.decay for m, task in tasks.items() if task.decay is not None}
     return tasks

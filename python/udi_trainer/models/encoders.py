@@ -45,28 +45,68 @@ def mlp(shape: torch.Size, features: int = FEATURES) -> nn.Module:
 
 
 @encoders.register("cnn1d")
-class CNN1d(nn.Sequential):
+def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     """Three convolutions along the first axis of sequences (T, D), then the mean over time.
 
     Steps of zeros at the end are padding: the features are those of the sequence without them.
     """
+    sizes = (shape[1], 64, 128, 128)
+    pairs = zip(sizes, sizes[1:], strict=False)
+    layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
+    return Padded(Transpose(), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU())
 
-    def __init__(self, shape: torch.Size, features: int = FEATURES):
-        sizes = (shape[1], 64, 128, 128)
-        pairs = zip(sizes, sizes[1:], strict=False)
-        layers = [layer for a, b in pairs for layer in (nn.Conv1d(a, b, 5, stride=2, padding=2), nn.ReLU())]
-        head = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, features), nn.ReLU()
-        super().__init__(Transpose(), *layers, *head)
+
+class Padded(nn.Sequential):
+    """Layers over sequences (N, T, D), the first one a transposition, that see and pool the real steps only.
+
+    Steps of zeros at the end are padding. BatchNorm's statistics include them.
+    """
 
     def forward(self, x):
-        transpose, *layers, pool, flatten, linear, relu = self
+        transpose, *layers = self
         real = real_steps(x)[:, None]
         x = transpose(x)
-        for convolution, activation in zip(layers[::2], layers[1::2], strict=True):
-            real = real[..., ::2]
-            x = activation(convolution(x)) * real
-        mean = flatten(pool(x)) * (real.shape[2] / real.sum(2).clamp_min(1))
-        return relu(linear(mean))
+        for layer in layers:
+            x = layer(x)
+            if isinstance(layer, nn.Conv1d):
+                real = real[..., :: layer.stride[0]]
+            elif isinstance(layer, nn.ReLU) and x.dim() == 3:
+                x = x * real
+            elif isinstance(layer, nn.AdaptiveAvgPool1d):
+                x = x / real_share(real)
+            elif isinstance(layer, MeanAndMax):
+                x = layer.rescaled(x, real_share(real)[..., 0])
+        return x
+
+
+def real_share(real: torch.Tensor) -> torch.Tensor:
+    """The share of real steps (N, 1, 1), of a mask (N, 1, T)."""
+    return real.float().mean(2, keepdim=True).clamp_min(1 / real.shape[2])
+
+
+@encoders.register("fcn")
+def fcn(shape: torch.Size, features: int = FEATURES) -> nn.Module:
+    """For short sequences (T, D): three convolutions with BatchNorm at full length, then mean and maximum over time.
+
+    The fully convolutional network of Wang, Yan and Oates (arXiv 1611.06455), which takes the mean alone.
+    """
+    sizes = (shape[1], 64, 128, 64)
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel in zip(sizes, sizes[1:], (7, 5, 3), strict=False):
+        layers += [nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return Padded(Transpose(), *layers, MeanAndMax(), nn.Linear(2 * sizes[-1], features), nn.ReLU())
+
+
+class MeanAndMax(nn.Module):
+    """Over the last axis, side by side."""
+
+    def forward(self, x):
+        return torch.cat((x.mean(-1), x.amax(-1)), dim=1)
+
+    def rescaled(self, x, share):
+        """The result, with the mean over this share (N, 1) of the axis; the rest of it was 0."""
+        mean, maximum = x.chunk(2, dim=1)
+        return torch.cat((mean / share, maximum), dim=1)
 
 
 class Transpose(nn.Module):

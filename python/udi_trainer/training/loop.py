@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from .engine import Eager, Graphs
 from .feed import Feed
 from .inference import predict
 from .task import Task
+
+T = TypeVar("T", bound=Task)
 
 
 def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
@@ -55,6 +58,18 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
             progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:
         stage.finish()
+
+
+def fit_best(candidates: Sequence[Sequence[T]], run: Run, epochs: int | None = None) -> list[T]:
+    """Trains groups of tasks, as by :func:`fit`; the task of each group that is best on validation."""
+    fit([task for group in candidates for task in group], run, epochs)
+    best = []
+    for group in candidates:
+        rows = [best_epoch(run.history[task.name], run.options.select) for task in group]
+        best.append(group[rows.index(best_epoch(rows, run.options.select))])
+        if len(group) > 1:
+            log.info("%s: weight decay %g, the best on validation", best[-1].name, best[-1].decay)
+    return best
 
 
 def share_stream(stages: Sequence["Stage"]) -> None:
@@ -117,7 +132,7 @@ class Stage:
         self.best: dict | None = None
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
-        self.engine = engine(task, self.feed, run.seed(task.name, "steps"))
+        self.engine = engine(task, self.feed, run.seed(task.seed_name, "steps"))
 
     def restore(self) -> None:
         """Continues from the last checkpoint, if there is one."""
@@ -171,7 +186,7 @@ class Stage:
     def epoch_steps(self) -> Iterator[int]:
         """Trains an epoch, or what is left of it; yields 1 after each step."""
         train, steps = self.run.data.train, self.run.steps
-        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.name, self.epoch))
+        shuffle = torch.Generator().manual_seed(self.run.seed(self.task.seed_name, self.epoch))
         kept = [self.labelled, self.present] if self.task.semi_supervised else [self.labelled]
         orders = [
             cycle(torch.randperm(len(train), generator=shuffle), which, steps * self.run.batch_size) for which in kept
@@ -222,6 +237,7 @@ class Stage:
         if fault or not math.isfinite(val["val_loss"]):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
+        row |= self.task.measured()
         row["seconds"] = self.seconds + (time.perf_counter() - began) / shared
         self.history.append(row)
         if self.best_row() is row:

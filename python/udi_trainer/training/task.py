@@ -28,6 +28,7 @@ class Task:
     """
 
     key = ""  # first part of its name; the name seeds the task and names its checkpoint
+    seed_key = ""  # the key of another task whose random numbers it draws
     capturable = True  # whether a CUDA graph can hold its steps: nothing in them synchronises with the GPU
     semi_supervised = False  # whether a batch holds samples with or without label, then as many labelled ones
     random = True  # whether its steps may draw random numbers; only tasks that do not can run in parallel threads
@@ -35,11 +36,12 @@ class Task:
     model: nn.Module
     parameters: list[nn.Parameter]
     parts: dict
+    decay: float | None = None
 
     def __init__(self, run: Run, modality: str | None = None) -> None:
         self.run, self.modality = run, modality
         self.phase = self.key  # its name in the log
-        self.name = self.name_of(modality)
+        self.name, self.seed_name = self.name_of(modality), self.seed_name_of(modality)
         # The modalities that it needs as input.
         self.reads = tuple(run.data.modalities) if modality is None else (modality,)
         self.loss_scale = LossScale().to(run.device) if run.options.amp == "fp16" else None
@@ -48,6 +50,16 @@ class Task:
     @classmethod
     def name_of(cls, modality: str | None) -> str:
         return "-".join(filter(None, (cls.key, modality)))
+
+    def rename(self) -> None:
+        """Names a task that tries another weight decay than the first, and its phase, after it."""
+        if self.decay not in (None, self.run.decays[0]):
+            self.name += f"-decay-{self.decay:g}"
+            self.phase += f", decay {self.decay:g}"
+
+    @classmethod
+    def seed_name_of(cls, modality: str | None) -> str:
+        return "-".join(filter(None, (cls.seed_key or cls.key, modality)))
 
     def make_encoder(self, modality: str) -> tuple[nn.Module, int]:
         """A new encoder for this modality, and the width of its features; frozen as the options say."""
@@ -160,6 +172,10 @@ class Task:
         # autograd.grad would bypass FSDP2's hooks, which average.
         torch.autograd.backward(losses, weights, retain_graph)
         return [parameter.grad for parameter in parameters]
+
+    def measured(self) -> dict[str, Any]:
+        """What else the log says of an epoch, at its end."""
+        return {}
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The prediction (N, C)."""

@@ -181,7 +181,7 @@ class TestCertainty:
         self.check(logits)
         self.check(torch.randn(9, 3, 11).transpose(0, 1)[:, :, :7])
 
-    @pytest.mark.parametrize("temperature", [1e-320, 1e-3, 1.0, 1e308])
+    @pytest.mark.parametrize("temperature", [1e-37, 1e-3, 1.0, 1e37])
     def test_impossible_classes(self, temperature):
         logits = 3 * torch.randn(3, 6, 20)
         logits[..., 3] = logits[1, 2, 17] = logits[0, 4, 0] = -torch.inf

@@ -1,6 +1,8 @@
 """Small data of every kind, written to a folder of the test."""
 
 import csv
+import struct
+from fractions import Fraction
 
 import numpy as np
 import soundfile
@@ -103,3 +105,39 @@ def stored(data, m, name):
         if name in split.ids:
             return split.stored[m][list(split.ids).index(name)]
     raise AssertionError(f"{name} is in no split")
+
+
+def write_video(path, levels, times=None, sound=None, rate=16000, codec="mpeg4", sound_codec="aac", size=(32, 16)):
+    """A video of uniform gray frames; ``times``: of each frame, in tenths of a second. ``sound``: of its track."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream(codec, rate=10)
+        pictures.width, pictures.height = size
+        pictures.pix_fmt = "yuv420p"
+        track = None if sound is None else container.add_stream(sound_codec, rate=rate, layout="mono")
+        for i, level in enumerate(levels):
+            frame = av.VideoFrame.from_ndarray(np.full((*size[::-1], 3), level, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = i if times is None else times[i], Fraction(1, 10)
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode())
+        if track is not None:
+            fifo = av.AudioFifo()
+            block = av.AudioFrame.from_ndarray(np.float32(sound)[None], format="flt", layout="mono")
+            block.sample_rate, block.pts, block.time_base = rate, 0, Fraction(1, rate)
+            fifo.write(block)
+            to_codec = av.AudioResampler(track.format.name, "mono", rate)
+            while part := fifo.read(track.codec_context.frame_size or 1024, partial=True):
+                for converted in to_codec.resample(part):
+                    container.mux(track.encode(converted))
+            container.mux(track.encode())
+
+
+def turn(path, matrix):
+    """Writes a rotation into an mp4, as phones do: the first four numbers of the matrix of its track."""
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"tkhd") + 4 + 40  # version 0
+    a, b, c, d = (struct.pack(">i", x << 16) for x in matrix)
+    raw[start : start + 20] = a + b + bytes(4) + c + d
+    path.write_bytes(raw)

@@ -8,6 +8,7 @@ import torch
 
 from udi_trainer import Dataset, Modality, Split, UserError, train
 from udi_trainer.data.check import check
+from udi_trainer.data.pipelines import Features
 
 
 def spoil(split, index, value):
@@ -122,3 +123,30 @@ def test_tensors_of_any_kind_pass(mixed):
         for name, split in mixed.splits().items()
     }
     check(replace(mixed, modalities={n: Modality("mlp", (n,)) for n in kinds}, **splits))
+
+
+@pytest.mark.parametrize("scale, told", [(1.0, False), (8.0, False), (1000.0, True), (0.001, True)])
+def test_inputs_of_another_scale_are_told(mixed, caplog, scale, told):
+    for split in mixed.splits().values():
+        split.stored["vector"] = scale * split.stored["vector"]
+    check(mixed)
+    assert ("sensor is not standardised, its values are of size" in caplog.text) == told
+    assert "audio" not in caplog.text and "picture" not in caplog.text
+    caplog.clear()
+    train_samples = mixed.train.stored["vector"]
+    sensor = replace(mixed.modalities["sensor"], make=Features.of(train_samples))
+    check(replace(mixed, modalities=mixed.modalities | {"sensor": sensor}))
+    made = sensor.input({"vector": train_samples})
+    torch.testing.assert_close(made.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.std(0, correction=0), torch.ones(5))
+    assert not caplog.text
+
+
+def test_integers_that_may_be_names_are_not_told(caplog):
+    """Of words, or for an encoder of the user's own; raw pixels are told."""
+    ids = torch.randint(8000, (40, 6), generator=torch.Generator().manual_seed(0))
+    split = Split(torch.arange(40) % 2, {"x": ids.int(), "y": (ids % 256).byte()})
+    views = {"a": Modality("words", ("x",)), "b": Modality(torch.nn.Embedding, ("x",)), "c": Modality("mlp", ("y",))}
+    check(Dataset(2, views, split, split, split))
+    assert "c is not standardised" in caplog.text
+    assert "a is not" not in caplog.text and "b is not" not in caplog.text

@@ -120,3 +120,52 @@ def test_numpy_s_number_of_classes(mixed):
     numpy = pytest.importorskip("numpy")
     result = train(replace(mixed, classes=numpy.int64(2)), "joint", epochs=1, progress=False)
     assert result.predict(Split(mixed.test.labels, mixed.test.stored)).shape == (41, 2)
+
+
+def fewer(rows):
+    return rows[:-4]
+
+
+def swapped_labels(rows):
+    return [row | {"label": {"a": "b", "b": "a"}[row["label"]]} for row in rows]
+
+
+def other_split(rows):
+    return [row | {"split": "test" if i == 0 else row["split"]} for i, row in enumerate(rows)]
+
+
+def other_value(rows):
+    return [row | ({"x": "99"} if i == 7 else {}) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change, wanted", [
+    (fewer, "test ids, test labels"), (swapped_labels, "differs in test labels, train labels, val labels"),
+    (other_split, "test ids"), (other_value, "differs in train table"),
+])  # fmt: skip
+def test_resume_refuses_a_manifest_that_has_changed(tmp_path, change, wanted, finished):
+    """Rows gone, labels swapped, a row in another split, another number; the run's figures stay as they are."""
+    splits = ("train", "val", "test")
+    rows = [
+        {"label": "ab"[i % 2], "x": f"{i % 7}", "text": f"word{i * i % 11}", "split": splits[i // 2 % 3]}
+        for i in range(60)
+    ]
+
+    def written(rows):
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        Path("m.csv").write_text("\n".join(lines) + "\n")
+
+    given = {"progress": False, "cache_dir": str(tmp_path / "cache")}
+    written(rows)
+    train("manifest", "ensemble", manifest="m.csv", epochs=1, out="run", **given)
+    before = Path("run/metrics.json").read_bytes()
+    if not finished:
+        Path("run/metrics.json").unlink()
+    written(change(rows))
+    with pytest.raises(UserError, match=f"the data is not that of this run, it .*{wanted}.*: give the same data"):
+        train("manifest", resume="run", **given)
+    assert Path("run/metrics.json").exists() == finished
+    written(rows)
+    train("manifest", resume="run", **given)
+    again = json.loads(Path("run/metrics.json").read_bytes())
+    assert again["fused"] == json.loads(before)["fused"]

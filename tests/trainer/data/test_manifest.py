@@ -12,7 +12,9 @@ pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[d
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
 from udi_trainer import UserError, load, train
-from udi_trainer.data.manifest import build, read
+from udi_trainer.data.kinds import natural_sort_key
+from udi_trainer.data.manifest import build
+from udi_trainer.data.rows import read
 from udi_trainer.options import Options
 
 
@@ -238,7 +240,7 @@ def test_text_that_is_no_path(folder, options, caplog, text):
     ("image,label,label\na.png,1,1\n", "duplicate or empty column names"),
     ("image,label\na.png,1,2\n", "line 2 has 3 cells, the header has 2"),
     ("image,label\n,1\n", "column image is empty"),
-    ("film,label\na.mp4,1\n", "column film contains 'a.mp4', and there is no such file: give --kinds"),
+    ("film,label\na.xyz,1\n", "contains .a.xyz., and there is no such file: give --kinds film=KIND, one of image"),
     ('image,label\n"a.png,1\n', "not a UTF-8 CSV"),
 ])  # fmt: skip
 def test_manifest_that_is_none(tmp_path, options, text, wanted):
@@ -278,6 +280,12 @@ def test_odd_paths(folder, options, tmp_path, monkeypatch):
         for place in (folder.path, folder.path / "images"):
             place.chmod(0o755)
     assert sum(map(len, data.splits().values())) == 24
+
+
+def test_paths_of_windows(folder, options):
+    rows = [row | {"image": row["image"].replace("/", "\\")} for row in folder.pairs(24)]
+    with pytest.raises(UserError, match=r"line 2: .*images\\0.png: No such file or directory: separate folders by /"):
+        dataset(folder.manifest(rows), options)
 
 
 # --- missing modalities ---
@@ -324,3 +332,59 @@ def test_words_that_are_names_of_folders(folder, options):
     """Such as a word that one of the folders of clips has as its name."""
     rows = [row | {"place": ["images", "street", "home"][i % 3]} for i, row in enumerate(folder.pairs(24))]
     assert dataset(folder.manifest(rows), options).modalities["place"].encoder == "words"
+
+
+# --- what is no data ---
+
+
+def test_hidden_files_are_no_frames(folder, options):
+    """As macOS, Windows and notebooks leave them; and frames whose names hold digits that are no numbers."""
+    rows = [row | {"clip": folder.clip(f"c/{i}", i % 2, 2)} for i, row in enumerate(folder.pairs(24))]
+    for row in rows:
+        clip = folder.path / row["clip"]
+        for name in ("._frame1.jpg", ".DS_Store", "Thumbs.db"):
+            (clip / name).write_bytes(b"no picture")
+        folder.image(f"{row['clip']}/.ipynb_checkpoints/frame1-checkpoint.jpg", 0)
+    data = dataset(folder.manifest(rows), options)
+    assert data.train.stored["clip"].shape[1] == 3  # two frames, one of them repeated
+    names = [Path(name) for name in ("1²10.png", "1²2.png", "1.png", "٣.png")]
+    assert [path.name for path in sorted(names, key=natural_sort_key)] == ["1.png", "1²2.png", "1²10.png", "٣.png"]
+
+
+def test_a_pointer_of_git_lfs(folder, options):
+    rows = [row | {"f": folder.array(f"f/{i}.npy", np.ones(4) * i)} for i, row in enumerate(folder.pairs(24))]
+    path = folder.manifest(rows)
+    for name in ("images/5.png", "sounds/5.wav", "f/5.npy"):
+        saved = (folder.path / name).read_bytes()
+        (folder.path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:c6f94\nsize 72862\n")
+        with pytest.raises(UserError, match=f"line 7: .*{name}: a Git LFS pointer, .* run git lfs pull"):
+            dataset(path, options)
+        (folder.path / name).write_bytes(saved)
+    assert len(dataset(path, options).train)
+
+
+def test_arrays_that_are_none(folder, options):
+    """The message says what to do, and not to load Python objects, which would run code."""
+    rows = [row | {"f": folder.array(f"f/{i}.npy", np.ones(4) * i)} for i, row in enumerate(folder.pairs(24))]
+    (folder.path / "f/3.h5").write_bytes(b"\x89HDF")
+    (folder.path / "f/3.csv").write_text("1,2,3,4\n")
+    for name in ("f/3.h5", "f/3.csv"):
+        path = folder.manifest([row | ({"f": name} if i == 3 else {}) for i, row in enumerate(rows)])
+        with pytest.raises(UserError, match=f"line 5: column f: .*{name}: arrays are read from .npy, .npz, .pt"):
+            dataset(path, options, kinds="f=array")
+    np.save(folder.path / "f/3.npy", np.array([1, "a", None], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="3.npy: not a readable array .it holds Python objects") as caught:
+        dataset(folder.manifest(rows), options)
+    assert "pickle" not in str(caught.value)
+    (folder.path / "f/3.npy").write_text("1,2,3,4\n")
+    with pytest.raises(UserError, match="3.npy: not a readable array .it holds Python objects, or is no such file"):
+        dataset(folder.manifest(rows), options)
+
+
+def test_sequences_along_the_second_axis(folder, options):
+    """As librosa makes them: (coefficients, times)."""
+    rows = [
+        row | {"f": folder.array(f"f/{i}.npy", np.ones((13, 40 - (i == 3))))} for i, row in enumerate(folder.pairs(24))
+    ]
+    with pytest.raises(UserError, match=r"shape \(13, 39\), .*differ along their first axis, so save them as \(steps,"):
+        dataset(folder.manifest(rows), options)

@@ -70,3 +70,21 @@ def test_what_is_missing(tmp_path, little_mnist, options):
         dataset(little_mnist, options)
     with pytest.raises(UserError, match="needs --data-root"):
         dataset(None, options)
+
+
+def test_damaged_recordings_are_left_out_on_demand(spoken, options, caplog):
+    """In training, validation and test; the other recordings stay as they are."""
+    whole = dataset(spoken, options)
+    damaged = [f"3_{speaker}_1" for speaker in ("anna", "bert", "emil")]
+    for name in damaged:
+        (spoken / f"recordings/{name}.wav").write_bytes(b"RIFF")
+    with pytest.raises(UserError, match="3_anna_1.wav: not readable as sound .*; and 2 more .--skip-bad"):
+        dataset(spoken, options)
+    data = dataset(spoken, options, skip_bad=True)
+    assert [line.split("/")[-1].split(".wav")[0] for line in caplog.messages if "left out" in line] == damaged
+    for name, split in data.splits().items():
+        before = whole.splits()[name]
+        kept = [i for i in before.ids if i not in damaged]
+        assert list(split.ids) == kept
+        rows = torch.tensor([list(before.ids).index(i) for i in kept])
+        assert torch.equal(split.stored["speech"], before.stored["speech"][rows])

@@ -1,12 +1,15 @@
 """The content of report.png, for all kinds of runs."""
 
+import warnings
+
 import pytest
+from matplotlib.font_manager import fontManager
 
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
 from matplotlib.figure import Figure
 
-from udi_trainer.evaluation import report
+from udi_trainer.evaluation import plotting, report
 
 SCORES = {"val_acc": 0.8, "test_acc": 0.7, "test_macro_f1": 0.6}
 
@@ -20,6 +23,7 @@ def run(modalities, controller="static", baselines=(), epochs=3):
             rows = [{"phase": phase, "modality": m, "epoch": i + 1, "val_acc": i / epochs} for i in range(epochs)]
             for i, row in enumerate(rows if phase == "follower" else []):
                 row |= {"cls": 1 / (1 + i), "con": 0.1, "com": None if i == 1 else 0.2, "alpha_con": 1, "alpha_com": 1}
+                row |= {"gramian": [[2.0, -0.1, 0.3], [-0.1, 1.0, 0.0], [0.3, 0.0, 1.0]]} if i else {}
             history[f"{phase}-{m}"] = rows
     metrics = {"method": "udi", "dataset": "digits", "seed": 0, "anchor": anchor, "controller": controller}
     metrics |= {
@@ -48,15 +52,35 @@ def test_dollars_in_class_names(tmp_path):
     report.draw(metrics, history, tmp_path / "report.png")
 
 
+@pytest.mark.parametrize("fonts", [["STIXGeneral"], []])
+def test_class_names_beyond_the_usual_font(tmp_path, monkeypatch, caplog, fonts):
+    """Drawn with another font that has them, else as numbers, and never as boxes."""
+    chosen = [font for font in fontManager.ttflist if font.name in fonts]
+    monkeypatch.setattr(fontManager, "ttflist", chosen)
+    assert plotting.fonts_for("happy $ é") == (["DejaVu Sans"], "")
+    assert plotting.fonts_for("高兴 \u1d81") == (
+        ["DejaVu Sans", *fonts],
+        "".join(sorted("高兴" + "\u1d81" * (not fonts))),
+    )
+    metrics, history = run(("gray", "color"))
+    figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0], "test_confusion": [[1, 0], [1, 0]]}
+    metrics |= {"fused": metrics["fused"] | figures, "classes": ["sad", "高兴"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of glyphs that are missing
+        report.draw(metrics, history, tmp_path / "report.png")
+    classes = panels(metrics, history, tmp_path / "report.png", monkeypatch)[-2]
+    assert [label.get_text() for label in classes.get_yticklabels()] == ["sad", "1"]
+    assert "no installed font has 兴高: report.png shows the numbers of such classes" in caplog.text
+
+
 @pytest.mark.parametrize("modalities", [("gray", "color"), ("a", "b", "c", "d", "e", "f")])
 @pytest.mark.parametrize("baselines", [(), SIX])
 @pytest.mark.parametrize("controller", ["static", "dynamic"])
 def test_every_line_is_named_and_has_a_color_of_its_own(modalities, baselines, controller, tmp_path, monkeypatch):
     metrics, history = run(modalities, controller, baselines)
     curves, bars, *drives = panels(metrics, history, tmp_path / "report.png", monkeypatch)
-    assert [axes.get_title(loc="left") for axes in drives] == [
-        "$L_{cls}$", "$L_{con}$", "$L_{com}$", *(list(report.ALPHAS.values()) if controller == "dynamic" else [])
-    ]  # fmt: skip
+    measured = [*report.PRODUCTS.values(), *report.ALPHAS.values()] if controller == "dynamic" else []
+    assert [axes.get_title(loc="left") for axes in drives] == [*report.LOSSES.values(), *measured]
     # All accuracies are equal here, so one line has all names.
     (name,) = (text.get_text() for text in curves.texts)
     wanted = [f"{modalities[0]}, anchor", *(f"{m} alone" for m in modalities[1:])]

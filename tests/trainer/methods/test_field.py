@@ -62,3 +62,10 @@ def test_missing_modalities(method, mixed):
         figures.append((without_times(result.metrics), result.predict(mixed.test)))
     assert figures[0][0] == figures[1][0]
     torch.testing.assert_close(figures[0][1], figures[1][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_encoders(method, three_views):
+    """One that is always frozen, one that is in the first epoch."""
+    result = train(three_views, method, freeze={"clean": "all", "noisy": 1}, **OPTIONS)
+    assert result.metrics["fused"]["test_acc"] > 0.5

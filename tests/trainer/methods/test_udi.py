@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import udi_kernels
+from udi_kernels import alignment_weights
 from udi_trainer import Options, UserError, train
 from udi_trainer.command import main
 from udi_trainer.data.dataset import presence
@@ -175,7 +176,7 @@ def test_short_runs_train_with_the_complementary_loss(mixed):
     """With few samples and epochs too the alphas of config.json are those that count."""
     from udi_trainer import train
 
-    result = train(mixed, epochs=8, baselines=[], anchor="audio", progress=False)
+    result = train(mixed, epochs=8, batch_size=64, baselines=[], anchor="audio", controller="static", progress=False)
     rows = result.history["follower-picture"]
     assert result.metrics["q_warmup"] == 2 and [row["alpha_com"] for row in rows] == [0, 0] + [1] * 6
 
@@ -272,6 +273,47 @@ def test_co_training(controller):
     assert main(["--resume", "run"]) == 0 and without_times(read_metrics("run")) == without_times(metrics)
 
 
+def test_co_training_by_its_own_name():
+    """It has the figures of --teacher fused, and checkpoints of its own: UDI may train beside it."""
+    options = [*FEW, "--controller", "static", "--alpha", "1,0"]
+    assert main([*options, "--teacher", "fused", "--rounds", "2", "--baselines", "none", "--out", "fused"]) == 0
+    assert main([*options, "--method", "co-training", "--baselines", "udi", "--out", "run"]) == 0
+    assert main([*options, "--baselines", "none", "--out", "udi"]) == 0
+    fused, run, alone = map(read_metrics, ("fused", "run", "udi"))
+    for name in ("modalities", "unimodal", "fused", "ensemble", "anchor", "similarity", "controller"):
+        assert run[name] == fused[name], name
+    assert run["method"] == "co-training" and run["baselines"]["udi"] == {
+        name: value for name, value in alone["fused"].items() if name in run["baselines"]["udi"]
+    }
+    stages = {path.stem for path in Path("run/checkpoints").iterdir()}
+    assert stages >= {"co-trained-left", "co-trained-left-2", "co-trained-right-2", "follower-right"}
+    assert main(["--resume", "run"]) == 0 and without_times(read_metrics("run")) == without_times(run)
+
+
+def test_the_controller_s_measurements_are_shown_by_epoch(capsys):
+    """The last row's weights follow from its Gramian; an older state of the controller, without one, loads."""
+    assert main([*FEW, "--baselines", "none", "--out", "run"]) == 0
+    (follower,) = {row["modality"] for row in read_log("run") if row["phase"] == "follower"}
+    rows = [row for row in read_log("run") if row["phase"] == "follower"]
+    for row in rows:
+        gram = torch.tensor(row["gramian"])
+        assert torch.equal(gram, gram.T) and (gram.diagonal() >= 0).all() and gram[0, 0] > 0
+        wanted = alignment_weights(gram).tolist()
+        assert row["alpha_con"] == pytest.approx(wanted[1], abs=1e-6)
+    assert any(row["gramian"][2][2] > 0 for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"follower {follower}: losses"))
+    for line, row in zip(lines[start + 2 :], rows, strict=False):
+        values = [float(x) for x in line.split()]
+        shown = [row["epoch"], row["con"], row["com"], row["alpha_con"], row["alpha_com"], row["gramian"][0][0]]
+        assert values[:6] == pytest.approx(shown, rel=6e-3, abs=6e-5) and len(values) == 11
+    assert main([*FEW, "--baselines", "none", "--alpha", "1,0", "--out", "static"]) == 0
+    assert not any("gramian" in row for row in read_log("static")) and "Gramian" not in capsys.readouterr().out
+    controller = follower_module.Controller(make_run())
+    controller.load_state_dict({"alpha": torch.tensor([1.0, 0.5, 0.5])})
+    assert controller.alpha.tolist() == [1.0, 0.5, 0.5] and not controller.gram.any()
+
+
 def test_fused_teacher():
     """Its logits are the log-linear rule's, its features those of the others."""
     run = make_run(hide(datasets["splitdigits"](Options()), 60, 0), epochs=1, teacher="fused")
@@ -289,7 +331,7 @@ def test_fused_teacher():
 def test_fused_teacher_needs_all_modalities(mixed):
     for split in mixed.splits().values():
         split.stored[presence("audio")] = torch.arange(len(split)) % 3 > 0
-    with pytest.raises(UserError, match="--teacher fused fuses all modalities, and samples lack audio"):
+    with pytest.raises(UserError, match="co-training fuses all modalities, and samples lack audio"):
         train(mixed, teacher="fused", epochs=1, baselines=[], progress=False)
 
 

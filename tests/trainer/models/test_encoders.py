@@ -65,6 +65,7 @@ def test_is_stochastic(encoder, random):
 
 @pytest.mark.parametrize("name, shape", [
     ("cnn", (1, 94, 143)), ("cnn", (3, 64, 64)), ("cnn", (2, 9, 40)), ("resnet18", (2, 32, 32)), ("cnn1d", (11, 3)),
+    ("fcn", (11, 3)), ("fcn", (1, 1)),
     ("cnn1d", (1, 1)), ("cnn", (4, 3, 12, 12)), ("resnet18", (2, 1, 32, 32)), ("mlp", (3, 4)),
 ])  # fmt: skip
 def test_encoders_of_other_shapes_and_widths(name, shape):
@@ -111,3 +112,19 @@ def test_batch_norm_of_one_sample(mixed):
 
     with pytest.raises(UserError, match="BatchNorm needs two samples or more, and a batch has one: raise --batch-size"):
         train(mixed, "joint", {"sensor": normalised}, epochs=1, batch_size=1, progress=False)
+
+
+def test_fcn_sees_the_mean_and_the_maximum_of_full_length_sequences():
+    """A shift in time moves the features of the last convolution, and leaves what is pooled of them."""
+    torch.manual_seed(0)
+    encoder = encoders["fcn"](torch.Size((40, 2))).eval()
+    lengths = []
+    encoder[-3].register_forward_hook(lambda module, x, y: lengths.append((x[0].shape[-1], y.shape[-1])))
+    x = torch.zeros(2, 40, 2)
+    x[0, 10:14], x[1, 20:24] = torch.randn(2, 4, 2)[0], torch.zeros(4, 2)
+    x[1, 20:24] = x[0, 10:14]
+    features = encoder(x)
+    torch.testing.assert_close(features[0], features[1])
+    assert lengths == [(40, 128)]
+    z = torch.randn(2, 3, 5)
+    torch.testing.assert_close(encoder[-3](z), torch.cat((z.mean(-1), z.max(-1).values), 1))

@@ -189,7 +189,7 @@ def test_no_run_folder_before_the_arguments_are_good(given, wanted, tmp_path, ca
     "method, given, wanted",
     [
         ("dimml", {}, "method dimml trains all modalities together, and samples lack sensor"),
-        ("udi", {"teacher": "fused"}, "--teacher fused fuses all modalities, and samples lack sensor"),
+        ("udi", {"teacher": "fused"}, "co-training fuses all modalities, and samples lack sensor"),
     ],
 )
 def test_no_run_folder_where_the_data_does_not_fit_the_method(mixed, method, given, wanted, tmp_path):
