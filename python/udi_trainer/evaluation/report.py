@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import IO, Any
 
-from matplotlib import rc_context
-
 from ..console import log
 from ..errors import short
 from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, fonts_for, new_figure, style_axes
@@ -96,6 +94,8 @@ def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
 
     Each modality has its own color. Where no installed font has the characters of a class name, its number is drawn.
     """
+    from matplotlib import rc_context
+
     families, missing = fonts_for(str([metrics, history]))
     if missing:
         log.warning("no installed font has %s: report.png shows the numbers of such classes", short(missing, 20))

@@ -65,8 +65,8 @@ def fit_best(candidates: Sequence[Sequence[T]], run: Run, epochs: int | None = N
     fit([task for group in candidates for task in group], run, epochs)
     best = []
     for group in candidates:
-        rows = [best_epoch(run.history[task.name]) for task in group]
-        best.append(group[rows.index(best_epoch(rows))])
+        rows = [best_epoch(run.history[task.name], run.options.select) for task in group]
+        best.append(group[rows.index(best_epoch(rows, run.options.select))])
         if len(group) > 1:
             log.info("%s: weight decay %g, the best on validation", best[-1].name, best[-1].decay)
     return best

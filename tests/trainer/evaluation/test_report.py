@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from matplotlib.font_manager import fontManager
 
 pytest.importorskip("matplotlib", reason='needs the trainer\'s extra: pip install -e ".[train]"')
 
@@ -54,8 +55,8 @@ def test_dollars_in_class_names(tmp_path):
 @pytest.mark.parametrize("fonts", [["STIXGeneral"], []])
 def test_class_names_beyond_the_usual_font(tmp_path, monkeypatch, caplog, fonts):
     """Drawn with another font that has them, else as numbers, and never as boxes."""
-    chosen = [font for font in plotting.fontManager.ttflist if font.name in fonts]
-    monkeypatch.setattr(plotting.fontManager, "ttflist", chosen)
+    chosen = [font for font in fontManager.ttflist if font.name in fonts]
+    monkeypatch.setattr(fontManager, "ttflist", chosen)
     assert plotting.fonts_for("happy $ é") == (["DejaVu Sans"], "")
     assert plotting.fonts_for("高兴 \u1d81") == (
         ["DejaVu Sans", *fonts],
