@@ -1,6 +1,5 @@
 """Certainty-weighted fusion of logits, the prediction of DI-MML (Fan et al., arXiv 2407.19514)."""
 
-
 from torch import Tensor
 
 from . import reference

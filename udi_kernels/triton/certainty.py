@@ -169,9 +169,7 @@ def _backward(_device, _dtype, size, strides, stride_gn, temperature, need_logit
     if size[1] == 0 or not need_logits:
         return lambda grad, logits: logits.new_empty(size if need_logits else (0,))
     stride_zm, stride_zn = strides
-    values = dict(
-        stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1 / temperature
-    )
+    values = dict(stride_gn=stride_gn, stride_zm=stride_zm, stride_zn=stride_zn, inverse_temperature=1 / temperature)
     launch = _launch(_bwd, size, **values)
 
     def run(grad, logits):
