@@ -22,6 +22,7 @@ from udi_kernels import (
     effective_dims,
     gramian,
     js_div,
+    linear_js_div,
     reference,
     skew_kl,
     weighted_sum,
@@ -60,6 +61,7 @@ JS_DIV = [
     (64, 6), (64, 31), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (2048, 131072), (1024, 262144),
 ]  # fmt: skip
 CLUB = [(64, 512), (512, 512), (4096, 512), (65536, 512), (8192, 4096)]
+LINEAR = [(2048, 32000), (512, 128256), (512, 262144)]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -106,6 +108,38 @@ def js_div_cases():
                     draw=lambda randn, s=(rows, classes), needs=needs: require([randn(*s), randn(*s)], needs),
                     providers=loss_providers(needs, table),
                 )  # fmt: skip
+
+
+def linear_js_div_cases():
+    """A head of 512 features, its teacher's of 1024; `linear_js_div.py` has memory and chunks."""
+    table = {
+        "udi_kernels": (1, {"": linear_js_div}),
+        "logits": (4, {"js_div": peers.linear_js_div_logits}),
+        "torch.compile": (6, {"reference": compiled(peers.linear_js_div_reference)}),
+        "TRL": (14, {"whole": peers.linear_js_div_trl, "chunked": peers.linear_js_div_trl_chunked}),
+        "liger-kernel": (
+            14,
+            {
+                "chunked": peers.linear_js_div_liger,
+                "compiled": partial(peers.linear_js_div_liger, compiled=True),
+                "Triton": peers.linear_js_div_liger_triton,
+            },
+        ),
+    }
+    for dtype in DTYPES:
+        for rows, classes in LINEAR:
+            heads = classes * (512 + 1024)
+
+            def draw(randn, n=rows, v=classes):
+                return require([randn(n, 512), randn(v, 512) / 16, randn(n, 1024), randn(v, 1024) / 16], (0, 1))
+
+            yield Case(
+                "linear_js_div", f"{rows}x{classes}", dtype, "+ backward", 1 + (dtype == torch.bfloat16),
+                elements=heads + rows * (512 + 1024),
+                bytes=(heads + classes * 512) * dtype.itemsize,
+                draw=draw,
+                providers=loss_providers((0, 1), table),
+            )  # fmt: skip
 
 
 def skew_kl_cases():
@@ -491,6 +525,7 @@ def step_cases():
 
 GROUPS = (
     js_div_cases,
+    linear_js_div_cases,
     skew_kl_cases,
     js_div_view_cases,
     js_div_mask_cases,

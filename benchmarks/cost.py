@@ -41,6 +41,8 @@ def table(data):
     rows = ["| method | trained | kept | training, a sample | inference, a sample |", "|---|---:|---:|---:|---:|"]
     for method in methods:
         trained, operations, result = training(method, data)
+        if not trained:  # scikit-learn's
+            continue
         kept = sum(p.numel() for p in {p for model in result.models.values() for p in model.parameters()})
         stored = {name: t[:BATCH] for name, t in data.test.stored.items()}
         with FlopCounterMode(display=False) as counter:

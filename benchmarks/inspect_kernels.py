@@ -91,6 +91,12 @@ def cases():
                 stats = torch.empty(6 + (w is not None), R, device="meta")
                 yield case("js_div", (R, C), words, js_div.js_div_fwd, a, a, w, 0.5, 1.0, 2)
                 yield case("js_div", (R, C), words, js_div.js_div_bwd, scalar, a, a, w, stats, 0.5, 1.0, 2, True, False)
+        R, C = 4096, 8000  # of 32000 classes over 4 processes
+        x, y, sums = torch.empty(R, C, **new), torch.empty(R, C, **new), torch.empty(4, R, device="meta")
+        yield case("js_div", (R, C), "part", js_div.js_div_part_sums, x, y, None, 1.0)
+        for beta in (0.0, 0.5):
+            words = "part" if beta else "part beta 0.0"
+            yield case("js_div", (R, C), words, js_div.js_div_part_divergences, x, y, None, sums, beta, 1.0)
         for (R, C), beta, labels in itertools.product(LINEAR_SHAPES, (0.0, 0.5, 0.3, 1.0), (False, True)):
             x, soft = torch.empty(R, C, **new), torch.empty(R, device="meta")
             hard = (soft, torch.empty(R, dtype=torch.int64, device="meta")) if labels else (None, None)

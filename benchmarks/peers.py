@@ -1,11 +1,14 @@
 """The implementations that the kernels are compared with. Each function computes exactly the op in its name."""
 
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from measure import Unavailable
+from udi_kernels import js_div, reference
 
 # Static shapes, the whole function in one graph. The inputs require gradients, so the backward pass is compiled, too.
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)
@@ -48,6 +51,67 @@ def js_div_liger(input, target):
         raise Unavailable("liger-kernel's JSD has no gradient for the target")
     # It takes log-probabilities and always accumulates in float32.
     return LigerJSD(beta=0.5)(input.log_softmax(-1), target.log_softmax(-1))
+
+
+# --- linear_js_div(input, weight, target, target_weight) ------------------------------------------------------------
+
+
+def linear_js_div_logits(input, weight, target, target_weight):
+    """This library's js_div on whole logits."""
+    with torch.no_grad():
+        target = F.linear(target, target_weight)
+    return js_div(F.linear(input, weight), target)
+
+
+def linear_js_div_reference(input, weight, target, target_weight):
+    with torch.no_grad():
+        target = F.linear(target, target_weight)
+    return reference.js_div(F.linear(input, weight), target)
+
+
+def linear_js_div_trl(input, weight, target, target_weight):
+    """The generalized JSD loss of TRL's GKD trainer, on whole logits; also sums over the classes."""
+    with torch.no_grad():
+        target = F.linear(target, target_weight)
+    return _trl_sum(F.linear(input, weight), target) / len(input)
+
+
+def linear_js_div_trl_chunked(input, weight, target, target_weight, rows=256):
+    """The same by chunks of rows, each checkpointed."""
+
+    def of_chunk(x, t):
+        return _trl_sum(F.linear(x, weight), F.linear(t, target_weight))
+
+    chunks = zip(input.split(rows), target.split(rows), strict=True)
+    return sum(checkpoint(of_chunk, x, t, use_reentrant=False) for x, t in chunks) / len(input)
+
+
+def _trl_sum(student, teacher):
+    q, p = student.log_softmax(-1), teacher.log_softmax(-1)
+    m = torch.logsumexp(torch.stack([q, p]) - math.log(2), 0)
+    kl = partial(F.kl_div, reduction="none", log_target=True)
+    return (0.5 * kl(m, p) + 0.5 * kl(m, q)).sum()
+
+
+def linear_js_div_liger(input, weight, target, target_weight, compiled=False):
+    """liger-kernel's chunked loss, in chunks of 1024 rows, its default."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError:
+        raise Unavailable("liger-kernel is not installed") from None
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=compiled)
+    labels = torch.zeros(len(input), dtype=torch.int64, device=input.device)
+    return loss(input, weight, target, target_weight, labels)
+
+
+def linear_js_div_liger_triton(input, weight, target, target_weight):
+    if not input.is_cuda:
+        raise Unavailable("liger-kernel's Triton loss needs a GPU")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except ImportError:
+        raise Unavailable("liger-kernel is not installed") from None
+    return LigerFusedLinearJSD(jsd_beta=0.5)(input, weight, target, target_weight)
 
 
 # --- club_mi(mu, logvar, y) -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ OURS = "udi_kernels"
 # The implementation in most existing code.
 USUAL = {
     "js_div": "eager",
+    "linear_js_div": "TRL",
     "skew_kl": "eager",
     "js_div(views)": "eager",
     "js_div(weight=)": "indexed rows",
@@ -30,7 +31,7 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div", "skew_kl", "js_div(views)", "js_div(weight=)"],
+    "js_div": ["js_div", "linear_js_div", "skew_kl", "js_div(views)", "js_div(weight=)"],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
@@ -41,6 +42,8 @@ COLORS = {
     "udi_kernels, plan": "#8c1a1a",
     "torch.compile": "#1f77b4",
     "eager": "#7f7f7f",
+    "logits": "#7f7f7f",
+    "TRL": "#9467bd",
     "liger-kernel": "#2ca02c",
     "NxNxD": "#bcbd22",
     "NxCxD": "#bcbd22",

@@ -14,7 +14,7 @@ enum class DType : int { kFloat, kDouble, kBFloat16, kHalf };
 
 namespace js_div_stats {
 // Maxima and inverse sums of exponentials, KL(q||m) and KL(p||m); at beta = 0 the last are the sums of q - p, which
-// rounding leaves, and of p log(p/q). For KL(r||m) alone, the sums of r D and s u; see cpu/js_div.cpp. For a weighted
+// rounding leaves, and of p log(p/q). For KL(r||m) alone, the sums of r D and s u; see cpu/js_div.h. For a weighted
 // mean, one more: each row's weight over the sum of the weights.
 enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats, kShare = kStats };
 }  // namespace js_div_stats

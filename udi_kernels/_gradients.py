@@ -86,9 +86,9 @@ def alignment_weights(gram: Tensor, *, anchor: int = 0, cosine: bool = False) ->
         row = torch.where((norm > 0) & (own > 0), row / norm / own, 0)
     is_anchor = torch.arange(k, device=gram.device) == anchor
     # Scaled by a power of two, which changes no digit, so that the sum of K - 1 gains does not overflow.
-    gain = (row.relu() * 0.5 ** (k - 2).bit_length()).masked_fill(is_anchor, 0)
+    gain = (row.relu() * 0.5 ** (k - 2).bit_length()).masked_fill_(is_anchor, 0)
     total = gain.sum()
-    return (gain / total.masked_fill(total == 0, 1)).masked_fill(is_anchor, 1)
+    return (gain / total.masked_fill_(total == 0, 1)).masked_fill_(is_anchor, 1)
 
 
 def weighted_sum(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._js_div import gradient_like, row_losses, row_stats
-from ._ops import FLOATING, INTEGERS, Argument, Op, reduction_code
+from ._ops import FLOATING, INTEGERS, TEMPERATURE, Argument, Op, reduction_code
 
 
 def skew_kl(
@@ -62,7 +62,7 @@ SKEW_KL = Op(
     Argument("Tensor? weight", "*", (*FLOATING, *INTEGERS, torch.bool)),
     Argument("float alpha", valid=lambda alpha: alpha == 0 or 1e-37 <= alpha < 1),
     Argument("bool reverse"),
-    Argument("float temperature", valid=lambda temperature: 1e-37 <= temperature <= 1e37),
+    TEMPERATURE,
     Argument("int reduction"),
     reference=reference.skew_kl,
     result=row_losses,

@@ -98,21 +98,24 @@ struct RowDivergence : Function<RowDivergence<name, Options...>> {
         op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Tensor&,
                                       Options..., bool, bool)>(c10::str("udi_kernels::", name, "_bwd").c_str());
     auto saved = ctx->get_saved_variables();
+    const bool need_x = ctx->needs_input_grad(0), need_y = ctx->needs_input_grad(1);  // 0.1 us each
     BackwardMode mode;
     auto [x, y] = logit_rows(saved[0], saved[1]);
     const Tensor rows = grad[0].dim() > 1 ? grad[0].reshape(-1) : grad[0];
-    auto grads = std::apply(
+    auto [dx, dy] = std::apply(
         [&, &x = x, &y = y](auto... options) {
-          return bwd.call(rows, x, y, row_weights(saved[2], x), saved[3], options..., ctx->needs_input_grad(0),
-                          ctx->needs_input_grad(1));
+          return bwd.call(rows, x, y, row_weights(saved[2], x), saved[3], options..., need_x, need_y);
         },
         ctx->saved_data["options"].template to<std::tuple<Options...>>());
-    const auto like = [&](int i, const Tensor& rows) {
-      if (!ctx->needs_input_grad(i)) return rows;
-      const Tensor g = converted(rows, saved[i].scalar_type());
-      return saved[i].dim() == 2 ? g : g.view_symint(saved[i].sym_sizes());
-    };
-    return needed(ctx, 3 + sizeof...(Options), like(0, std::get<0>(grads)), like(1, std::get<1>(grads)));
+    variable_list grads(3 + sizeof...(Options));
+    if (need_x) grads[0] = shaped(dx, saved[0]);
+    if (need_y) grads[1] = shaped(dy, saved[1]);
+    return grads;
+  }
+
+  static Tensor shaped(const Tensor& rows, const Tensor& logits) {
+    const Tensor g = converted(rows, logits.scalar_type());
+    return logits.dim() == 2 ? g : g.view_symint(logits.sym_sizes());
   }
 };
 

@@ -83,42 +83,41 @@ def benchmark(
 
     From six data sets on, a bar joins methods whose ranks differ by less than Nemenyi's critical difference.
     """
-    names = sorted(ranks, key=lambda m: ranks[m])
-    sets = list(points[reference])
-    figure = new_figure(12, 1.5 + 0.32 * len(names))
+    names, sets = sorted(ranks, key=lambda m: ranks[m]), list(points[reference])
+    figure = new_figure(12, 1.8 + 0.32 * len(names))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    colors = {m: INK if m == reference else COLOR if m == "udi" else MUTED for m in names}
     bars = {m: mean_and_interval(points[m].values()) for m in names}
-    # Dots and intervals far outside of the others are drawn at the edge, as arrows.
-    limit = 1.2 * statistics.median(abs(x) for m in names if m != reference for x in points[m].values()) * 4
+    # Few methods far behind would squeeze the others: what is beyond the limit is an arrow at the edge.
+    limit = max(1.0, 1.5 * statistics.quantiles([abs(mean) for mean, _ in bars.values()], n=4)[2])
     for y, m in enumerate(names):
         mean, half = bars[m]
-        color = INK if m == reference else COLOR if m == "udi" else MUTED
-        left.plot([max(mean - half, -limit), min(mean + half, limit)], [y, y], color=color, linewidth=2)
-        for x, offset in zip(points[m].values(), swarm(list(points[m].values()), 0.02 * limit), strict=True):
-            marker = "o" if abs(x) <= limit else "<" if x < 0 else ">"
-            left.plot(min(max(x, -limit), limit), y + offset, marker, color=color, markersize=3.5, clip_on=False)
-        left.plot(min(max(mean, -limit), limit), y, "D", color=color, markersize=5, clip_on=False)
+        left.plot([max(mean - half, -limit), min(mean + half, limit)], [y, y], color=colors[m], linewidth=2)
+        offsets = swarm(list(points[m].values()), near=0.03 * limit)
+        marks = [(x, y + offset, 3.5, "o") for x, offset in zip(points[m].values(), offsets, strict=True)]
+        for x, height, size, shape in [*marks, (mean, y, 5, "D")]:
+            shape = shape if abs(x) <= limit else "<" if x < 0 else ">"
+            left.plot(min(max(x, -limit), limit), height, shape, color=colors[m], markersize=size, clip_on=False)
         left.text(1.03, y, f"{mean:+.1f}", transform=left.get_yaxis_transform(), va="center", fontsize=9)
-        right.plot(ranks[m], y, "o", color=color, markersize=5)
-        right.text(ranks[m] + 0.15, y, f"{ranks[m]:.1f}", va="center", fontsize=9)
+        right.plot(ranks[m], y, "o", color=colors[m], markersize=5)
+        right.text(ranks[m] + 0.03 * len(names), y, f"{ranks[m]:.1f}", va="center", fontsize=9)
+    how = "mean rank"
     if len(sets) >= LEAST_SETS:
         difference = critical_difference(len(names), len(sets))
         for i, (first, last) in enumerate(cliques([ranks[m] for m in names], difference)):
-            x = len(names) + 0.8 + 0.35 * i
+            x = (1.08 + 0.03 * i) * len(names)
             right.plot([x, x], [first - 0.2, last + 0.2], color=INK, linewidth=3, solid_capstyle="butt")
-        how = f"Bar: no significant difference (Nemenyi, 95%: {difference:.1f})"
-    else:
-        how = f"{len(sets)} data sets are too few for a critical difference"
-    left.set_xlim(-limit, limit)
+        how += f"; bar: not significant (Nemenyi, {difference:.1f})"
+    left.set_xlim(-1.05 * limit, 1.05 * limit)
     left.axvline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
-    style_axes(left, f"against the {reference}: dot: a data set; bar: 95% interval of the mean", "points")
-    style_axes(right, f"mean rank. {how}", "mean rank, 1 is the best")
+    style_axes(left, f"against the {reference}: data sets, and their mean with its 95% interval", "points")
+    style_axes(right, how, "1 is the best")
     for axes in (left, right):
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
     left.set_yticks(range(len(names)), names, fontsize=9)
     right.set_yticks([])
-    figure.suptitle(f"{title}, {len(sets)} data sets: {', '.join(sets)}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(f"{title}: {', '.join(sets)}", 130), x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=110)
     return path.name
 

@@ -635,7 +635,7 @@ def filled(help: str) -> str:
         if options
     )
     said["recipes"] = "; ".join(map(str, RECIPES.values()))
-    own = {m: methods.recommended[m].get("baselines") for m in methods}
+    own = {m: methods.recommended.get(m, {}).get("baselines") for m in methods}
     said["baselines"] = "; ".join(f"{', '.join(others)} for {m}" for m, others in own.items() if others)
     for word, words in said.items():
         help = help.replace(f"{{{word}}}", words)

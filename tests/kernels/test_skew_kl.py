@@ -256,7 +256,7 @@ BAD = {
     "reverse must be a bool, got int": lambda x: skew_kl(x, x, reverse=1),
     "temperature .* got 0": lambda x: skew_kl(x, x, temperature=0),
     "reduction .* got 'batchmean'": lambda x: skew_kl(x, x, reduction="batchmean"),
-    r"weight .* \(3,\), one per row, got \(4,\)": lambda x: skew_kl(x, x, weight=torch.ones(4)),
+    r"weight .* \(3,\), one per row of input, got \(4,\)": lambda x: skew_kl(x, x, weight=torch.ones(4)),
     "weight gets no gradient": lambda x: skew_kl(x, x, weight=torch.ones(3, requires_grad=True)),
 }
 

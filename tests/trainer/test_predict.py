@@ -13,6 +13,7 @@ pytest.importorskip("soundfile", reason='needs the extra of files: pip install -
 from udi_trainer import UserError, load, train
 from udi_trainer.command import main
 
+from .data.files import write_video
 from .helpers import one_line
 
 
@@ -63,6 +64,31 @@ def test_figures_of_the_run_for_the_same_files(folder, options, method):
         assert sum(classes.values()) == pytest.approx(1, abs=1e-5) and ours["label"] == ""
         assert ours["fused"] == max(classes, key=classes.get)
         assert float(ours["probability"]) == pytest.approx(max(classes.values()), abs=1e-4)
+
+
+def test_videos(folder, options):
+    """Their frames and their sound tracks; the new clips have another length, size and format."""
+    pytest.importorskip("av", reason='needs PyAV: pip install -e ".[video]"')
+    rows = []
+    for i in range(18):
+        name, late = f"{i}.{'mkv' if i > 15 else 'mp4'}", i > 15
+        sound = 0.4 * np.sin(np.arange(16000 if late else 8000) * (0.2 + 0.2 * (i % 2)))
+        write_video(
+            folder.path / name, [60 + 100 * (i % 2)] * (12 if late else 5), sound=sound, size=(64 if late else 32, 16)
+        )
+        split = ("train", "train", "val", "test")[i // 2 % 4]
+        rows.append({"id": name, "film": name, "track": name, "label": "ab"[i % 2], "split": split})
+    kinds = {"film": "video", "track": "videosound"}
+    path = folder.manifest(rows[:16])
+    train(
+        "manifest", "ensemble", manifest=path, kinds=kinds, epochs=1, batch_size=4, baselines=[], out="run", **options
+    )
+    assert predicted(folder, options, rows[6:]) == 0
+    wanted = {row["id"]: row for row in lines("run/predictions.csv")}
+    ours = {row["id"]: row for row in lines("p.csv")}
+    assert len(wanted) == 4 and len(ours) == 12
+    for name, row in wanted.items():
+        assert {n: ours[name][n] for n in row} == row
 
 
 def test_sizes_that_differ_are_handled_as_in_training(folder, options):
@@ -118,7 +144,7 @@ def test_columns_of_a_new_manifest(folder, options, finished, capsys):
     assert "columns that the run does not read: notes" in capsys.readouterr().out
     assert [row["label"] for row in lines("p.csv")] == [row["label"] for row in finished]
     assert predicted(folder, options, [{n: x for n, x in row.items() if n != "sound"} for row in finished]) == 2
-    assert "the run reads 'sound'" in one_line(capsys.readouterr().err)
+    assert "new.csv lacks the column sound, which the run reads" in one_line(capsys.readouterr().err)
     assert predicted(folder, options, [row | {"sound": ""} for row in finished]) == 0
     assert {row["missing"] for row in lines("p.csv")} == {"sound"}
     assert predicted(folder, options, [row | {"sound": "", "image": ""} for row in finished]) == 2

@@ -3,8 +3,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from udi_trainer.data.dataset import Dataset
+from udi_trainer.data.openml import SOURCES, downloaded
 from udi_trainer.options import Options
-from udi_trainer.registry import datasets, methods
+from udi_trainer.registry import datasets
 
 from ..plots import benchmark
 from ..ranks import friedman, mean_ranks
@@ -15,8 +16,8 @@ from ..tables import format_scores, markdown
 
 METHODS = "ensemble joint joint-sum ogm-ge gramian mmpareto dgl g2d mla reconboost pdmp pmr g-blending dimml".split()
 SEMI_SUPERVISED = ["self-training", "joint-self-training"]  # further methods that learn from samples without labels
-CO_TRAINING = "--method udi --controller static --alpha 1,0 --teacher fused --rounds 2 --baselines none"
-SCIKIT = "--method sklearn-late --baselines sklearn-concat"  # its own run: these are left out of large data
+CO_TRAINING = "--method co-training --controller static --alpha 1,0 --baselines none"
+SCIKIT = "--method sklearn-late --baselines sklearn-concat"
 REFERENCE = "ensemble"
 BUILT_IN = {"breastcancer": "--resplit 85", "splitdigits": "--resplit 360", "cgdigits": ""}
 FOLDERS = ("cremad", "kinetics-sounds", "ave", "ucf101", "modelnet40", "avmnist")
@@ -49,7 +50,7 @@ class Field(Study):
     seeds, seeding = range(10, 15), RESPLIT
 
     def prepare(self, extra: list[str]) -> list[str]:
-        """Finds the data sets: those that come with scikit-learn, and the files and folders in --data-root."""
+        """Finds the data sets: of scikit-learn, of OpenML where it has downloaded them, and what is in --data-root."""
         root, rest = None, list(extra)
         for i, token in enumerate(extra):
             if token.startswith("--data-root"):
@@ -59,8 +60,7 @@ class Field(Study):
         return rest
 
     def keep(self, metrics, history):
-        co_training = metrics["method"] == "udi" and metrics["anchor"] is None
-        kept = {"co-training" if co_training else metrics["method"]: metrics["fused"], **metrics["baselines"]}
+        kept = {metrics["method"]: metrics["fused"], **metrics["baselines"]}
         seconds: dict[str, float] = {}
         for row in history:
             stage = row["phase"] if row["modality"] else f"{row['phase']}, all"
@@ -111,9 +111,9 @@ def variants(root: Path | None) -> list[Variant]:
 
 def runs(name: str, options: str, names: list[str]) -> list[Variant]:
     """One of all methods that share stages, and those of the others."""
-    main = Variant("udi", f"{options} --method udi --controller dynamic --baselines {','.join(names)}", name)
-    scikit = [Variant("scikit-learn", f"{options} {SCIKIT}", name)] if "sklearn-late" in methods else []
-    return [main, *scikit, Variant("co-training", f"{options} {CO_TRAINING}", name)]
+    udi = f"--method udi --controller dynamic --baselines {','.join(names)}"
+    each = {"udi": udi, "scikit-learn": SCIKIT, "co-training": CO_TRAINING}
+    return [Variant(variant, f"{options} {own}", name) for variant, own in each.items()]
 
 
 def found(root: Path | None) -> Iterator[tuple[str, str]]:
@@ -127,6 +127,9 @@ def found(root: Path | None) -> Iterator[tuple[str, str]]:
                 yield name, f"--dataset {name} --data-root {root / name}"
     for name, options in BUILT_IN.items():
         yield name, f"--dataset {name} {options}".strip()
+    for name in filter(downloaded, SOURCES):
+        options = f"--dataset openml --openml {name}"
+        yield name, f"{options} --resplit {len(make(options).val)}"
 
 
 def make(text: str) -> Dataset:
@@ -140,14 +143,14 @@ def make(text: str) -> Dataset:
 
 
 def collect(records: list[dict], half: str) -> dict[str, dict[str, dict[int, float]]]:
-    """Test accuracies in percent; only methods that all data sets have."""
+    """Test accuracies in percent; only methods that have run on all data sets with all seeds."""
     scores: dict = {}
     kept = [r for r in records if ("labels" in r["condition"]) == (half == "few")]
     for record in kept:
         for method, each in record["metrics"]["scores"].items():
             scores.setdefault(method, {}).setdefault(record["condition"], {})[record["seed"]] = 100 * each["test_acc"]
-    count = len({r["condition"] for r in kept})
-    return {method: by_set for method, by_set in scores.items() if len(by_set) == count}
+    count = len({(r["condition"], r["seed"]) for r in kept})
+    return {m: by_set for m, by_set in scores.items() if sum(map(len, by_set.values())) == count}
 
 
 def means(scores: dict) -> dict[str, dict[str, float]]:

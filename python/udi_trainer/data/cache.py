@@ -54,7 +54,10 @@ def file_key(paths: Sequence[Path]) -> bytes:
             stat = os.stat(path)
             pointer = stat.st_size < 1000 and path.is_file() and path.read_bytes().startswith(LFS_POINTER.encode())
         except OSError as error:
-            raise Unreadable(f"{path}: {error.strerror}") from None
+            hint = (
+                ": separate folders by /" if "\\" in str(path) and Path(str(path).replace("\\", "/")).exists() else ""
+            )
+            raise Unreadable(f"{path}: {error.strerror}{hint}") from None
         if pointer:
             raise Unreadable(f"{path}: a Git LFS pointer, not the file itself: run git lfs pull")
         facts.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))

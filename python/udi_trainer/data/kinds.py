@@ -10,7 +10,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..registry import Registry
 from . import pipelines
 from .cache import KEY, VERSION, Cache, Unreadable, digest, file_key, numpy_type
 from .dataset import Modality, sequence_encoder
-from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, open_image, pages
+from .pictures import Still, eight_bits, extremes, import_pillow, is_deep, is_gray, loses_bits, open_image, pages
 from .pipelines import Features, Spectrogram, Tokens
 from .sound import SILENCE, cancelling, integer_bits, mono, read_sound
 from .words import words_of
@@ -106,7 +106,8 @@ class Damage(Group, title="data of your own"):
 class Column:
     """A column of a manifest: its cells by row, and what reading them needs.
 
-    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples.
+    ``bad``: reasons of unreadable rows. ``training``: the rows of training samples. ``lacking``: rows whose file is
+    whole but lacks this modality, with what it lacks.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Column:
     cache: Cache
     bad: dict[int, str]
     training: Sequence[int] = ()
+    lacking: dict[int, str] = field(default_factory=dict)
 
     def add_errors(self, errors: dict[int, str]) -> None:
         for row, reason in errors.items():
@@ -262,7 +264,7 @@ class Image(Kind):
     Pixels of more than 8 bits are scaled from the range of values that the training files use.
     """
 
-    header_size = 7  # channels, width, height, number of stills, whether deep, and the lowest and the highest value
+    header_size = 8  # channels, width, height, number of stills, deep, lowest value, highest value, loses bits
     channels: int
     mode: str
     size: int
@@ -281,7 +283,7 @@ class Image(Kind):
         header = [1 if is_gray(image) else 3, *image.size, max(len(stills), pages(image)), is_deep(image)]
         some = evenly_spaced(stills, min(len(stills), DEEP_STILLS)) if is_deep(image) else []
         low, high = zip(*map(extremes, some), strict=True) if some else ([0.0], [0.0])
-        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist()]
+        return [*header, *np.array([min(low), max(high)]).view(np.int64).tolist(), loses_bits(image)]
 
     def configure(self, headers: np.ndarray) -> None:
         self.channels = int(headers[:, 0].max())
@@ -297,6 +299,7 @@ class Image(Kind):
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         low, high = self.limits
         self.note(f"more than 8 bits a pixel, of which {low:g} to {high:g} become 0 to 255", headers[:, 4] > 0, rows)
+        self.note("16 bits a color, of which the upper 8 are read", headers[:, 7] > 0, rows)
         if type(self) is Image:
             only = f"the first of several pictures is read (--kinds {self.column.name}=frames reads them all)"
             self.note(only, headers[:, 3] > 1, rows)

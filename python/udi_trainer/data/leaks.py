@@ -1,7 +1,7 @@
 """Warnings about columns and files that tell the label where the files themselves may say nothing."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,14 +32,14 @@ def determines(cells: Sequence[str], labels: Sequence[str]) -> int:
 
     Values that occur once say nothing of it: half of the samples must share theirs with another one.
     """
-    seen: dict[str, list[str]] = defaultdict(list)
-    for cell, label in zip(cells, labels, strict=True):
-        if cell and label:
-            seen[cell].append(label)
-    shared = [found for found in seen.values() if len(found) > 1]
-    enough = 2 * sum(map(len, shared)) >= sum(map(len, seen.values())) > 0
-    pure = all(len(set(found)) == 1 for found in shared)
-    return len(seen) if enough and pure and len({found[0] for found in shared}) > 1 else 0
+    pairs = [(cell, label) for cell, label in zip(cells, labels, strict=True) if cell and label]
+    counts = Counter(cell for cell, _ in pairs)
+    shared = sum(count for count in counts.values() if count > 1)
+    if 2 * shared < len(pairs):
+        return 0
+    found = {pair for pair in pairs if counts[pair[0]] > 1}  # one for each value if it has one label
+    pure = len(found) == len({cell for cell, _ in found})
+    return len(counts) if pure and len({label for _, label in found}) > 1 else 0
 
 
 def warn_about_shared_files(

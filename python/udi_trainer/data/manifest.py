@@ -25,6 +25,7 @@ from . import kinds
 from .cache import Cache, CacheOptions
 from .dataset import Dataset, Modality, Split, presence
 from .kinds import (
+    LISTED,
     MISSING,
     STATISTICS_SAMPLES,
     ArrayOptions,
@@ -172,12 +173,25 @@ def build(source: Rows, options: Options) -> Dataset:
     shapes = ", ".join(f"{m} {'x'.join(map(str, modalities[m].sample(made['train']).shape[1:]))}" for m in modalities)
     counts = ", ".join(f"{len(split)} {name}" for name, split in made.items())
     log.info(f"{name}: {counts}; {len(classes)} classes; {shapes}")
-    recipe = {
+    recipe: dict[str, Any] | None = {
         "options": {n: v for n, v in options.flat().items() if any(n in fields_of(group) for group in PREPROCESSING)},
+        "empty_numbers": chosen.empty_numbers,
         "modalities": {m: specs[m].described(kind.state) for m, (kind, *_) in loaded.items()},
     }
+    if not is_plain(recipe):  # of a kind of the user's own
+        log.info("%s: predict will not read new files, as a kind of column has state that is no plain value", name)
+        recipe = None
     checked = frozenset(specs)
     return Dataset(len(classes), modalities, **made, name=name, class_names=classes, checked=checked, recipe=recipe)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a run folder can keep the value without running code when it is loaded."""
+    if isinstance(value, dict):
+        return all(is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, torch.dtype, torch.Tensor)
 
 
 def load_columns(
@@ -202,6 +216,14 @@ def load_columns(
         loaded[m] = load_column(spec.kind(column), states[m] if states else None)
         for row, reason in column.bad.items():
             errors.setdefault(kept[row], f"column {m}: {reason}")
+        if lacking := [row for row in column.lacking if row not in column.bad]:
+            some = ", ".join(column.lacking[row] for row in lacking[:LISTED])
+            log.warning("column %s is empty in %d of %d rows: %s", m, len(lacking), len(kept), some)
+            for row in lacking:
+                cells[m][kept[row]] = None
+    for i in kept:
+        if all(column[i] is None for column in cells.values()):
+            errors.setdefault(i, "all modalities are empty")
     return loaded, errors
 
 
@@ -230,6 +252,12 @@ def load_column(kind: Kind, state: dict | None = None) -> LoadedColumn:
     else:
         vars(kind).update(state)
     kind.review(headers, present)
+    column = kind.column
+    for row, reason in column.lacking.items():
+        if row in column.training and not column.options.of(Columns).allow_missing:
+            column.bad[row] = f"{reason} (--allow-missing trains on the other modalities)"
+        else:
+            column.cells[row], keys[row] = None, MISSING
     return kind, keys, None if kind.column.bad else kind.read(keys)
 
 
@@ -403,7 +431,7 @@ def check_rows(
 
 
 def check_cells(
-    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], empty_numbers: str = "impute"
+    source: Rows, cells: Mapping[str, list[Cell]], specs: Mapping[str, Spec], empty_numbers: str
 ) -> dict[int, str]:
     """The errors in the cells of modalities, and in ids, by row."""
     bad: dict[int, str] = {}

@@ -208,7 +208,7 @@ def labels_of(value: np.ndarray) -> list[str]:
             raise UserError(f"labels of shape {value.shape} are neither a vector nor one-hot")
         value = codes.argmax(1) + 1
     flat = (x.ravel()[0] if isinstance(x, np.ndarray) and x.size else x for x in value.ravel())
-    return [str(int(x)) if isinstance(x, np.number) and x == int(x) else str(x).strip() for x in flat]
+    return [str(int(x)) if isinstance(x, np.number) and float(x).is_integer() else str(x).strip() for x in flat]
 
 
 # --- .ts ---

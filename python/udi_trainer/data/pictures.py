@@ -46,6 +46,11 @@ def is_deep(image: Any) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
+def loses_bits(image: Any) -> bool:
+    """Whether Pillow reads the upper 8 bits only: of colors in 16 bits, and of transparent pictures in 16 bits."""
+    return not is_deep(image) and any(";16" in str(tile[3]) for tile in image.tile)
+
+
 def is_gray(image: Any) -> bool:
     return image.mode in ("1", "L", "LA") or is_deep(image)
 

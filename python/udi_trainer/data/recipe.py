@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..console import log
-from ..errors import UserError, choose, short
+from ..errors import UserError, short
 from ..options import Options
 from . import kinds
 from .cache import CacheOptions
@@ -41,13 +41,16 @@ def samples(
     header = list(source.rows[0])
     for name in read:
         if name not in header:
-            choose(f"column of {source.source}; the run reads", name, header)
+            has = short(", ".join(header))
+            raise UserError(
+                f"{source.source} lacks the column {name}, which the run reads (cells may be empty): it has {has}"
+            )
     if others := [name for name in header if name not in {*read, *RESERVED}]:
         log.info("%s: columns that the run does not read: %s", source.source, short(", ".join(others)))
     own = {"cache_dir": cache_dir, "skip_bad": skip_bad}
     options = Options.of_flat(recipe["options"] | own, (*PREPROCESSING, CacheOptions, Damage))
     cells = collect_cells(source, specs)
-    bad = check_cells(source, cells, specs)
+    bad = check_cells(source, cells, specs, recipe["empty_numbers"])
     kept = list(range(len(source.rows)))
     states = {m: part["state"] for m, part in parts.items()}
     while True:

@@ -18,6 +18,10 @@ from .kinds import Audio, Cell, Frames, kinds, single_path
 CUT = 0.9  # a file that ends before this fraction of its announced duration is probably cut
 
 
+class NoTrack(Unreadable):
+    """The file has no sound, or no pictures."""
+
+
 def import_av() -> Any:
     try:
         import av
@@ -34,7 +38,7 @@ def open_track(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path)) as container:
             stream = container.streams.best(kind)
             if stream is None:
-                raise Unreadable(f"{path}: no {'sound track' if kind == 'audio' else 'pictures'}")
+                raise NoTrack(f"{path}: no {'sound track' if kind == 'audio' else 'pictures'}")
             stream.thread_type = "NONE"  # other threads decode other files
             yield container, stream
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -92,7 +96,7 @@ class Video(Frames):
         path = single_path(cell)
         times, cut = frame_times(path)
         with open_track(path, "video") as (_, stream):
-            return [3, stream.width, stream.height, len(times) - 1, 0, 0, 0, cut]
+            return [3, stream.width, stream.height, len(times) - 1, *[0] * 4, cut]
 
     def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
         self.note("ends early, so the file is probably cut", headers[:, -1] > 0, rows)
@@ -124,7 +128,25 @@ def upright(frame: Any) -> Any:
 
 @kinds.register("videosound", needs=("av", "scipy"), extra="video")
 class VideoSound(Audio):
-    """The sound track of a video per cell, otherwise as :class:`Audio`."""
+    """The sound track of a video per cell, otherwise as :class:`Audio`. Videos may lack it."""
+
+    def probe(self, cell: Cell) -> list[int]:
+        try:
+            return super().probe(cell)
+        except NoTrack:
+            return [0] * self.header_size
+
+    def configure(self, headers: np.ndarray) -> None:
+        has = headers[:, 0] > 0
+        if not has.any():
+            raise UserError(f"column {self.column.name}: no video has a sound track")
+        super().configure(headers[has])
+
+    def review(self, headers: np.ndarray, rows: Sequence[int]) -> None:
+        has = headers[:, 0] > 0
+        for row in np.array(rows)[~has].tolist():
+            self.column.lacking[row] = f"{self.column.cells[row][0]}: no sound track"
+        super().review(headers[has], np.array(rows)[has].tolist())
 
     def recording(self, path: Path) -> tuple[np.ndarray, int, bool]:
         with open_track(path, "audio") as (container, stream):

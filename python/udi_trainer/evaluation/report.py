@@ -5,6 +5,8 @@ from typing import IO, Any
 
 from matplotlib import rc_context
 
+from ..console import log
+from ..errors import short
 from .plotting import INK, METHOD_COLORS, MODALITY_COLORS, MUTED, curves, fonts_for, new_figure, style_axes
 
 ALONE = ("anchor", "unimodal")  # phases in which a modality is trained alone
@@ -92,9 +94,13 @@ def fusion_text(scores: dict) -> str:
 def draw(metrics: dict, history: History, path: Path | IO[bytes]) -> None:
     """Draws report.png: accuracies above; below, the followers' losses, effective dimensions and results by class.
 
-    Each modality has its own color. Characters that no installed font has are drawn as escapes.
+    Each modality has its own color. Where no installed font has the characters of a class name, its number is drawn.
     """
     families, missing = fonts_for(str([metrics, history]))
+    if missing:
+        log.warning("no installed font has %s: report.png shows the numbers of such classes", short(missing, 20))
+        classes = [str(c) if set(name) & set(missing) else name for c, name in enumerate(metrics.get("classes", []))]
+        metrics = metrics | {"classes": classes}
     with rc_context({"font.family": families}):
         draw_panels(literal(metrics, missing), literal(history, missing), path)
 

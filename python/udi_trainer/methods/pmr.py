@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from .. import distributed
 from ..data.dataset import presence
@@ -37,10 +38,6 @@ class PMROptions(Group, title="PMR"):
     pmr_alpha: float = option(2.0, number(float, 0), "weight of the prototypes' loss")
 
 
-class Prototypes(nn.ParameterDict):
-    """Mean features (C, D) of each class, by modality; no optimizer knows them."""
-
-
 class PMR(Joint):
     key = "pmr"
     model: ConcatClassifier
@@ -50,27 +47,28 @@ class PMR(Joint):
         self.end, classes = MODULATED * run.options.epochs * run.steps, run.data.classes
         widths = dict(zip(run.data.modalities, self.model.widths, strict=True))
         means = {m: nn.Parameter(torch.zeros(classes, width), requires_grad=False) for m, width in widths.items()}
-        self.prototypes = Prototypes(means).to(run.device)
+        self.prototypes = nn.ParameterDict(means).to(run.device)  # no optimizer knows them
         self.parts["prototypes"] = self.prototypes
 
     @torch.no_grad()
     def begin_epoch(self, epoch: int) -> None:
+        """Sets the prototypes to the mean features (C, D) of each class, over the samples that have the modality."""
         train = self.run.data.train
-        labelled = (train.labels >= 0).nonzero().flatten().cpu()
-        feed, width = Feed(self.run, train, self.reads), self.run.data.classes
-        sums = {
-            m: torch.zeros(width, c.shape[1] + 1, dtype=c.dtype, device=c.device) for m, c in self.prototypes.items()
-        }
+        labelled = (train.labels >= 0).nonzero().flatten()
+        feed = Feed(self.run, train, self.reads)
+        rows: dict[str, list[torch.Tensor]] = {m: [] for m in self.prototypes}
         self.model.eval()
-        for batch in feed.batches(labelled[distributed.rank() :: distributed.world()], BATCH):
+        for batch in feed.batches(labelled.cpu()[distributed.local_indices(len(labelled))], BATCH):
             batch = feed.complete(batch)
             with self.run.autocast():
                 features = self.forward(batch)[0]
             for m, x in features.items():
-                present = batch.get(presence(m), torch.ones_like(batch["labels"]))[:, None].to(sums[m].dtype)
-                sums[m].index_add_(0, batch["labels"], torch.cat((as_float(x) * present, present), dim=1))
-        for m, total in sums.items():
-            total = distributed.total(total)
+                present = batch.get(presence(m), torch.ones_like(batch["labels"]))[:, None].to(x.dtype)
+                rows[m].append(as_float(torch.cat((x * present, present), dim=1)))
+        classes = one_hot(train.labels[labelled].to(self.run.device), self.run.data.classes)
+        for m, parts in rows.items():
+            x = distributed.gather(torch.cat(parts), len(labelled))
+            total = classes.T.to(x.dtype) @ x
             self.prototypes[m].copy_(total[:, :-1] / total[:, -1:].clamp_min(1))
 
     def flags(self, number: int) -> dict:

@@ -57,17 +57,31 @@ def cnn1d(shape: torch.Size, features: int = FEATURES) -> nn.Module:
 
 
 class Padded(nn.Sequential):
-    """The layers of :func:`cnn1d`, applied to the real steps only."""
+    """Layers over sequences (N, T, D), the first one a transposition, that see and pool the real steps only.
+
+    Steps of zeros at the end are padding. BatchNorm's statistics include them.
+    """
 
     def forward(self, x):
-        transpose, *layers, pool, flatten, linear, relu = self
+        transpose, *layers = self
         real = real_steps(x)[:, None]
         x = transpose(x)
-        for convolution, activation in zip(layers[::2], layers[1::2], strict=True):
-            real = real[..., :: convolution.stride[0]]
-            x = activation(convolution(x)) * real
-        mean = flatten(pool(x)) * (real.shape[2] / real.sum(2).clamp_min(1))
-        return relu(linear(mean))
+        for layer in layers:
+            x = layer(x)
+            if isinstance(layer, nn.Conv1d):
+                real = real[..., :: layer.stride[0]]
+            elif isinstance(layer, nn.ReLU) and x.dim() == 3:
+                x = x * real
+            elif isinstance(layer, nn.AdaptiveAvgPool1d):
+                x = x / real_share(real)
+            elif isinstance(layer, MeanAndMax):
+                x = layer.rescaled(x, real_share(real)[..., 0])
+        return x
+
+
+def real_share(real: torch.Tensor) -> torch.Tensor:
+    """The share of real steps (N, 1, 1), of a mask (N, 1, T)."""
+    return real.float().mean(2, keepdim=True).clamp_min(1 / real.shape[2])
 
 
 @encoders.register("fcn")
@@ -80,7 +94,7 @@ def fcn(shape: torch.Size, features: int = FEATURES) -> nn.Module:
     layers: list[nn.Module] = []
     for inputs, outputs, kernel in zip(sizes, sizes[1:], (7, 5, 3), strict=False):
         layers += [nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm1d(outputs), nn.ReLU()]
-    return nn.Sequential(Transpose(), *layers, MeanAndMax(), nn.Linear(2 * sizes[-1], features), nn.ReLU())
+    return Padded(Transpose(), *layers, MeanAndMax(), nn.Linear(2 * sizes[-1], features), nn.ReLU())
 
 
 class MeanAndMax(nn.Module):
@@ -88,6 +102,11 @@ class MeanAndMax(nn.Module):
 
     def forward(self, x):
         return torch.cat((x.mean(-1), x.amax(-1)), dim=1)
+
+    def rescaled(self, x, share):
+        """The result, with the mean over this share (N, 1) of the axis; the rest of it was 0."""
+        mean, maximum = x.chunk(2, dim=1)
+        return torch.cat((mean / share, maximum), dim=1)
 
 
 class Transpose(nn.Module):

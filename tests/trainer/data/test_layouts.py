@@ -10,8 +10,11 @@ pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[d
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
 from udi_trainer import UserError, train
-from udi_trainer.data.manifest import build, read
-from udi_trainer.data.scan import scan, write
+from udi_trainer.data import kinds
+from udi_trainer.data.manifest import build
+from udi_trainer.data.recipe import samples
+from udi_trainer.data.rows import Rows, read, write
+from udi_trainer.data.scan import scan
 from udi_trainer.options import Options, fields_of
 from udi_trainer.registry import datasets
 
@@ -227,3 +230,34 @@ def test_manifest_from_a_folder(folder, options, tmp_path):
         scan(folder.path, {"sound": "{label}.flac"})
     with pytest.raises(UserError, match="are both image of 0: add fields"):
         scan(folder.path, {"sound": "rec/{label}_anna0_{a}.wav", "image": "pics/{label}/{b}.png"})
+
+
+def test_new_files_for_a_named_dataset(folder, options):
+    """Read by the names of its modalities, in the shapes of the run, whose options its reader has chosen."""
+    cremad(folder)
+    given = Options.make(dataset="cremad", data_root=folder.path, cache_dir=options["cache_dir"], **SMALL)
+    data = datasets["cremad"](given)
+    new = [
+        {"id": name, "frames": f"Image-01-FPS/{name}", "sound": f"AudioWAV/{name}.wav", "label": "HAP"}
+        for name in data.test.ids
+    ]
+    read_again = samples(Rows("new.csv", folder.path, new), data.recipe, data.class_names)
+    assert read_again.labels.tolist() == [1] * len(new) and read_again.ids == data.test.ids
+    assert read_again.stored.keys() == data.test.stored.keys()
+    for name, t in read_again.stored.items():
+        assert torch.equal(t, data.test.stored[name])
+
+
+def test_a_kind_whose_state_is_not_plain(folder, options, register):
+    """Its run folder must not hold what only code can load; the run itself is unharmed."""
+
+    class Own(kinds.Array):
+        def configure(self, headers):
+            super().configure(headers)
+            self.limit = np.float64(2)
+
+    register(kinds.kinds, "own", Own)
+    rows = [row | {"own": folder.array(f"{i}.npy", np.full(4, i))} for i, row in enumerate(folder.pairs(24))]
+    given = {k: v for k, v in options.items() if k != "progress"}
+    data = build(read(folder.manifest(rows)), Options.make(dataset="manifest", kinds="own=own", **given))
+    assert data.recipe is None and data.train.stored["own"].shape[1] == 4

@@ -282,6 +282,12 @@ def test_odd_paths(folder, options, tmp_path, monkeypatch):
     assert sum(map(len, data.splits().values())) == 24
 
 
+def test_paths_of_windows(folder, options):
+    rows = [row | {"image": row["image"].replace("/", "\\")} for row in folder.pairs(24)]
+    with pytest.raises(UserError, match=r"line 2: .*images\\0.png: No such file or directory: separate folders by /"):
+        dataset(folder.manifest(rows), options)
+
+
 # --- missing modalities ---
 
 

@@ -7,9 +7,9 @@ import torch
 pytest.importorskip("PIL", reason='needs the extra of files: pip install -e ".[data]"')
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import UserError, train
+from udi_trainer import UserError, load, train
 from udi_trainer.data.noise import corrupt
-from udi_trainer.models.encoders import cnn1d
+from udi_trainer.models.encoders import cnn1d, fcn
 
 from .files import dataset, stored
 
@@ -69,26 +69,29 @@ def test_a_long_sequence_in_test(folder, options, caplog):
     )
 
 
+@pytest.mark.parametrize("encoder", [cnn1d, fcn])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 21])
-def test_padding_does_not_change_features(length):
+def test_padding_does_not_change_features(encoder, length):
     torch.manual_seed(0)
-    encoder, x = cnn1d(torch.Size((40, 3))).double(), torch.randn(5, 40, 3, dtype=torch.float64)
+    encoder, x = encoder(torch.Size((40, 3))).double().eval(), torch.randn(5, 40, 3, dtype=torch.float64)
     padded = x.clone()
     padded[:, length:] = 0
     torch.testing.assert_close(encoder(padded), encoder(x[:, :length]))
 
 
-def test_whole_sequences_as_by_plain_layers():
+@pytest.mark.parametrize("encoder", [cnn1d, fcn])
+def test_whole_sequences_as_by_plain_layers(encoder):
     """Without padding, the encoder is its layers one after the other, bit for bit."""
-    encoder, x = cnn1d(torch.Size((21, 3))), torch.randn(6, 21, 3)
+    encoder, x = encoder(torch.Size((21, 3))), torch.randn(6, 21, 3)
     plain = x
     for layer in encoder:
         plain = layer(plain)
     assert torch.equal(encoder(x), plain)
 
 
-def test_zeros_within_a_sequence_are_real():
-    encoder, x = cnn1d(torch.Size((40, 2))), torch.randn(2, 40, 2)
+@pytest.mark.parametrize("encoder", [cnn1d, fcn])
+def test_zeros_within_a_sequence_are_real(encoder):
+    encoder, x = encoder(torch.Size((40, 2))).eval(), torch.randn(2, 40, 2)
     x[:, 5:30] = 0
     without = x.clone()
     without[:, 30:] = 0
@@ -100,6 +103,29 @@ def test_training_with_a_long_sequence(folder, options):
     path = folder.manifest(sequences(folder, 200, long=900))
     result = train("manifest", "ensemble", manifest=path, epochs=15, batch_size=16, **options)
     assert result.metrics["unimodal"]["feat"]["test_acc"] > 0.9
+
+
+def test_new_files_are_read_by_what_training_settled(folder, options, tmp_path):
+    """The range of deep pictures, lengths and rates of the run count, whatever the new files would suggest."""
+    rows = sequences(folder, 40)
+    for i, row in enumerate(rows):
+        pixels = np.linspace(0, 1000 + i, 64).reshape(8, 8).astype(np.uint16)
+        row["image"] = folder.save_picture(f"deep/{i}.png", pixels)
+        row["sound"] = folder.sound(f"s/{i}.wav", i % 2, 0.1 + 0.01 * (i % 5))
+    path = folder.manifest(rows)
+    train("manifest", "ensemble", manifest=path, epochs=1, batch_size=8, baselines=[], out=tmp_path / "run", **options)
+    data, predictor = dataset(path, options), load(tmp_path / "run", device="cpu")
+    new = [row for row in rows if row["split"] == "test"]
+    for row in new[:-1]:  # most are of another kind, the last one stays
+        folder.array(row["feat"], np.ones((50, 4), np.float32))
+        folder.save_picture(row["image"], np.full((8, 8), 60000, np.uint16))
+        folder.sound(row["sound"], 1, 1.0, rate=1000)
+    split = predictor.read(folder.manifest(new, "new.csv"), cache_dir=options["cache_dir"])
+    for m in ("feat", "image", "sound"):
+        assert split.stored[m].shape[1:] == data.test.stored[m].shape[1:]
+        np.testing.assert_array_equal(split.stored[m][-1], data.test.stored[m][-1])
+    assert (split.stored["image"][:-1] == 255).all() and (split.stored["feat"][:-1] == 1).all()
+    assert predictor.predict(split).sum(1) == pytest.approx(1)
 
 
 def test_padded_sequences_with_noise(folder, options):

@@ -1,5 +1,8 @@
 """Pictures of other depths, with transparency, and of several pages: none becomes black or flat unnoticed."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +35,17 @@ def test_deep_pictures_keep_their_range(folder, options, caplog, name, low, high
     x = read(folder, options, name, (low + RAMP * (high - low)).astype(dtype))
     np.testing.assert_allclose(x.numpy(), np.broadcast_to(RAMP * 255, (3, 12, 12)), atol=2)
     assert f"more than 8 bits a pixel, of which {low:g} to {high:g} become 0 to 255" in caplog.text
+
+
+def test_colors_of_16_bits_are_told(folder, options, caplog):
+    """Pillow reads their upper halves, so dark ones become black."""
+    rows = folder.split_pairs()
+    size, parts = struct.pack(">IIBBBBB", 12, 12, 16, 2, 0, 0, 0), b"\0" + b"\x10\x00" * 36
+    chunks = (b"IHDR", size), (b"IDAT", zlib.compress(parts * 12)), (b"IEND", b"")
+    raw = b"".join(struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks)
+    (folder.path / "images/2.png").write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    assert (stored(dataset(folder.manifest(rows), options), "image", "s2") == 16).all()
+    assert f"16 bits a color, of which the upper 8 are read: {folder.path}/images/2.png (1 of 30)" in caplog.text
 
 
 def test_the_range_is_that_of_training(folder, options):

@@ -7,6 +7,7 @@ import torch
 
 from udi_trainer import UserError, train
 from udi_trainer.data.manifest import build
+from udi_trainer.data.recipe import samples
 from udi_trainer.data.rows import Rows
 from udi_trainer.options import Options
 
@@ -54,6 +55,21 @@ def test_empty_numbers_are_refused_by_option(tmp_path):
     assert len(built(tmp_path, table, empty_numbers="refuse", skip_bad=True).train) == 23
     with pytest.raises(UserError, match="column pulse is empty in training .--ignore 'pulse'"):
         built(tmp_path, rows(pulse=lambda i: i if i // 2 % 5 > 2 else ""))
+
+
+def test_new_rows_take_the_medians_of_the_run(tmp_path):
+    """Or are refused where the run refused empty numbers."""
+    table = rows(pulse=lambda i: i)
+    new = Rows("new.csv", tmp_path, [{"x": "5", "pulse": "", "title": "text 1"}, {"x": "", "pulse": "9", "title": "a"}])
+    for empty_numbers in ("impute", "refuse"):
+        data = built(tmp_path, table, empty_numbers=empty_numbers)
+        medians = [float(data.train.stored["table"][:, k].double().quantile(0.5)) for k in (0, 1)]
+        if empty_numbers == "impute":
+            stored = samples(new, data.recipe, data.class_names, cache_dir=str(tmp_path / "cache")).stored
+            assert stored["table"].tolist() == [[5.0, medians[1]], [medians[0], 9.0]]
+        else:
+            with pytest.raises(UserError, match="new.csv, sample 0: column pulse is empty"):
+                samples(new, data.recipe, data.class_names)
 
 
 def test_words_are_categories_of_a_table(tmp_path):

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("av", reason='needs PyAV: pip install -e ".[video]"')
 pytest.importorskip("soundfile", reason='needs the extra of files: pip install -e ".[data]"')
 
-from udi_trainer import UserError, train
+from udi_trainer import UserError, load, train
 from udi_trainer.data.cache import Unreadable
 from udi_trainer.data.layouts import in_videos
 from udi_trainer.data.video import VideoSound, frame_times
@@ -127,11 +128,25 @@ def test_no_video(folder, options, content, wanted):
     assert {name for split in data.splits().values() for name in split.ids} == {f"s{i}" for i in range(20)} - {"s2"}
 
 
-def test_tracks_that_are_missing(folder, options, tmp_path):
+def test_tracks_that_are_missing(folder, options, caplog):
+    """In training they are refused unless --allow-missing is given; elsewhere the sample lacks the modality."""
     rows = clips(folder, 20)
+    path = folder.manifest(rows)
+    write_video(folder.path / "clips/16.mp4", RAMP)
+    data = dataset(path, options, kinds=KINDS)
+    assert data.test.present("track").tolist() == [False, True, True, True] and data.train.present("track") is None
+    assert f"column track is empty in 1 of 20 rows: {folder.path}/clips/16.mp4: no sound track" in caplog.text
     write_video(folder.path / "clips/2.mp4", RAMP)
-    with pytest.raises(UserError, match="line 4: column track: .*clips/2.mp4: no sound track"):
-        dataset(folder.manifest(rows), options, kinds=KINDS)
+    with pytest.raises(UserError, match="line 4: column track: .*clips/2.mp4: no sound track .--allow-missing trains"):
+        dataset(path, options, kinds=KINDS)
+    data = dataset(path, options, kinds=KINDS, allow_missing=True)
+    assert [i for i, has in zip(data.train.ids, data.train.present("track"), strict=True) if not has] == ["s2"]
+    skipped = dataset(path, options, kinds=KINDS, skip_bad=True)
+    assert set(data.train.ids) - set(skipped.train.ids) == {"s2"} and len(skipped.test) == 4
+    for row in rows:
+        row["film"] = folder.image(f"{row['id']}.png", 1) if row["id"] != "s2" else ""
+    with pytest.raises(UserError, match="line 4: all modalities are empty"):
+        dataset(folder.manifest(rows), options, kinds="track=videosound", allow_missing=True)
     folder.write_sound("x.wav", tone())
     with pytest.raises(Unreadable, match="no pictures"):
         frame_times(folder.path / "x.wav")
@@ -144,6 +159,25 @@ def test_a_folder_of_clips_trains(folder, options):
                    **options)  # fmt: skip
     alone = [figures["test_acc"] for figures in result.metrics["unimodal"].values()]
     assert result.metrics["fused"]["test_acc"] > max(alone) + 0.2
+
+
+def test_new_videos_are_read_as_in_training(folder, options, tmp_path):
+    rows = clips(folder, 20)
+    path = folder.manifest(rows)
+    train("manifest", "ensemble", manifest=path, kinds=KINDS, epochs=1, batch_size=4, baselines=[],
+          out=tmp_path / "run", **options)  # fmt: skip
+    data = dataset(path, options, kinds=KINDS)
+    new = [row for row in rows if row["split"] == "test"]
+    predictor = load(tmp_path / "run", device="cpu")
+    split = predictor.read(folder.manifest(new, "new.csv"), cache_dir=options["cache_dir"])
+    assert all(torch.equal(split.stored[m], data.test.stored[m]) for m in KINDS)
+    assert torch.equal(predictor.predict(split), predictor.predict(data.test))
+    for row in new:
+        row["track"] = "longer.mkv"
+    write_video(folder.path / "longer.mkv", RAMP, sound=tone(2, 44100), rate=44100, sound_codec="flac")
+    write_video(folder.path / new[0]["film"], RAMP, size=(64, 48))
+    split = predictor.read(folder.manifest(new, "new.csv"), cache_dir=options["cache_dir"])
+    assert [t.shape[1:] for t in split.stored.values()] == [t.shape[1:] for t in data.test.stored.values()]
 
 
 def reader(name, folder, options, **more):

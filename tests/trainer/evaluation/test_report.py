@@ -52,8 +52,8 @@ def test_dollars_in_class_names(tmp_path):
 
 
 @pytest.mark.parametrize("fonts", [["STIXGeneral"], []])
-def test_class_names_beyond_the_usual_font(tmp_path, monkeypatch, fonts):
-    """Drawn with another font that has them, else as escapes, and never as boxes."""
+def test_class_names_beyond_the_usual_font(tmp_path, monkeypatch, caplog, fonts):
+    """Drawn with another font that has them, else as numbers, and never as boxes."""
     chosen = [font for font in plotting.fontManager.ttflist if font.name in fonts]
     monkeypatch.setattr(plotting.fontManager, "ttflist", chosen)
     assert plotting.fonts_for("happy $ é") == (["DejaVu Sans"], "")
@@ -63,12 +63,13 @@ def test_class_names_beyond_the_usual_font(tmp_path, monkeypatch, fonts):
     )
     metrics, history = run(("gray", "color"))
     figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0], "test_confusion": [[1, 0], [1, 0]]}
-    metrics |= {"fused": metrics["fused"] | figures, "classes": ["高兴", "sad"]}
+    metrics |= {"fused": metrics["fused"] | figures, "classes": ["sad", "高兴"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of glyphs that are missing
         report.draw(metrics, history, tmp_path / "report.png")
     classes = panels(metrics, history, tmp_path / "report.png", monkeypatch)[-2]
-    assert [label.get_text() for label in classes.get_yticklabels()] == [r"\u9ad8\u5174", "sad"]
+    assert [label.get_text() for label in classes.get_yticklabels()] == ["sad", "1"]
+    assert "no installed font has 兴高: report.png shows the numbers of such classes" in caplog.text
 
 
 @pytest.mark.parametrize("modalities", [("gray", "color"), ("a", "b", "c", "d", "e", "f")])
