@@ -22,6 +22,7 @@ from udi_kernels import (
     effective_dims,
     gramian,
     js_div,
+    js_div_topk,
     linear_js_div,
     reference,
     skew_kl,
@@ -139,6 +140,33 @@ def linear_js_div_cases():
                 bytes=(heads + classes * 512) * dtype.itemsize,
                 draw=draw,
                 providers=loss_providers((0, 1), table),
+            )  # fmt: skip
+
+
+def js_div_topk_cases():
+    """A teacher's top 16 against the student's logits."""
+    k = 16
+
+    def draw(randn, rows, classes):
+        input, full = require([randn(rows, classes), randn(rows, classes)], (0,))
+        logprobs, indices = full.log_softmax(-1).topk(k)
+        return input, indices, logprobs
+
+    gathered = peers.js_div_topk_gathered
+    table = {
+        "udi_kernels": (1, {"": js_div_topk}),
+        "scatter + js_div": (3, {"": partial(peers.js_div_topk_scattered, js_div)}),
+        "eager": (6, {"scatter": partial(peers.js_div_topk_scattered, peers.js_div_eager), "gather": gathered}),
+        "torch.compile": (3, {"gather": compiled(gathered)}),
+    }
+    for dtype in DTYPES:
+        for rows, classes in ((64, 101), (1024, 1000), (4096, 32000)):
+            yield Case(
+                "js_div_topk", f"{rows}x{classes} K={k}", dtype, "+ backward", rank=int(dtype == torch.bfloat16),
+                elements=2 * rows * classes,
+                bytes=3 * rows * classes * dtype.itemsize,
+                draw=partial(draw, rows=rows, classes=classes),
+                providers=loss_providers((0,), table),
             )  # fmt: skip
 
 
@@ -526,6 +554,7 @@ def step_cases():
 GROUPS = (
     js_div_cases,
     linear_js_div_cases,
+    js_div_topk_cases,
     skew_kl_cases,
     js_div_view_cases,
     js_div_mask_cases,

@@ -48,6 +48,7 @@ JS_DIV_SHAPES = (
 )  # fmt: skip
 BETAS = (0.0, 0.3)  # besides 1/2, for BETA_SHAPES
 BETA_SHAPES = (8192, 4096), (4096, 32000)
+TOPK_SHAPES = ((64, 101), 8), ((4096, 32000), 8), ((4096, 32000), 100)
 SKEW_SHAPES = (64, 6), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
 # Masked, and with classes that are not adjacent: (4, C, R / 4).
 MASKED_SHAPES = (64, 6), (1024, 150), (1024, 1000), (8192, 4096), (4096, 32000), (8, 262144)
@@ -63,7 +64,7 @@ def cases():
     """(op, shape, dtype, options in words, function that launches it) of all that is inspected."""
     import torch
 
-    from udi_kernels.triton import certainty, club, duc, effective_dims, js_div, linear_js_div
+    from udi_kernels.triton import certainty, club, duc, effective_dims, js_div, js_div_topk, linear_js_div
 
     def case(op, shape, words, launch, *args):
         return op, shape, dtype, words, functools.partial(launch, *args)
@@ -84,6 +85,14 @@ def cases():
                 options = 0.1, False, 1.0, 2
                 yield case("skew_kl", (R, C), "", js_div.skew_kl_fwd, x, y, None, *options)
                 yield case("skew_kl", (R, C), "", js_div.skew_kl_bwd, scalar, x, y, None, stats, *options, True, True)
+        for (R, C), K in TOPK_SHAPES:
+            x, index = torch.empty(R, C, **new), torch.empty(R, K, dtype=torch.int64, device="meta")
+            log_p, stats = torch.empty(R, K, device="meta"), torch.empty(5, R, device="meta")
+            for tail, beta in ((0, 0.5), (1, 0.3), (1, 1.0), (2, 0.0)):
+                words, options = f"tail {tail} beta {beta} K {K}", (tail, beta, 1.0, 2)
+                yield case("js_div_topk", (R, C), words, js_div_topk.js_div_topk_fwd, x, index, log_p, None, *options)
+                backward = js_div_topk.js_div_topk_bwd, scalar, x, index, log_p, None, stats, *options, True
+                yield case("js_div_topk", (R, C), words, *backward)
         for R, C in MASKED_SHAPES:
             x, first = torch.empty(R, C, **new), torch.empty(4, C, R // 4, **new).mT
             weight = torch.empty(R, device="meta")

@@ -32,6 +32,20 @@ def js_div_probabilities(input, target):
     return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1).mean()
 
 
+def js_div_topk_scattered(divergence, input, indices, logprobs):
+    """The usual way: a dense teacher, whose softmax renormalizes."""
+    return divergence(input, torch.full_like(input, -torch.inf).scatter(-1, indices, logprobs))
+
+
+def js_div_topk_gathered(input, indices, logprobs):
+    """The same by logarithms of the student's K probabilities: outside, log(q/m) is log 2."""
+    log_q, log_p = input.float().log_softmax(-1).gather(-1, indices), logprobs.float().log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = ((q + p) / 2).clamp_min(torch.finfo(torch.float32).tiny).log()
+    chosen = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1)
+    return 0.5 * (chosen + math.log(2) * (1 - q.sum(-1))).mean()
+
+
 def skew_kl_eager(input, target):
     """The code of DistiLLM's authors, alpha = 0.1."""
     p, q = target.softmax(-1, dtype=torch.float32), input.softmax(-1, dtype=torch.float32)

@@ -18,6 +18,7 @@ OURS = "udi_kernels"
 USUAL = {
     "js_div": "eager",
     "linear_js_div": "TRL",
+    "js_div_topk": "scatter + js_div",
     "skew_kl": "eager",
     "js_div(views)": "eager",
     "js_div(weight=)": "indexed rows",
@@ -31,7 +32,7 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div", "linear_js_div", "skew_kl", "js_div(views)", "js_div(weight=)"],
+    "js_div": ["js_div", "linear_js_div", "js_div_topk", "skew_kl", "js_div(views)", "js_div(weight=)"],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
@@ -204,7 +205,7 @@ def plot(cases, figure, path):
 
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     plt.rcParams |= {"grid.color": "#e6e6e6", "axes.axisbelow": True}
-    results = [r for case in cases for r in case if r.op in FIGURES[figure]]
+    results = [r for case in cases for r in case if r.op in FIGURES[figure] and not r.beside]
     if not results:
         return
     panels = {}

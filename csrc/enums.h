@@ -19,6 +19,16 @@ namespace js_div_stats {
 enum Stat { kMaxQ, kInvQ, kMaxP, kInvP, kDivQ, kDivP, kStats, kShare = kStats };
 }  // namespace js_div_stats
 
+// What classes hold that a teacher's top K leave out.
+enum Tail : int64_t { kRenormalize, kBucket, kZero };
+
+namespace js_div_topk_stats {
+// The student's maximum and inverse sum of exponentials, the logarithm of what the teacher's probabilities are divided
+// by, the sum of u, and u/q less that sum in the classes left out; see cpu/js_div_topk.cpp. For a weighted mean, one
+// more: each row's weight over the sum of the weights.
+enum Stat { kMax, kInv, kLogSum, kMean, kSlope, kStats, kShare = kStats };
+}  // namespace js_div_topk_stats
+
 namespace club_stats {
 // Means over the rows; all but the first are of the data less the shift.
 enum Stat { kShift, kMeanY, kVarY, kMeanW, kMeanWMu, kStats };

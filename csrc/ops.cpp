@@ -9,6 +9,7 @@
 #include "ops/effective_dims.h"
 #include "ops/gradients.h"
 #include "ops/js_div.h"
+#include "ops/js_div_topk.h"
 
 namespace udi {
 namespace {
@@ -16,6 +17,7 @@ namespace {
 void losses(torch::Library& m) {
   m.impl("js_div", js_div);
   m.impl("skew_kl", skew_kl);
+  m.impl("js_div_topk", js_div_topk);
   m.impl("club_mi", club_mi);
   m.impl("club_nll", club_nll);
   m.impl("duc_loss", duc_loss);

@@ -46,6 +46,11 @@ PYBIND11_MODULE(UDI_MODULE, m) {
                                {"MAX_P", udi::js_div_stats::kMaxP}, {"INV_P", udi::js_div_stats::kInvP},
                                {"DIV_Q", udi::js_div_stats::kDivQ}, {"DIV_P", udi::js_div_stats::kDivP},
                                {"SHARE", udi::js_div_stats::kShare}};
+  m.attr("TAIL") = Constants{{"RENORMALIZE", udi::kRenormalize}, {"BUCKET", udi::kBucket}, {"ZERO", udi::kZero}};
+  m.attr("JS_DIV_TOPK") =
+      Constants{{"MAX", udi::js_div_topk_stats::kMax},        {"INV", udi::js_div_topk_stats::kInv},
+                {"LOG_SUM", udi::js_div_topk_stats::kLogSum}, {"MEAN_U", udi::js_div_topk_stats::kMean},
+                {"SLOPE", udi::js_div_topk_stats::kSlope},    {"SHARE", udi::js_div_topk_stats::kShare}};
   m.attr("CLUB") = Constants{{"SHIFT", udi::club_stats::kShift},
                              {"MEAN_Y", udi::club_stats::kMeanY},
                              {"VAR_Y", udi::club_stats::kVarY},

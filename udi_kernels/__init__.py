@@ -7,6 +7,7 @@ from ._effective_dims import effective_dims
 from ._gradients import GradientPlan, alignment_weights, gramian, weighted_sum
 from ._info import build_info
 from ._js_div import js_div
+from ._js_div_topk import js_div_topk
 from ._linear_js_div import LinearJSDiv, linear_js_div
 from ._skew_kl import skew_kl
 
@@ -23,6 +24,7 @@ __all__ = [
     "effective_dims",
     "gramian",
     "js_div",
+    "js_div_topk",
     "linear_js_div",
     "skew_kl",
     "weighted_sum",

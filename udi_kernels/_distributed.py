@@ -1,7 +1,7 @@
 """Losses of a batch whose rows are distributed over the processes of a group."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -144,6 +144,62 @@ class _JSDiv(torch.autograd.Function):
             grads = ops.js_div_bwd(grad, x, y, mask, stats, *ctx.options, NONE, *needs)
         likes = zip(grads, (input, target), needs, strict=True)
         return *(g.reshape(z.shape).to(z.dtype) if need else None for g, z, need in likes), *[None] * 4
+
+
+class Shard(NamedTuple):
+    """This process's part of the classes."""
+
+    group: "dist.ProcessGroup"
+    first: int
+    classes: int  # of all processes
+
+
+def linear_js_div_rows(
+    z: Tensor,
+    p: Tensor,
+    soft: Tensor,
+    hard: Tensor | None,
+    labels: Tensor | None,
+    beta: float,
+    temperature: float,
+    need_grad: bool,
+    shard: Shard,
+) -> Tensor:
+    """As the kernel of that name, where each process has the logits of some classes: z of the student, p the teacher's.
+
+    The processes gather 4 R numbers (with labels 6 R) and add up 3 R (4 R).
+    """
+    mirrored = beta > 0.5
+    x, y, beta = (p, z, 1 - beta) if mirrored else (z, p, beta)
+    mask = (soft != 0).to(soft.dtype)
+    sums = part_sums(x, y, mask, temperature)
+    if hard is not None and labels is not None:
+        sums = torch.cat((sums, part_sums(z, z, (hard != 0).to(soft.dtype), 1.0)[:2]))
+    parts = sums.new_empty((dist.get_world_size(shard.group), *sums.shape))
+    dist.all_gather(list(parts), sums, group=shard.group)
+    sums = joined_sums(parts[:, :4], temperature)
+    found = part_divergences(x, y, mask, sums, beta, temperature)
+    if hard is not None and labels is not None:
+        row = ((labels >= shard.first) & (labels < shard.first + z.shape[1]) & (hard != 0)).nonzero().flatten()
+        column = labels[row] - shard.first
+        found = torch.cat((found, sums.new_zeros(1, len(z))))
+        found[3, row] = z[row, column].to(found.dtype)
+    dist.all_reduce(found, group=shard.group)
+    losses = torch.where(soft != 0, soft * torch.where(found[2] < 0, 0, found[2]), 0)
+    if hard is not None:
+        peak, total = joined_sums(parts[:, 4:], 1.0)
+        losses += torch.where(hard != 0, hard * (total.log() - (found[3] - peak)), 0)
+    if need_grad and z.numel():
+        sums[1::2].reciprocal_()  # as statistics have them
+        stats = torch.cat((sums, found[:2]))
+        grad = ops.js_div_bwd(soft, x, y, mask, stats, beta, temperature, NONE, not mirrored, mirrored)[mirrored]
+        if hard is not None:
+            e = (z.to(soft.dtype) - peak[:, None]).exp_() * (hard / total)[:, None]
+            e = torch.where((hard != 0)[:, None], e, 0)
+            e[row, column] -= hard[row]
+            grad = grad + e
+        z.copy_(grad)
+    return losses
 
 
 def part_sums(input: Tensor, target: Tensor, weight: Tensor | None, temperature: float) -> Tensor:

@@ -175,7 +175,7 @@ def js_div(
 ) -> Tensor:
     """Every process computes its rows, or its classes of them; ``op`` takes plain tensors and a code."""
     mesh = _one_mesh("js_div", ("input", "target", "weight"), (input, target, weight))
-    input, target, weight, *_ = op.checked(input, target, weight, beta, temperature, code)
+    op.checked(input, target, weight, beta, temperature, code)
     for name, t in (("input", input), ("target", target)):
         if any(p.is_shard() and type(p) is not Shard for p in t.placements):
             raise ValueError(f"js_div: {name} must be sharded by Shard, got placements {t.placements}")
@@ -186,7 +186,8 @@ def js_div(
     if len(split) > 1:
         raise ValueError(f"js_div: classes must be sharded over one dimension of the mesh, got {len(split)}")
     of_rows = [Replicate() if d in split else p for d, p in enumerate(placements)]
-    if split and backend("losses", input.device.type, input.dtype) == "reference":
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if split and backend("losses", input.device.type, dtype) == "reference":
         split, placements = [], of_rows
     x, y = (t.redistribute(mesh, placements).to_local() for t in (input, target))
     w = None if weight is None else weight.redistribute(mesh, of_rows).to_local()
@@ -212,3 +213,33 @@ def js_div(
         value, w = value / mass, w / mass
     loss = _distributed.Reduced.apply(rows, w.to(rows.dtype), value.to(rows.dtype))
     return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def linear_js_div(loss: Callable, tensors: dict[str, Any]) -> Tensor:
+    """Heads sharded over the classes, whose rows all processes have; ``loss`` takes local tensors and their `Shard`."""
+    name = "linear_js_div"
+    mesh = _one_mesh(name, list(tensors), list(tensors.values()))
+    if tensors["logprobs"] is not None:
+        raise ValueError(f"{name}: a teacher's top K classes must be plain tensors, got DTensors")
+    weight = tensors["weight"]
+    split = [d for d, p in enumerate(weight.placements) if p == Shard(0)]
+    if len(split) > 1:
+        raise ValueError(f"{name}: classes must be sharded over one dimension of the mesh, got {len(split)}")
+    if backend("losses", weight.device.type, weight.dtype) == "reference":
+        split = []
+    local: dict[str, Any] = {}
+    for key, t in tensors.items():
+        dim = {"weight": 0, "bias": 0, "target_weight": 0, "target_bias": 0}.get(key)
+        if key == "target" and tensors["target_weight"] is None:
+            dim = t.ndim - 1
+        places = [Replicate() if dim is None or d not in split else Shard(dim) for d in range(mesh.ndim)]
+        summed = [Partial() if key == "input" and d in split else p for d, p in enumerate(places)]
+        if t is not None and list(t.placements) != places:  # else its gradient would be summed at once
+            t = t.redistribute(mesh, places)
+        local[key] = None if t is None else t.to_local(grad_placements=summed)
+    shard = None
+    if split:
+        processes, rank = mesh.size(split[0]), mesh.get_local_rank(split[0])
+        first = min(len(weight), rank * -(-len(weight) // processes))  # as Shard cuts
+        shard = _distributed.Shard(mesh.get_group(split[0]), first, len(weight))
+    return DTensor.from_local(loss(**local, shard=shard), mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -13,7 +13,16 @@ from ._nvrtc import fill_cache
 from ._ops import backend
 
 OPS = {
-    "losses": ("js_div", "linear_js_div", "skew_kl", "club_mi", "club_nll", "duc_loss", "certainty_fusion"),
+    "losses": (
+        "js_div",
+        "js_div_topk",
+        "linear_js_div",
+        "skew_kl",
+        "club_mi",
+        "club_nll",
+        "duc_loss",
+        "certainty_fusion",
+    ),
     "statistics": ("effective_dims",),
     "gradients": ("gramian", "weighted_sum"),
 }

@@ -1,14 +1,28 @@
 """Two linear heads and the divergence of their softmaxes, without the logits of the whole batch."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.library import register_fake
 
-from . import reference
-from ._ops import FLOATING, INTEGERS, LIBRARY, check_number, define, launched_by_triton, native, not_a_tensor, ops
+from . import _distributed, reference
+from ._distributed import Shard
+from ._ops import (
+    FLOATING,
+    INTEGERS,
+    LIBRARY,
+    check_number,
+    define,
+    dtensors,
+    launched_by_triton,
+    native,
+    not_a_tensor,
+    ops,
+)
 from .reference import accumulation_dtype
 
 NAME = "linear_js_div"
@@ -20,7 +34,7 @@ PARTIAL_BYTES = 2**24  # of a product that waits to be added to a float32 sum
 def linear_js_div(
     input: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     target_weight: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -51,7 +65,10 @@ def linear_js_div(
         input: the student's hidden states, shape (..., H), float16, bfloat16, float32 or float64, any strides.
         weight: the student's head, (V, H), of input's dtype unless under autocast. It may be tied to other layers.
         target: the teacher's hidden states, (..., G), or without ``target_weight`` its logits, (..., V). Neither it nor
-            its head gets a gradient: detach them.
+            its head gets a gradient: detach them. Or a pair, the teacher's top K classes: ``(indices, logprobs)``, both
+            (..., K), integers in [0, V) without repetition and their log-probabilities, already at the wanted
+            temperature. These are renormalized to add up to 1; index -1 with log-probability -inf is padding. ``beta``
+            is then below 1.
         target_weight: the teacher's head, (V, G).
         bias, target_bias: of the heads, (V,).
         beta, temperature: as in :func:`js_div`; at its ends 0 and 1, ``beta`` gives KL(teacher || student) and
@@ -79,29 +96,61 @@ def linear_js_div(
         ValueError: shapes or devices disagree, a number is out of range, or a tensor without a gradient requires one.
         RuntimeError: the second derivative, which does not exist, is asked for.
 
+    DTensors on one mesh give a replicated DTensor. Heads, biases and the teacher's logits may be sharded over the
+    classes: each process then makes the logits of its classes, and exchanges a few numbers a row twice a chunk. The
+    gradient of ``input`` then comes back as ``Partial``. Rows are replicated first.
+
     Where no kernel serves (see :func:`build_info`), the logits are computed as a whole.
     """
-    tensors = {
-        "input": input, "weight": weight, "bias": bias, "target": target, "target_weight": target_weight,
-        "target_bias": target_bias, "row_weight": row_weight, "labels": labels,
+    logprobs: Any = None
+    if isinstance(target, tuple) and len(target) == 2:
+        target, logprobs = target
+    tensors: dict[str, Any] = {
+        "input": input, "weight": weight, "bias": bias, "target": target, "logprobs": logprobs,
+        "target_weight": target_weight, "target_bias": target_bias, "row_weight": row_weight, "labels": labels,
     }  # fmt: skip
     _check(tensors, beta, temperature, hard_weight, ignore_index, reduction, normalizer, chunk)
+    options = beta, temperature, hard_weight, ignore_index, reduction, normalizer, chunk
+    if module := dtensors(*tensors.values()):
+        return module.linear_js_div(partial(_loss, options), tensors)
+    return _loss(options, **tensors)
+
+
+def _loss(
+    options: tuple[Any, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    logprobs: Tensor | None,
+    target_weight: Tensor | None,
+    target_bias: Tensor | None,
+    row_weight: Tensor | None,
+    labels: Tensor | None,
+    shard: Shard | None = None,
+) -> Tensor:
+    beta, temperature, hard_weight, ignore_index, reduction, normalizer, chunk = options
     dtype = _autocast(input)
     soft, hard, scale = _factors(input, row_weight, labels, hard_weight, ignore_index, reduction, normalizer)
     labels = None if labels is None else labels.reshape(-1).long()
-    head = (target, target_weight, target_bias)
-    if not _kernels_serve(tensors):
-        heads: list[Any] = [t if t is None or dtype is None else t.to(dtype) for t in (input, weight, bias, *head)]
+    if not _kernels_serve(input):
+        if logprobs is not None:
+            target = _dense(target.flatten(0, -2), logprobs.flatten(0, -2), len(weight), temperature)
+        heads: list[Any] = [input, weight, bias, target, target_weight, target_bias]
+        products = 3 if target_weight is None else 6
+        heads[:products] = [t if t is None or dtype is None else t.to(dtype) for t in heads[:products]]
         rows: dict[str, Any] = dict(soft=soft, hard=hard, labels=labels)
         return reference.linear_js_div(*heads, **rows, beta=beta, temperature=temperature) * scale
     if chunk is None:
         classes, features = weight.shape
         chunk = chunk_rows(classes, features, (dtype or input.dtype).itemsize, input.device.type)
     masked = row_weight is not None
+    head = target, logprobs, target_weight, target_bias
     arguments = (*head, soft, hard, labels, scale, masked, float(beta), float(temperature), chunk, dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return _LinearJSDiv.apply(input, weight, bias, *arguments)
-    return ops.linear_js_div_fwd(input, weight, bias, *arguments, False, False, False)[0]
+        return _LinearJSDiv.apply(input, weight, bias, shard, *arguments)
+    fwd = ops.linear_js_div_fwd if shard is None else partial(_linear_js_div_fwd, shard=shard)
+    return fwd(input, weight, bias, *arguments, False, False, False)[0]
 
 
 def chunk_rows(classes: int, features: int, itemsize: int, device: str) -> int:
@@ -139,7 +188,7 @@ class LinearJSDiv(nn.Module):
         self,
         input: Tensor,
         weight: Tensor,
-        target: Tensor,
+        target: Tensor | tuple[Tensor, Tensor],
         target_weight: Tensor | None = None,
         *,
         bias: Tensor | None = None,
@@ -173,7 +222,8 @@ def _check(
             not_a_tensor(NAME, name, t)
         if t.layout != torch.strided or t.is_nested:
             raise ValueError(f"{NAME}: {name} must be dense, got {'a nested tensor' if t.is_nested else t.layout}")
-        allowed = {"labels": INTEGERS, "row_weight": (*FLOATING, *INTEGERS, torch.bool)}.get(name, FLOATING)
+        integers = name == "labels" or (name == "target" and tensors["logprobs"] is not None)
+        allowed = INTEGERS if integers else (*FLOATING, *INTEGERS, torch.bool) if name == "row_weight" else FLOATING
         if t.dtype not in allowed:
             raise TypeError(f"{NAME}: {name} must not be of {t.dtype}")
         if t.device != input.device:
@@ -185,7 +235,13 @@ def _check(
         got = f"{tuple(weight.shape)} and input {tuple(input.shape)}"
         raise ValueError(f"{NAME}: weight must be (V, H) with V > 0 for an input (..., H), got {got}")
     features = classes if target_weight is None else target_weight.shape[1:]
-    shapes = {"target": (*rows, *features), "row_weight": rows, "labels": rows}
+    if tensors["logprobs"] is not None:
+        if target_weight is not None:
+            raise ValueError(f"{NAME}: target_weight needs hidden states, got indices and log-probabilities")
+        if beta == 1:
+            raise ValueError(f"{NAME}: beta must be below 1 for a teacher's top K classes: KL(q || p) is infinite")
+        features = target.shape[len(rows) :]
+    shapes = {"target": (*rows, *features), "row_weight": rows, "labels": rows, "logprobs": (*rows, *features[:1])}
     shapes |= {"target_weight": (*classes, *features), "bias": classes, "target_bias": classes}
     for name, shape in shapes.items():
         t = tensors[name]
@@ -236,9 +292,8 @@ def _autocast(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _kernels_serve(tensors: dict[str, Any]) -> bool:
+def _kernels_serve(input: Tensor) -> bool:
     """As `kernels_serve` in csrc/ops/checks.h."""
-    input = tensors["input"]
     if not native() or torch._C._are_functorch_transforms_active():
         return False
     return input.is_cpu or (input.is_cuda and input.dtype != torch.float64)
@@ -280,9 +335,12 @@ def _factors(
 
 class _LinearJSDiv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-        loss, *grads = ops.linear_js_div_fwd(input, weight, bias, *arguments, *ctx.needs_input_grad[:3])
-        ctx.save_for_backward(input, weight, bias, arguments[6], *grads)
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, shard: Shard | None, *arguments: Any
+    ) -> Tensor:
+        fwd = ops.linear_js_div_fwd if shard is None else partial(_linear_js_div_fwd, shard=shard)
+        loss, *grads = fwd(input, weight, bias, *arguments, *ctx.needs_input_grad[:3])
+        ctx.save_for_backward(input, weight, bias, arguments[7], *grads)
         return loss
 
     @staticmethod
@@ -296,7 +354,7 @@ class _LinearJSDiv(torch.autograd.Function):
             ]
         if recorded:
             grads = _NoSecondDerivative.apply(len(grads), *grads, *inputs)
-        return (*grads, *[None] * 12)
+        return (*grads, *[None] * 14)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -332,6 +390,7 @@ def _linear_js_div_fwd(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    logprobs: Tensor | None,
     target_weight: Tensor | None,
     target_bias: Tensor | None,
     soft: Tensor,
@@ -346,15 +405,17 @@ def _linear_js_div_fwd(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     if labels is not None and hard is not None and hard.is_cpu:
-        _check_labels(labels, hard, len(weight))
+        _check_labels(labels, hard, shard.classes if shard else len(weight))
+    rows_loss: Callable = partial(_distributed.linear_js_div_rows, shard=shard) if shard else ops.linear_js_div_rows
     grads = _gradients(input, weight, bias, (need_input, need_weight, need_bias))
     grad_input, grad_weight, grad_bias = grads
     needed = need_input or need_weight or need_bias
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        x, y = _matrix(input), _matrix(target)
-        kept = _kept_rows(soft, hard, masked, strided=x.dim() > 2 or y.dim() > 2)
+        x, y, top = _matrix(input), _matrix(target), None if logprobs is None else _matrix(logprobs)
+        kept = _kept_rows(soft, hard, masked, strided=any(t is not None and t.dim() > 2 for t in (x, y, top)))
         n = len(soft) if kept is None else len(kept)
         size = -(-n // max(1, -(-n // chunk)))  # chunks of one length
         student = _Head(weight, bias, dtype, size)
@@ -370,17 +431,22 @@ def _linear_js_div_fwd(
             rows = slice(begin, min(begin + size, n)) if kept is None else kept[begin : begin + size]
             hidden = _take(x, rows).to(student.weight.dtype)
             z = student(hidden)
-            p = _take(y, rows) if teacher is None else teacher(_take(y, rows))
+            p = _take(y, rows)
+            if teacher is not None:
+                p = teacher(p)
+            elif top is not None:
+                p = _dense(p, _take(top, rows), len(weight), temperature)
             wide = torch.promote_types(z.dtype, p.dtype)
             z, p = z.to(wide), p.to(wide)
             p = p if p.stride(1) == 1 else p.contiguous()
             picked = [None if t is None else t[rows] for t in (soft, hard, labels)]
-            losses.append(ops.linear_js_div_rows(z, p, *picked, beta, temperature, needed))
+            losses.append(rows_loss(z, p, *picked, beta, temperature, needed))
             z = z.to(hidden.dtype)  # now the gradient
             if need_input:
                 grad_rows[rows] = (z @ student.weight).to(grad_rows.dtype)
             if products:
                 products.add(z, hidden)
+            del p
             if need_bias:
                 columns += z.sum(0, dtype=columns.dtype)
         if products:
@@ -417,7 +483,9 @@ def _matrix(t: Tensor) -> Tensor:
     """The tensor as a matrix of rows if that is a view, else as it is."""
     outer = [(t.shape[d], t.stride(d)) for d in range(t.dim() - 1) if t.shape[d] != 1]
     joins = all(stride == size * inner for (_, stride), (size, inner) in zip(outer, outer[1:], strict=False))
-    return t.view(-1, t.shape[-1]) if joins and t.numel() else t if t.numel() else t.new_empty(0, t.shape[-1])
+    if t.numel() == 0:
+        return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t.view(-1, t.shape[-1]) if joins else t
 
 
 def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
@@ -425,6 +493,16 @@ def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
     if isinstance(rows, slice):
         return t[rows]
     return t.index_select(0, rows) if t.dim() == 2 else t[torch.unravel_index(rows, t.shape[:-1])]
+
+
+def _dense(indices: Tensor, logprobs: Tensor, classes: int, temperature: float) -> Tensor:
+    """Logits (R, C) whose softmax at the temperature has these probabilities, renormalized, and 0 elsewhere."""
+    if indices.is_cpu and indices.numel() and not -1 <= indices.min() <= indices.max() < classes:
+        got = f"{indices.min().item()} to {indices.max().item()}"
+        raise ValueError(f"{NAME}: target's indices must lie in [0, {classes}), or be -1, got {got}")
+    logits = logprobs.new_full((len(indices), classes + 1), -math.inf)
+    column = torch.where(indices < 0, classes, indices.long())  # padding has a column of its own
+    return logits.scatter_(1, column, logprobs * temperature)[:, :classes]
 
 
 class _Head:
@@ -470,7 +548,7 @@ class _Sum:
 define(
     "linear_js_div_fwd",
     [
-        "Tensor input", "Tensor weight", "Tensor? bias", "Tensor target", "Tensor? target_weight",
+        "Tensor input", "Tensor weight", "Tensor? bias", "Tensor target", "Tensor? logprobs", "Tensor? target_weight",
         "Tensor? target_bias", "Tensor soft", "Tensor? hard", "Tensor? labels", "Tensor scale", "bool masked",
         "float beta", "float temperature", "int chunk", "ScalarType? dtype",
         "bool need_input", "bool need_weight", "bool need_bias",
@@ -483,7 +561,7 @@ for _device in ("CPU", "CUDA"):
 
 @register_fake("udi_kernels::linear_js_div_fwd", lib=LIBRARY)
 def _(input, weight, bias, *arguments):
-    return arguments[6].new_empty(()), *_gradients(input, weight, bias, arguments[-3:])
+    return arguments[7].new_empty(()), *_gradients(input, weight, bias, arguments[-3:])
 
 
 define(

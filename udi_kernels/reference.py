@@ -52,6 +52,45 @@ def skew_kl(
     return _reduced(_skew(log_p, log_q, alpha) if alpha else _kl(log_p, log_q), weight, reduction)
 
 
+def js_div_topk(
+    input: Tensor,
+    indices: Tensor,
+    logprobs: Tensor,
+    *,
+    tail: str = "renormalize",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    dtype = accumulation_dtype(input.dtype)
+    indices, logprobs = (z.reshape(*input.shape[:-1], z.shape[-1]) for z in (indices, logprobs))
+    real = indices >= 0
+    if weight is not None:
+        weight = weight.reshape(input.shape[:-1])
+        kept = (weight != 0)[..., None]
+        input, logprobs, real = torch.where(kept, input, 0), torch.where(kept, logprobs, 0), real | ~kept
+        indices = torch.where(kept, indices, torch.arange(indices.shape[-1], device=indices.device) % input.shape[-1])
+    index, classes = torch.where(real, indices, input.shape[-1]).long(), input.shape[-1]
+    log_p = torch.where(real, logprobs.detach().to(dtype), -torch.inf)
+    if tail == "renormalize":
+        log_p = log_p.log_softmax(-1)
+    log_q = _log_softmax(input.to(dtype), temperature)
+    others = torch.ones_like(log_q, dtype=torch.bool)
+    others = torch.nn.functional.pad(others, (0, 1)).scatter(-1, index, False)[..., :classes]
+    rest = torch.where(others, log_q.exp(), 0).sum(-1, keepdim=True)
+    log_rest = torch.where(rest == 0, -torch.inf, torch.where(rest == 0, 1, rest).log())
+    log_q = torch.cat((torch.where(real, log_q.gather(-1, index.clamp_max(classes - 1)), -torch.inf), log_rest), -1)
+    bucket = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(0)
+    bucket = torch.where(others.any(-1, keepdim=True), bucket, 0) if tail == "bucket" else torch.zeros_like(bucket)
+    log_p = torch.cat((log_p, bucket.log()), -1)
+    if beta in (0, 1):
+        rows = _kl(log_p, log_q) if beta == 0 else _kl(log_q, log_p)
+    else:
+        rows = _js(log_p, log_q, beta)
+    return _reduced(rows, weight, reduction)
+
+
 def _log_probabilities(
     input: Tensor, target: Tensor, temperature: float, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "rows.h"
+
 namespace udi {
 namespace {
 
@@ -58,24 +60,6 @@ void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, c
 struct Block {
   int64_t row[kLanes];
   int height;
-};
-
-// Logits (R, C), or (A, B, C) with row a B + b at [a, b]; of any strides.
-template <class T>
-struct Logits {
-  T* data = nullptr;
-  int64_t inner = 0, outer_stride = 0, stride = 0, step = 1;  // inner: B; step: from class to class
-
-  Logits() = default;
-  explicit Logits(const Tensor& t) : data(static_cast<T*>(t.data_ptr())), stride(t.stride(t.dim() - 2)) {
-    if (t.size(t.dim() - 1) > 1) step = t.stride(t.dim() - 1);
-    if (t.dim() == 3) inner = t.size(1), outer_stride = t.stride(0);
-    if (t.numel() == 0) data = nullptr;
-  }
-  T* operator[](int64_t r) const {
-    return inner ? data + r / inner * outer_stride + r % inner * stride : data + r * stride;
-  }
-  explicit operator bool() const { return data; }
 };
 
 // Where the rows of a block begin, and whether their elements of a class are adjacent.
@@ -141,16 +125,6 @@ void unpack(const compute_t<T>* from, Logits<T> to, const Block& block, int64_t 
     for (int lane = 0; lane < block.height; ++lane) store_some<T>(lanes.at[lane] + c, tile[lane], width);
   }
 }
-
-// The rows whose weight is 0, and the others.
-struct Mask {
-  std::vector<int64_t> masked, kept;
-
-  template <class S>
-  Mask(int64_t rows, Factor<S> weight) {
-    for (int64_t r = 0; r < rows; ++r) (weight[r] == 0 ? masked : kept).push_back(r);
-  }
-};
 
 // f(block, room for 4 rows) for all rows but the masked ones, in parallel.
 template <class S, class F>
@@ -239,11 +213,6 @@ void backward_rows(Logits<T> x, Logits<T> y, int64_t rows, int64_t classes, cons
   });
 }
 
-std::pair<int64_t, int64_t> shape(const Tensor& logits) {
-  int64_t classes = logits.size(logits.dim() - 1);
-  return {logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0), classes};
-}
-
 // A dense gradient, its dimensions in the order of the logits' strides, as `gradient_like` in _js_div.py makes it;
 // empty where it is not needed.
 Tensor empty_logits(const Tensor& like, bool needed) {
@@ -286,18 +255,8 @@ std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& input, const Tensor& tar
     std::vector<S> row_loss(rows);
     forward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                  row_loss.data());
-    S* out = static_cast<S*>(loss.data_ptr());
-    double total = 0, mass = weighted_mean ? 0 : rows;
-    for (int64_t r = 0; r < rows; ++r) {
-      double row = double(w[r]) * row_loss[r];
-      if (reduction == kNone) out[r] = S(row);
-      total += row;
-      if (weighted_mean) mass += w[r];
-    }
-    if (rows && mask && mask->kept.empty()) mass = 1;  // so that the mean is 0
-    if (reduction != kNone) *out = S(reduction == kMean ? total / mass : total);
-    if (weighted_mean)
-      for (int64_t r = 0; r < rows; ++r) kept[kShare * rows + r] = w[r] == 0 ? 0 : S(w[r] / mass);
+    reduce(row_loss, w, mask, reduction, static_cast<S*>(loss.data_ptr()),
+           weighted_mean ? kept + kShare * rows : nullptr);
   });
   return {loss, stats};
 }

@@ -270,7 +270,7 @@ class Training:
             if outcome.models:
                 fused = predictor.predict(run.data.test)
                 metrics["fused"] |= details(fused, self.data.test.labels)
-                metrics["classes"] = self.data.names()
+                metrics["classes"] = self.data.named_classes()
             if written:  # the figures first: nothing after them can lose them
                 if outcome.models:
                     predictor.save(run.folder, self.data)
@@ -291,7 +291,9 @@ class Training:
 
     def predictor(self, outcome: Outcome) -> Predictor:
         data = self.data
-        return Predictor(data.modalities, outcome.models, outcome.rule, self.options.amp, data.names(), data.recipe)
+        return Predictor(
+            data.modalities, outcome.models, outcome.rule, self.options.amp, data.named_classes(), data.recipe
+        )
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:

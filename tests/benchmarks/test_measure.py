@@ -49,6 +49,7 @@ def test_only_equal_results_are_compared():
         "variants": Provider({"a": lambda x: lambda: (x + x).sum() / 2, "b": partial(partial, torch.sum)}, 1),
         "wrong": Provider({"": lambda x: lambda: x.sum() * 1.01}, 0),
         "absent": Provider({"": absent}, 0),
+        "beside": Provider({"": lambda x: lambda: x[:2]}, 0, beside=True),
         "huge": Provider({"": partial(partial, torch.sum)}, 1e9),
     }
     case = Case("sum", "1000000", torch.float32, "", 0, 10**6, 4 * 10**6, lambda randn: [1 + randn(10**6)], providers)
@@ -57,6 +58,13 @@ def test_only_equal_results_are_compared():
     assert isinstance(results["absent"], measure.Unavailable)
     assert "GiB" in str(results["huge"])
     ours, variants = results["ours"], results["variants"]
-    assert min(len(ours[0]), len(variants[0])) >= 3
+    assert min(len(ours[0]), len(variants[0]), len(results["beside"][0])) >= 3
+    assert results["beside"][1]["beside"] and not ours[1]["beside"]
     assert ours[1]["cold"] and ours[1]["input_sets"] * 4e6 > measure.CPU.rotation
     assert ours[1]["peak_memory"] < 100 and variants[1]["variant"] in "ab"
+
+
+def test_kept_memory_is_that_of_no_input():
+    x = torch.randn(1000, requires_grad=True)
+    assert measure._kept_memory(lambda: (x[:500] * x[:500]).sum(), [[x]]) == 0
+    assert measure._kept_memory(lambda: x.exp().sum(), [[x]]) == x.nbytes

@@ -270,7 +270,39 @@ def test_module():
     assert "beta=0.2" in repr(module) and not list(module.parameters())
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_target_may_be_the_top_classes(beta, dtype, backend):
+    """Renormalized log-probabilities, at a temperature of their own; -1 is padding."""
+    x, w, b, *_ = draw(dtype=dtype)
+    logits = 3 * torch.randn(11, 301, dtype=torch.float64)
+    logprobs, indices = (logits / 2).log_softmax(1).topk(20)
+    logprobs[0, 5:], indices[0, 5:] = -math.inf, -1
+    dense = torch.full_like(logits, -math.inf)
+    for row, column, value in zip(dense, indices, logprobs, strict=True):
+        row[column[column >= 0]] = 2 * value[column >= 0]
+    target = indices.int(), logprobs.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    options = dict(beta=beta, temperature=2.0)
+    ours = run(lambda x, w, b: linear_js_div(x, w, target, bias=b, chunk=4, **options), (x, w, b))
+    whole = run(lambda x, w, b: js_div(linear(x, w, b), dense, **options), (x, w, b))
+    assert_close(ours, whole, {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
+
+
+def test_top_classes_of_views_and_masks():
+    x, w, _, *_ = draw(24, dtype=torch.float64)
+    indices = torch.rand(4, 6, 301).topk(9).indices
+    logprobs = torch.randn(4, 6, 9, dtype=torch.float64).log_softmax(-1)
+    dense = torch.full((4, 6, 301), -math.inf, dtype=torch.float64).scatter(2, indices, logprobs)
+    mask = torch.rand(4, 5) < 0.6
+    x = x.view(4, 6, 8)[:, :-1]
+    for options in ({}, dict(row_weight=mask)):
+        pair = indices[:, 1:], logprobs[:, 1:]
+        ours = run(lambda x, w, p=pair, o=options: linear_js_div(x, w, p, chunk=4, **o), (x, w))
+        assert_close(ours, run(lambda x, w, o=options: linear_js_div(x, w, dense[:, 1:], **o), (x, w)), 1e-11)
+
+
 X, W, B, T, TW, TB = draw()
+K = torch.arange(33).view(11, 3)
 
 
 @pytest.mark.parametrize("change, error, words", [
@@ -304,6 +336,12 @@ X, W, B, T, TW, TB = draw()
     (dict(chunk=0), ValueError, "chunk must be positive, got 0"),
     (dict(chunk=2.0), TypeError, "chunk must be an integer"),
     (dict(target=T.to_sparse()), ValueError, "target must be dense"),
+    (dict(target=(K, T)), ValueError, "target_weight needs hidden states"),
+    (dict(target=(K, T[:, :3]), target_weight=None, beta=1.0), ValueError, "beta must be below 1"),
+    (dict(target=(T, T), target_weight=None), TypeError, "target must not be of torch.float32"),
+    (dict(target=(K, T), target_weight=None), ValueError, r"logprobs must have shape \(11, 3\), got \(11, 12\)"),
+    (dict(target=(K + 270, T[:, :3]), target_weight=None), ValueError, r"target's indices must lie in \[0, 301\)"),
+    (dict(target=(K, T, T)), TypeError, "target must be a torch.Tensor, got tuple"),
 ])  # fmt: skip
 def test_errors(change, error, words, backend):
     arguments = dict(input=X, weight=W, target=T, target_weight=TW) | change

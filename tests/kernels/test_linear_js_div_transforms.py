@@ -80,7 +80,7 @@ def test_compile_under_autocast():
 def test_opcheck(needs):
     x, w, b, t, tw, tb = draw()
     soft, scale = torch.rand(11), torch.tensor(2.0)
-    arguments = (x, w, b, t, tw, tb, soft, None, None, scale, False, 0.5, 1.0, 4, None, *needs)
+    arguments = (x, w, b, t, None, tw, tb, soft, None, None, scale, False, 0.5, 1.0, 4, None, *needs)
     torch.library.opcheck(torch.ops.udi_kernels.linear_js_div_fwd, arguments)
 
 

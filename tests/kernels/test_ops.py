@@ -4,19 +4,38 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from udi_kernels import _build, _club, _duc, _js_div, _ops, club_mi, gramian, js_div, weighted_sum
+from udi_kernels import (
+    _build,
+    _club,
+    _duc,
+    _js_div,
+    _js_div_topk,
+    _ops,
+    _skew_kl,
+    club_mi,
+    gramian,
+    js_div,
+    weighted_sum,
+)
 
 X = torch.zeros(3, 4)
 
 
-@pytest.mark.parametrize("constants", ["REDUCTION", "JS_DIV", "CLUB", "DUC"])
+@pytest.mark.parametrize("constants", ["REDUCTION", "JS_DIV", "JS_DIV_TOPK", "TAIL", "CLUB", "DUC"])
 def test_constants_of_cpp_and_triton_agree(constants):
     """All of an enum, and by the same names."""
     pytest.importorskip("triton", reason="triton is not installed")
     from udi_kernels import triton
-    from udi_kernels.triton import club, duc, js_div
+    from udi_kernels.triton import club, duc, js_div, js_div_topk
 
-    module = {"REDUCTION": triton, "JS_DIV": js_div, "CLUB": club, "DUC": duc}[constants]
+    module = {
+        "REDUCTION": triton,
+        "JS_DIV": js_div,
+        "JS_DIV_TOPK": js_div_topk,
+        "TAIL": js_div_topk,
+        "CLUB": club,
+        "DUC": duc,
+    }[constants]
     native = getattr(_build.load("cpu"), constants)
     assert native == {name: int(getattr(module, name)) for name in native}
     assert sorted(native.values()) == list(range(len(native)))
@@ -26,10 +45,13 @@ def test_constants_of_cpp_and_python_agree():
     native = _build.load("cpu")
     assert native.REDUCTION == {name.upper(): code for code, name in enumerate(_ops.REDUCTIONS)}
     assert native.REDUCTION == {name: getattr(_ops, name) for name in ("NONE", "SUM", "MEAN")}
+    assert native.TAIL == {name.upper(): code for code, name in enumerate(_js_div_topk.TAILS)}
     assert native.SMALL_CLASS == _club.SMALL_CLASS
     x = torch.empty(10, 4)
     for op, arguments, rows in (
         (_js_div.JS_DIV, dict(input=x, weight=x[:, 0], reduction=_ops.MEAN), native.JS_DIV),
+        (_js_div_topk.JS_DIV_TOPK, dict(input=x, weight=x[:, 0], reduction=_ops.MEAN), native.JS_DIV_TOPK),
+        (_skew_kl.SKEW_KL, dict(input=x, weight=x[:, 0], reduction=_ops.MEAN), native.JS_DIV),
         (_club.CLUB_MI, dict(mu=x, given=None), native.CLUB),
         (_duc.DUC_LOSS, dict(student=x), native.DUC),
     ):

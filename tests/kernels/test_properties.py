@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from losses import EPS
 from torch.utils.checkpoint import checkpoint
 
-from udi_kernels import GradientPlan, club_mi, club_nll, gramian, js_div, reference, weighted_sum
+from udi_kernels import GradientPlan, club_mi, club_nll, gramian, js_div, js_div_topk, reference, skew_kl, weighted_sum
 
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
 HOSTILE = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e4, -1e4, 6e4, 1e-7]
@@ -144,6 +144,61 @@ def test_js_div(examples):
     campaign(examples, example)
 
 
+def js_div_scale(weight, options, truth, rows):
+    """How large the terms of a result may be."""
+    scale = max(1.0, truth[0].nan_to_num(0, 0, 0).abs().max().item()) if truth[0].numel() else 1.0
+    if weight is not None and options["reduction"] != "mean":
+        scale *= max([1.0, *weight.double().flatten().tolist()])
+    return scale * (max(1, rows) if options["reduction"] == "sum" else 1) * max(1.0, 1 / options["temperature"])
+
+
+@examples(2000)
+def test_skew_kl(examples):
+    def example(data):
+        x, y, weight, options = data.draw(js_div_calls())
+        options["alpha"] = {0.5: 0.1, 1: 0.6}.get(options.pop("beta"), 0.3)
+        options["reverse"] = data.draw(st.booleans())
+        needs = data.draw(st.tuples(st.booleans(), st.booleans()))
+        seed = data.draw(st.integers(0, 99))
+
+        def oracle(dtype):
+            w = None if weight is None else weight.to(dtype)
+            return lambda a, b: reference.skew_kl(a.to(dtype), b.to(dtype), weight=w, **options)
+
+        wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        plain = evaluate(oracle(wide), (x, y), needs, seed)
+        truth = evaluate(oracle(torch.float64), (x.double(), y.double()), needs, seed)
+        got = evaluate(lambda a, b: skew_kl(a, b, weight=weight, **options), (x, y), needs, seed)
+        assert_right(got, plain, truth, js_div_scale(weight, options, truth, math.prod(x.shape[:-1])))
+
+    campaign(examples, example)
+
+
+@examples(2000)
+def test_js_div_topk(examples):
+    def example(data):
+        x, y, weight, options = data.draw(js_div_calls())
+        options["tail"] = data.draw(st.sampled_from(["renormalize", "bucket", "zero"]))
+        if options["beta"] == 1:
+            options["beta"] = 0.7
+        k = data.draw(st.integers(1, x.shape[-1]))
+        logprobs, indices = y.float().log_softmax(-1).topk(k)
+        if indices.numel() and k > 1 and data.draw(st.booleans()):
+            indices[..., data.draw(st.integers(0, k - 1))] = -1
+        seed = data.draw(st.integers(0, 99))
+
+        def oracle(dtype):
+            w = None if weight is None else weight.to(dtype)
+            return lambda a: reference.js_div_topk(a.to(dtype), indices, logprobs, weight=w, **options)
+
+        plain = evaluate(oracle(reference.accumulation_dtype(x.dtype)), (x,), (True,), seed)
+        truth = evaluate(oracle(torch.float64), (x.double(),), (True,), seed)
+        got = evaluate(lambda a: js_div_topk(a, indices, logprobs, weight=weight, **options), (x,), (True,), seed)
+        assert_right(got, plain, truth, js_div_scale(weight, options, truth, math.prod(x.shape[:-1])))
+
+    campaign(examples, example)
+
+
 @examples(3000)
 def test_club(examples):
     def example(data):
@@ -244,6 +299,8 @@ def test_what_does_not_fit_is_a_clear_error(examples):
         three = lambda: [draw(things) for _ in range(3)]  # noqa: E731
         calls = {
             "js_div": lambda x, y, w: js_div(x, y, weight=w, beta=draw(numbers), reduction=draw(reductions)),
+            "skew_kl": lambda x, y, w: skew_kl(x, y, weight=w, alpha=draw(numbers), reverse=draw(flag)),
+            "js_div_topk": lambda x, y, z: js_div_topk(x, y, z, tail=draw(st.sampled_from(["zero", "bucket", 3]))),
             "club_mi": lambda *xs: club_mi(*xs, reduction=draw(reductions)),
             "club_nll": club_nll,
             "gramian": lambda *_: gramian(draw(lists), stacked=draw(flag)),

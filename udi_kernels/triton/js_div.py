@@ -682,6 +682,7 @@ def _weighted_mean(
     R,
     w_stride,
     BLOCK: tl.constexpr,
+    ROW: tl.constexpr,  # of the statistics, for the shares
 ):
     """The weighted mean, and each row's share, in float64: sums of weights may overflow.  0 if all weights are."""
     total = tl.zeros([BLOCK], tl.float64)
@@ -696,7 +697,7 @@ def _weighted_mean(
         kept |= (w != 0).to(tl.int32)
     inverse = tl.where(tl.max(kept, 0) == 0, 1.0, 1 / tl.sum(mass, 0))
     tl.store(OUT, (tl.sum(total, 0) * inverse).to(tl.float32))
-    SHARES = _stat(STATS, R, SHARE)
+    SHARES = _stat(STATS, R, ROW)
     for start in range(0, R, BLOCK):
         row = start + tl.arange(0, BLOCK)
         w = tl.load(W + row.to(tl.int64) * w_stride, row < R, other=0.0)
@@ -746,7 +747,7 @@ def _forward(_device, dtype, shape, x_strides, y_strides, weight, beta, temperat
 def _fwd_weighted_mean(R, C, dtype, values):
     each = _fwd_reduced(R, C, dtype, NONE, values | dict(WEIGH=False), stats=7)
     block = min(4096, next_power_of_2(R))
-    mean = Launch(_weighted_mean, (1,), values | dict(BLOCK=block), num_warps=warps(block, 8))
+    mean = Launch(_weighted_mean, (1,), values | dict(BLOCK=block, ROW=SHARE.value), num_warps=warps(block, 8))
 
     def run(input, target, weight):
         losses, stats = each(input, target, weight)
@@ -764,7 +765,7 @@ def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
     options = _long_rows(C, dtype, values)
     parts, span = _split(R, C, values["LANES"] * values["WIDTH"])
     if parts == 1:
-        return _fwd_by_rows(R, reduction, values, options)
+        return _fwd_by_programs(Launch(_fwd_row, (R,), values, **options), R, R, reduction, values)
     return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), options)
 
 
@@ -833,25 +834,7 @@ def _fwd_by_tiles(R, C, reduction, values):
     values |= dict(STEPS=steps, ROWS=rows, BLOCK=block)
     launch = Launch(_fwd_tile, (programs,), values, num_warps=num_warps)
 
-    def each(input, target, weight):
-        stats = _stats(input, values["stats"], R)
-        losses = stats.new_empty(R)
-        launch(input, target, weight, stats, losses)
-        return losses, stats
-
-    def at_once(input, target, weight):
-        stats = _stats(input, values["stats"], R)
-        loss = stats.new_empty(())
-        launch(input, target, weight, stats, loss)
-        return loss, stats
-
-    def in_two_stages(input, target, weight):
-        stats = _stats(input, values["stats"], R)
-        parts = stats.new_empty(programs)
-        launch(input, target, weight, stats, parts)
-        return total(parts), stats
-
-    return each if reduction == NONE else at_once if programs == 1 else in_two_stages
+    return _fwd_by_programs(launch, R, programs, reduction, values)
 
 
 def _tile_of_rows(R, block, adjacent, most):
@@ -870,14 +853,16 @@ def _tile_of_rows(R, block, adjacent, most):
     return rows, next_power_of_2(cdiv(R, rows * MAX_PROGRAMS)), warps(rows * block, 16)
 
 
-def _fwd_by_rows(R, reduction, values, options):
-    launch = Launch(_fwd_row, (R,), values, **options)
+def _fwd_by_programs(launch, R, programs, reduction, values):
+    """By one kernel, which stores the losses of the rows, or a sum for each program."""
+    shape = (R,) if reduction == NONE else () if programs == 1 else (programs,)
+    done = reduction == NONE or programs == 1
 
     def run(input, target, weight):
         stats = _stats(input, values["stats"], R)
-        losses = stats.new_empty(R)
+        losses = stats.new_empty(shape)
         launch(input, target, weight, stats, losses)
-        return losses if reduction == NONE else total(losses), stats
+        return losses if done else total(losses), stats
 
     return run
 

@@ -22,7 +22,6 @@ from .js_div import (
     _compared,
     _divergences,
     _gap,
-    _kl_term,
     _load,
     _log2,
     _log2_over_mixture,
@@ -61,7 +60,7 @@ def _gradient(
     """factor times the divergence's gradient in the student's logits; q and p as of `_compared`."""
     if MIX == KL:
         q, p = q * share_q, p * share_p
-        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+        add_q, add_p, _ = _summands(d, q, p, beta, gamma, mixture, MIX)
         return factor * (_own(add_q, add_p, MIRRORED) - _own(q, p, MIRRORED) * _own(kl_q, kl_p, MIRRORED))
     else:
         over_q, over_p = _log2_over_mixture(d, beta, gamma, mixture, MIX)
@@ -127,10 +126,10 @@ def _tile(
     share_q, share_p = _quotient(1.0, tl.sum(q, 0)), _quotient(1.0, tl.sum(p, 0))
     d = _log_ratio(a, b, _gap(share_q, share_p), scale, MIX)
     if MIX == KL:
-        add_q, add_p = _summands(d, q * share_q, p * share_p, beta, gamma, mixture, MIX)
-        kl_q, kl_p, kl = tl.sum(add_q, 0), tl.sum(add_p, 0), tl.sum(_kl_term(d, q * share_q, p * share_p), 0)
+        add_q, add_p, add = _summands(d, q * share_q, p * share_p, beta, gamma, mixture, MIX)
+        kl_q, kl_p, kl = tl.sum(add_q, 0), tl.sum(add_p, 0), tl.sum(add, 0)
     else:
-        add_q, add_p = _summands(d, q, p, beta, gamma, mixture, MIX)
+        add_q, add_p, _ = _summands(d, q, p, beta, gamma, mixture, MIX)
         kl_q, kl_p, kl = tl.sum(add_q, 0) * share_q, tl.sum(add_p, 0) * share_p, 0.0
     loss += tl.where(soft != 0, soft * _loss(kl_q, kl_p, kl, beta, gamma, MIX), 0.0)
     tl.store(OUT + row, loss)

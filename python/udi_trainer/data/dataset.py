@@ -146,7 +146,7 @@ class Dataset:
     shifted: Split | None = None
     recipe: dict[str, Any] | None = None
 
-    def names(self) -> list[str]:
+    def named_classes(self) -> list[str]:
         """The names of the classes, by default their numbers."""
         return list(self.class_names or map(str, range(self.classes)))
 

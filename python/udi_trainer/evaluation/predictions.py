@@ -32,7 +32,7 @@ def predictions_csv(data: Dataset, logits: dict[str, torch.Tensor], fused: torch
 
     Columns: id, label, the fused prediction and its probability, each modality's prediction, and missing modalities.
     """
-    return as_csv(data.test, data.names(), logits, fused)
+    return as_csv(data.test, data.named_classes(), logits, fused)
 
 
 def as_csv(

@@ -79,6 +79,17 @@ def test_labels_of_numbers_in_their_order(folder, options):
     assert dataset(folder.manifest(rows), options).class_names == ["5", "6", "7", "8", "9", "10", "11", "12"]
 
 
+@pytest.mark.parametrize("nothing", ["-1", "nan", ""])
+def test_labels_that_mean_none(folder, options, nothing):
+    """As from Python; they are no class, and training has the samples."""
+    parts = ("train", "train", "val", "test")
+    rows = [row | {"split": parts[i // 4 % 4], "label": "0123"[i % 4]} for i, row in enumerate(folder.pairs(48))]
+    for row in rows[:4]:
+        row["label"] = nothing
+    data = dataset(folder.manifest(rows), options)
+    assert data.class_names == ["0", "1", "2", "3"] and data.train.labels.tolist()[:8] == [-1, -1, -1, -1, 0, 1, 2, 3]
+
+
 # --- splits ---
 
 
@@ -138,6 +149,8 @@ def test_one_line_that_names_row_and_file(folder, options):
 
 @pytest.mark.parametrize("change, wanted", [
     ({"label": "", "split": "val"}, "line 7: no label"),
+    ({"label": "-1", "split": "val"}, "line 7: label -1 means no label .only training rows may lack one"),
+    ({"label": "NaN", "split": "test"}, "line 7: label NaN means no label"),
     ({"split": "tset"}, "line 7: split 'tset' is not train"),
     ({"sound": "", "split": "train"}, "line 7: column sound is empty .--allow-missing"),
     ({"sound": "", "image": "", "number": ""}, "line 7: all modalities are empty"),
