@@ -192,8 +192,22 @@ class Training:
         """Of the data as it is trained on, and of the encoders."""
         return fingerprint(self.data)
 
+    def keep_encoders(self, folder: Path) -> None:
+        """Keeps ``cnn1d`` for the modalities of a run that began with it, as the default where it is ``fcn`` now."""
+        saved = distributed.on_first(lambda: read_config(folder)).get("fingerprint")
+        for m, view in self.data.modalities.items():
+            part = f"encoder of {m}"
+            if view.encoder != "fcn" or not isinstance(saved, dict) or saved.get(part) == self.fingerprint[part]:
+                continue
+            earlier = replace(self.data, modalities=self.data.modalities | {m: replace(view, encoder="cnn1d")})
+            if fingerprint(earlier)[part] == saved.get(part):
+                self.data = earlier
+                del self.fingerprint
+
     def check_same(self, folder: Path | None) -> None:
         """Raises UserError if the data are not those of the run in the folder, or differ between the processes."""
+        if folder:
+            self.keep_encoders(folder)
         if distributed.world() > 1:
             given = {spelled(name): repr(value) for name, value in identity(self.options).items()}
             ours = given | self.fingerprint

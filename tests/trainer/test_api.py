@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from udi_trainer import Options, Outcome, Split, UserError, train
+from udi_trainer import Modality, Options, Outcome, Split, UserError, train
 from udi_trainer.command import main
 from udi_trainer.evaluation.fusion import combine
 from udi_trainer.evaluation.scores import accuracy, scores
@@ -273,3 +273,15 @@ def test_a_warning_of_features_that_saw_the_labels(mixed, leaks, capsys):
     train(mixed, "ensemble", epochs=3, baselines=[])
     told = [line for line in capsys.readouterr().err.splitlines() if "that saw these labels" in line]
     assert any(line.startswith("warning: sensor is right on nearly all samples") for line in told) == leaks
+
+
+def test_a_run_with_the_earlier_default_encoder_is_resumed_with_it(mixed, tmp_path):
+    """Only where the other encoder is the default; data of another kind is refused as before."""
+    before = replace(mixed, modalities=mixed.modalities | {"audio": Modality("cnn1d", ("sound",))})
+    now = replace(mixed, modalities=mixed.modalities | {"audio": Modality("fcn", ("sound",))})
+    began = train(before, "ensemble", epochs=1, baselines=[], out=tmp_path / "run")
+    resumed = train(now, "ensemble", resume=tmp_path / "run")
+    assert resumed.metrics["fused"] == began.metrics["fused"]
+    assert [*resumed.models["audio"].state_dict()] == [*began.models["audio"].state_dict()]
+    with pytest.raises(UserError, match="the data is not that of this run, it differs in encoder of audio"):
+        train(mixed, "ensemble", resume=tmp_path / "run")
