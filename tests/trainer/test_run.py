@@ -107,7 +107,7 @@ def test_start_imports_only_what_it_needs():
     code = """import sys
 from udi_trainer import train
 train("cgdigits", epochs=1, baselines=[], progress=False, device="cpu")
-slow = ("matplotlib", "PIL", "soundfile", "sklearn", "scipy", "torch._dynamo", "torch.distributed.fsdp")
+slow = ("matplotlib", "PIL", "soundfile", "sklearn", "scipy", "sympy", "torch._dynamo", "torch.distributed.fsdp")
 print([name for name in slow if name in sys.modules])"""
     assert run_python(code).strip() == "[]"
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -164,7 +165,9 @@ class Task:
         if self.loss_scale:
             weights = self.loss_scale.weights(losses, weights)
         if not self.run.options.shard:
-            grads: Gradients = torch.autograd.grad(losses, parameters, weights, retain_graph, allow_unused=True)
+            if weights:  # given as grad_outputs, they would make torch import sympy, and cost more
+                losses = [reduce(torch.add, map(torch.mul, weights, losses))]
+            grads: Gradients = torch.autograd.grad(losses, parameters, None, retain_graph, allow_unused=True)
             grads = self.loss_scale.unscaled(grads) if self.loss_scale else grads
             return distributed.average(laid_out(grads, parameters))
         for parameter in parameters:
