@@ -172,7 +172,7 @@ def test_no_line_of_progress_in_a_short_run(monkeypatch, capsys):
         ("--race 0.5 --anchor gray", ["--race", "--anchor auto"]),
         ("--engine fast", ["eager", "graph", "auto"]),
         ("--data disk", ["device", "host", "auto"]),
-        ("--amp fp16", ["'fp16'", "bf16"]),
+        ("--amp fp8", ["'fp8'", "bf16"]),
         ("--lr 0", ["--lr", "above 0"]),
         ("--lr inf", ["--lr", "'inf'"]),
         ("--seed x", ["--seed", "integer"]),
@@ -238,8 +238,8 @@ def help_of(argv, capsys):
 
 def test_help_shows_what_belongs_to_the_chosen_method(capsys):
     headings, flags, text = help_of([], capsys)
-    followers = "UDI: the followers' losses"
-    assert headings == ["what to train", "UDI", followers, "fusion", "data", "training", "machine", "resuming and help"]
+    own = ["UDI", "UDI and co-training", "UDI: the followers' losses", "fusion", "data"]
+    assert headings == ["what to train", *own, "training", "machine", "resuming and help"]
     assert {"--q-width", "--anchor", "--resplit", "--epochs"} <= flags and "default: 30" in text
     assert not {"--contrast-weight", "--frames", "--rho"} & flags and "--help all" in text
     headings, flags, _ = help_of(["--method", "ogm-ge", "--dataset", "cremad", "--baselines", "self-training"], capsys)
