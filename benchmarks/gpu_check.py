@@ -41,12 +41,21 @@ raise SystemExit(f"served by plain torch: {', '.join(slow)}" if slow else 0)
 EXERCISE = """
 import torch
 from udi_kernels import (
-    GradientPlan, certainty_fusion, club_mi, club_nll, duc_loss, effective_dims, gramian, js_div, weighted_sum,
+    GradientPlan, certainty_fusion, club_mi, club_nll, duc_loss, effective_dims, gramian, js_div, js_div_topk,
+    linear_js_div, skew_kl, weighted_sum,
 )
 for dtype in (torch.float32, torch.bfloat16):
     draw = lambda *shape: torch.randn(shape, device="cuda", dtype=dtype)
     for shape in ((64, 6), (7, 101), (33, 1271), (5, 8192), (3, 40001)):
-        js_div(draw(*shape).requires_grad_(), draw(*shape).requires_grad_()).backward()
+        x, y = draw(*shape).requires_grad_(), draw(*shape).requires_grad_()
+        some = torch.arange(shape[0], device="cuda") % 2
+        js_div(x, y).backward(), js_div(x, y, weight=some).backward(), skew_kl(x, y).backward()
+        js_div(x.t().contiguous().t(), y).backward()
+        top = y.detach().log_softmax(-1).topk(5)
+        for tail in ("renormalize", "bucket", "zero"):
+            js_div_topk(x, top.indices, top.values, tail=tail).backward()
+        hidden, head = draw(shape[0], 40).requires_grad_(), draw(shape[1], 40).requires_grad_()
+        linear_js_div(hidden, head, y.detach(), labels=some, hard_weight=0.5).backward()
     for shape in ((7, 41), (512, 130), (2100, 30)):
         for f in (club_mi, club_nll):
             f(*(draw(*shape).requires_grad_() for _ in range(3))).backward()
