@@ -7,7 +7,7 @@
 #            which some of FLV's codecs imply, pass with PCM too. The file then says 5512 Hz: all samples are there, and a
 #            second lasts 1.45 or 2.9 s. A speech set that was converted so has sound that no longer fits its frames.
 # Expected:  a refusal, as for other rates.
-# Here:      videosound reads the rate that the file states, and tests write FLV at one of the four.
+# Here:      videosound reads the rate that the file states; the tests write the sound of FLV as AAC, which states its own.
 #
 # Output seen:
 #
