@@ -163,7 +163,7 @@ def js_div_topk_cases():
         for rows, classes in ((64, 101), (1024, 1000), (4096, 32000)):
             yield Case(
                 "js_div_topk", f"{rows}x{classes} K={k}", dtype, "+ backward", rank=int(dtype == torch.bfloat16),
-                elements=2 * rows * classes,
+                elements=rows * (classes + k),
                 bytes=3 * rows * classes * dtype.itemsize,
                 draw=partial(draw, rows=rows, classes=classes),
                 providers=loss_providers((0,), table),

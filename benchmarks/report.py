@@ -57,6 +57,7 @@ COLORS = {
     "tensordot": "#e69f00",
     "TorchJD": "#2ca02c",
     "indexed rows": "#e69f00",
+    "scatter + js_div": "#9467bd",
     "all rows": "#bcbd22",
     "torch.zeros": "#17becf",
 }

@@ -162,7 +162,7 @@ def test_flipped_bit_in_weights(cut, capsys):
         ("\udcff", "missing or damaged"),
         ("{}", "config.json is damaged: it lacks method"),
         ({"epochs": [4]}, "config.json is damaged: epochs"),
-        ({"epochs": None}, "config.json is damaged"),
+        ({"epochs": None}, "to a run with other options (epochs 2, in config.json 30)"),
         ({"method": "no"}, "unknown method 'no'"),
         ({"dataset": 3}, "config.json is damaged: dataset"),
         ({"epochs": 4}, "to a run with other options (epochs 2, in config.json 4)"),
@@ -279,7 +279,7 @@ def begin(*options):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signal_saves_and_says_how_to_go_on(number):
     """In the midst of an epoch, with stages side by side: what they have is kept, and the figures are the same."""
-    options = ["--epochs", "6", "--method", "ensemble"]
+    options = ["--epochs", "30", "--method", "ensemble"]
     assert main([*options, "--batch-size", "8", "--out", "whole"]) == 0
     process = begin(*options)
     process.send_signal(number)

@@ -118,6 +118,7 @@ def test_a_half_in_each_and_checkpoints_of_both_kinds():
 def test_goes_on_without_and_again():
     """The run of two processes goes on in one, and then in two, with the losses of a run that nobody stopped."""
     udi = "--epochs 4 --batch-size 32 --controller dynamic --align-every 4 --baselines none --device cpu".split()
+    udi += ["--features", "1024"]  # slow enough to be stopped
     udi += ["--follower-init", "anchor-phase", "--race", "0.5"]  # the anchor is trained to an earlier end, then goes on
     assert main([*udi, "--out", "whole"]) == 0
     stopped([*udi, "--shard", "--out", "cut"], 2, lines=3)
