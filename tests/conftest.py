@@ -5,6 +5,7 @@ import torch
 
 # Tests of Ctrl-C need it also where they were started in the background, which ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 
 
 def pytest_collection_modifyitems(items):
