@@ -154,7 +154,7 @@ class Training:
             raise UserError(f"--amp fp16 does not work {why}: use --amp bf16")
         if options.tensorboard and find_spec("tensorboard") is None:
             raise UserError('--tensorboard needs tensorboard: pip install -e ".[tensorboard]"')
-        for kind in {"cpu", self.device.type}:
+        for kind in sorted({"cpu", self.device.type}):  # the ops, then the kernels of a GPU
             _build.load(kind)  # compiled now, where nothing was: with a line of its own, not in the middle of training
         data = data or datasets.find(options.dataset)(options)
         data = replace(data, modalities=with_encoders(data.modalities, options, encoders or {}))
