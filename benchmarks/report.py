@@ -60,6 +60,7 @@ COLORS = {
     "scatter + js_div": "#9467bd",
     "all rows": "#bcbd22",
     "torch.zeros": "#17becf",
+    "mse_loss": "#17becf",
 }
 
 
