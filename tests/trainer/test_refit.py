@@ -162,34 +162,6 @@ def test_what_is_written_is_of_the_final_fit(little, tmp_path, caplog):
     assert lines[-1].split()[:3] == ["udi", *shown]
 
 
-def test_joined_samples():
-    """Hidden labels, masks that one split lacks, other dtypes, tensors that nothing reads, ids."""
-    views = {m: Modality("mlp", (f"{m} data",)) for m in "ab"}
-    train_split = Split(
-        torch.tensor([0, -1, 1]),
-        {"a data": torch.arange(6.0).view(3, 2), "b data": torch.ones(3, 1), "unread": torch.zeros(3)},
-        ["x", "y", "z"],
-    )
-    val = Split(
-        torch.tensor([1, 0]),
-        {
-            "a data": torch.tensor([[7, 8], [9, 10]]),
-            "b data": torch.zeros(2, 1),
-            presence("b"): torch.tensor([True, False]),
-        },
-        ["v", "w"],
-    )
-    data = Dataset(2, views, train_split, val, val)
-    joined = data.joined()
-    assert joined.train.labels.tolist() == [0, -1, 1, 1, 0] and joined.train.ids == ["x", "y", "z", "v", "w"]
-    assert joined.train.stored["a data"].tolist() == [[0, 1], [2, 3], [4, 5], [7, 8], [9, 10]]
-    assert joined.train.stored["a data"].dtype == torch.float32
-    assert joined.train.stored[presence("b")].tolist() == [True, True, True, True, False]
-    assert set(joined.train.stored) == {"a data", "b data", presence("b")}
-    assert joined.val is val and joined.test is val and len(data.train) == 3
-    assert replace(data, val=Split(val.labels, val.stored)).joined().train.ids is None
-
-
 def test_samples_that_cannot_be_joined_are_refused_at_once(little):
     """Inputs may have one shape where stored samples have two."""
     little.modalities["a"].make = lambda x: x.float()[:, :6]

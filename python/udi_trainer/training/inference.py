@@ -31,8 +31,8 @@ def outputs(
 ) -> dict[str, torch.Tensor]:
     """The task's logits, or what else ``compute`` makes of a batch, on validation and test, as fusion takes them.
 
-    In a final fit, on test alone. A row is NaN where the sample lacks the modality (by default the task's own). Other rows are finite: what a model
-    overflows becomes finite numbers.
+    In a final fit, on test alone. A row is NaN where the sample lacks the modality (by default the task's own). Other
+    rows are finite: what a model overflows becomes finite numbers.
     """
     modality = modality or task.modality
 
