@@ -387,8 +387,8 @@ class TrainingOptions(Group, title="training"):
     refit: bool = option(
         False,
         flag,
-        "a final fit: then train method and baselines once more on training and validation together, with all that"
-        " validation has chosen (anchor, epochs, weight decay, fusion rule); its predictor is the one saved",
+        "after the run, a final fit: train method and baselines once more on training and validation together, with all"
+        " that validation chose (anchor, epochs, weight decay, fusion rule); its predictor is the one saved",
     )
     seed: int = option(
         0, number(int, 0), "seed of initial weights and of the order of samples; also of --labels and --resplit"

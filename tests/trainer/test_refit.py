@@ -46,7 +46,7 @@ def names_in(value):
 
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method(method, little):
-    """The first run is as without it; the predictor is the final fit's, and no figure of validation is told of it."""
+    """The first run is as without it. The predictor is the final fit's, which has no validation scores."""
     result, plain = (train(little, method, refit=refit, **QUICK) for refit in (True, False))
     final = result.metrics["refit"]
     metrics = {name: value for name, value in without_times(result.metrics).items() if name != "refit"}
@@ -198,7 +198,7 @@ def test_small_splits_keep_the_size_of_a_batch(little):
 
 
 def test_methods_of_one_s_own(little):
-    """They decide by `Run.decide`, or are told to."""
+    """One that reads validation outside of `Run.decide`, or decides otherwise in the final fit, is refused in words."""
 
     def own(run):
         task = train_alone(run, [run.decide("modality", lambda: "ab"[run.labels["val"][0] % 2])])
