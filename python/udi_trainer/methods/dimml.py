@@ -117,7 +117,7 @@ class Detached(Task):
         labelled = (train.labels >= 0).nonzero().flatten()
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(labelled.cpu()[distributed.local_indices(len(labelled))], 1000):
+        for batch in feed.inference_batches(labelled.cpu()[distributed.local_indices(len(labelled))]):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
         labels = train.labels[labelled].to(self.run.device)

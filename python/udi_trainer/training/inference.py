@@ -10,8 +10,6 @@ from ..run import Run
 from .feed import Feed
 from .task import Task
 
-BATCH = 1000  # samples at a time
-
 
 @torch.no_grad()
 def predict(task: Task, run: Run, split: Split, compute: Callable | None = None) -> torch.Tensor:
@@ -20,7 +18,7 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     task.model.eval()
     feed = Feed(run, split, task.reads)
     parts = []
-    for batch in feed.batches(distributed.local_indices(len(split)), BATCH):
+    for batch in feed.inference_batches(distributed.local_indices(len(split))):
         parts.append(compute(feed.complete(batch)))
         run.stop.check()
     return distributed.gather(torch.cat(parts).float(), len(split)).cpu()
