@@ -287,18 +287,15 @@ std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& input, const Tensor& tar
   return {loss, stats};
 }
 
-std::tuple<Tensor, Tensor> divergence_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                          const std::optional<Tensor>& weight, const Tensor& stats, double beta,
-                                          double temperature, int64_t reduction, bool need_input, bool need_target,
-                                          Part part) {
-  if (beta > 0.5) {
-    auto [grad_target, grad_input] = divergence_bwd(grad, target, input, weight, stats, 1 - beta, temperature,
-                                                    reduction, need_target, need_input, mirrored(part));
-    return {grad_input, grad_target};
-  }
+// Writes the gradients that are not null. They may be the logits themselves.
+void write_gradients(const Tensor& grad, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                     const Tensor& stats, double beta, double temperature, int64_t reduction, const Tensor* grad_input,
+                     const Tensor* grad_target, Part part) {
+  if (beta > 0.5)
+    return write_gradients(grad, target, input, weight, stats, 1 - beta, temperature, reduction, grad_target,
+                           grad_input, mirrored(part));
   const auto size = shape(input);  // clang 14 lets no lambda capture a structured binding
   const int64_t rows = std::get<0>(size), classes = std::get<1>(size);
-  Tensor grad_input = empty_logits(input, need_input), grad_target = empty_logits(target, need_target);
   dispatch(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using S = compute_t<T>;
@@ -307,8 +304,18 @@ std::tuple<Tensor, Tensor> divergence_bwd(const Tensor& grad, const Tensor& inpu
     auto mask = weight ? std::optional<Mask>(std::in_place, rows, Factor<S>(*weight)) : std::nullopt;
     backward_rows(Logits<T>(input), Logits<T>(target), rows, classes, mask, Constants<S>(beta, temperature, part), kept,
                   Factor<S>(grad), factor, S(reduction == kMean && !weight ? 1. / rows : 1.),
-                  need_input ? Logits<T>(grad_input) : Logits<T>(), need_target ? Logits<T>(grad_target) : Logits<T>());
+                  grad_input ? Logits<T>(*grad_input) : Logits<T>(),
+                  grad_target ? Logits<T>(*grad_target) : Logits<T>());
   });
+}
+
+std::tuple<Tensor, Tensor> divergence_bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                          const std::optional<Tensor>& weight, const Tensor& stats, double beta,
+                                          double temperature, int64_t reduction, bool need_input, bool need_target,
+                                          Part part) {
+  Tensor grad_input = empty_logits(input, need_input), grad_target = empty_logits(target, need_target);
+  write_gradients(grad, input, target, weight, stats, beta, temperature, reduction, need_input ? &grad_input : nullptr,
+                  need_target ? &grad_target : nullptr, part);
   return {grad_input, grad_target};
 }
 
@@ -322,6 +329,15 @@ std::tuple<Tensor, Tensor> js_div_bwd(const Tensor& grad, const Tensor& input, c
                                       double temperature, int64_t reduction, bool need_input, bool need_target) {
   return divergence_bwd(grad, input, target, weight, stats, beta, temperature, reduction, need_input, need_target,
                         Part::kBoth);
+}
+
+// The input becomes its gradient; returns the target's.
+Tensor js_div_bwd_inplace(const Tensor& grad, const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                          const Tensor& stats, double beta, double temperature, int64_t reduction, bool need_target) {
+  Tensor grad_target = empty_logits(target, need_target);
+  write_gradients(grad, input, target, weight, stats, beta, temperature, reduction, &input,
+                  need_target ? &grad_target : nullptr, Part::kBoth);
+  return grad_target;
 }
 
 // KL(p || alpha p + (1 - alpha) q); its reverse is the same with the sides exchanged.
@@ -401,6 +417,7 @@ Tensor js_div_part_divergences(const Tensor& input, const Tensor& target, std::o
 STABLE_TORCH_LIBRARY_IMPL(udi_kernels, CPU, m) {
   m.impl("js_div_fwd", TORCH_BOX(&js_div_fwd));
   m.impl("js_div_bwd", TORCH_BOX(&js_div_bwd));
+  m.impl("js_div_bwd_inplace", TORCH_BOX(&js_div_bwd_inplace));
   m.impl("skew_kl_fwd", TORCH_BOX(&skew_kl_fwd));
   m.impl("skew_kl_bwd", TORCH_BOX(&skew_kl_bwd));
   m.impl("js_div_part_sums", TORCH_BOX(&js_div_part_sums));
