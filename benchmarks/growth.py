@@ -3,12 +3,14 @@
     python benchmarks/growth.py [--only WORD ...] [--rounds 7] [--json FILE]
     python benchmarks/growth.py --table FILE                  # the table of these results
 
-Each op is measured at three sizes, four times larger each, the largest that of docs/speed.md; losses forward and
-backward. Growth: time per element at the largest size over that at the middle one, 1.00 if linear. Memory: peak of what
-the call allocates, over that at the middle size, per element too. Threads: time with one over that with two, at the
-largest size, beside the same figure of what bounds the op: a copy, or torch.exp, of as many bytes as the op reads. All
-samples are interleaved, and each time is the least one. glibc is told to keep freed memory, since it returns tensors
-from 32 MB on, whose page faults would then look like growth; `page_faults.py` measures them.
+Each op is measured at three sizes, each four times the one before; losses forward and backward. Times are those of the
+processor with one thread, which other processes hardly disturb. Growth: time per element at the largest size over that
+at the middle one, 1.00 if linear. Memory: the same of what the call allocates at its peak. Threads: wall time with one
+over that with two, at the largest size, beside the same figure of what bounds the op: a copy, or torch.exp, of as many
+bytes as the op reads (at most 512 MB). All samples are interleaved, and each time is the least one.
+
+glibc is told to keep freed memory. It returns tensors from 32 MB on, and their page faults would look like growth;
+`page_faults.py` measures these.
 """
 
 import argparse
@@ -118,25 +120,27 @@ SERIES = {
 
 
 def bound(kind, count):
-    """A copy or torch.exp of so many bytes in float32, into memory that is there."""
-    source = torch.randn(1 << 20).repeat(-(-count >> 22))
+    """A copy or torch.exp of so many bytes, at most 512 MB, in float32, into memory that is there."""
+    source = torch.randn(1 << 20).repeat(-(-min(count, 1 << 29) >> 22))
     target = torch.empty_like(source)
     return partial(target.copy_, source) if kind == "copy" else partial(torch.exp, source, out=target)
 
 
 def seconds(calls, rounds):
-    """{name, threads: least time} of all calls with one thread and with two, interleaved."""
-    least = {}
+    """{(name, threads): least wall time}, {name: least processor time with one thread}, of all calls in turn."""
+    wall, processor = {}, {}
     for n in range(-1, rounds):  # the first one warms up
         for name, call in calls.items():
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 call()
-                took = time.perf_counter() - start
+                took, used = time.perf_counter() - start, time.process_time() - used
                 if n >= 0:
-                    least[name, threads] = min(took, least.get((name, threads), took))
-    return least
+                    wall[name, threads] = min(took, wall.get((name, threads), took))
+                if n >= 0 and threads == 1:
+                    processor[name] = min(used, processor.get(name, used))
+    return wall, processor
 
 
 def measured(name, rounds, device):
@@ -144,17 +148,16 @@ def measured(name, rounds, device):
     kind, each, sizes, make = SERIES[name]
     points = []
     for size in sizes:
-        needed = 4 * size * each
+        needed = 2 * size * each + (1 << 30)
         if needed > device.free_memory():
             missing = f"needs about {needed / 2**30:.1f} GiB, {device.free_memory() / 2**30:.1f} are free"
             points.append(dict(size=size, missing=missing))
             continue
         calls = {"op": make(size), "bound": bound(kind, size * each)}
-        least = seconds(calls, rounds)
-        torch.set_num_threads(2)
-        gains = {k: least[k, 1] / least[k, 2] for k in calls}
+        wall, processor = seconds(calls, rounds)
+        gains = {name: wall[name, 1] / wall[name, 2] for name in calls}
         memory = device.peak_memory(calls["op"])
-        points.append(dict(size=size, seconds=least["op", 2], memory=memory, gains=gains))
+        points.append(dict(size=size, seconds=processor["op"], memory=memory, gains=gains))
     return dict(series=name, bound=kind, points=points)
 
 
