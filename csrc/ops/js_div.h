@@ -136,7 +136,6 @@ struct InplaceJSDiv : Function<InplaceJSDiv> {
   static constexpr const char *name = kJSDiv, *suffix = "_inplace";
 
   static const auto& fwd() { return JSDiv::fwd(); }
-  static constexpr auto compute = JSDiv::compute;
 
   static auto compute(const Tensor& input, const Tensor& target, const Weight& weight, double beta, double temperature,
                       int64_t reduction) {
