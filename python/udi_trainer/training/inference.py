@@ -29,8 +29,8 @@ def outputs(
 ) -> dict[str, torch.Tensor]:
     """The task's logits, or what else ``compute`` makes of a batch, on validation and test, as fusion takes them.
 
-    A row is NaN where the sample lacks the modality (by default the task's own). Other rows are finite: what a model
-    overflows becomes finite numbers.
+    In a final fit, on test alone. A row is NaN where the sample lacks the modality (by default the task's own). Other
+    rows are finite: what a model overflows becomes finite numbers.
     """
     modality = modality or task.modality
 
@@ -38,4 +38,4 @@ def outputs(
         z, present = predict(task, run, split, compute).nan_to_num(0), modality and split.present(modality)
         return z if present is None else z.masked_fill(~present[:, None], torch.nan)
 
-    return {"val": marked(run.data.val), "test": marked(run.data.test)}
+    return {split: marked(run.data.splits()[split]) for split in run.labels}
