@@ -36,6 +36,14 @@ from udi_trainer.run_folder import RunFolder
 from udi_trainer.training.loop import Stage
 
 PLAIN = "UDI in plain PyTorch"
+OTHER = "other operators"
+GROUPS = {  # parts of the names of operators, or of what called them, in small letters
+    "convolutions": ("conv",),
+    "pooling": ("max_pool", "maxpool"),
+    "matrix products": ("mm",),
+    "losses": ("udi", "norm", "softmax", "nll"),
+    "optimizer": ("optimizer", "adam"),
+}
 RUNS = {
     "joint training": ["--method", "joint"],
     "UDI, named anchor": ["--anchor", "first"],
@@ -144,6 +152,8 @@ def steps(run, rounds=30):
     stage, number = kinds["follower"]
     result = {kind: statistics.median(values) for kind, values in seconds.items()}
     result |= {"operators": operators(stage, number, index), "steps_per_epoch": run.steps}
+    if run.device.type == "cpu":
+        result["shares"] = shares(stage, number, index)
     return result | {"gpu_busy": gpu_busy(stage) if run.device.type == "cuda" else None}
 
 
@@ -172,6 +182,31 @@ def operators(stage, number, index):
     return sum(
         event.name.startswith(("aten::", "udi_kernels::")) and not event.cpu_children for event in profile.events()
     )
+
+
+def shares(stage, number, index, count=30):
+    """The share of each group of operators in a follower's eager step on the CPU: medians over steps."""
+    steps = []
+    for _ in range(count):
+        (batch,) = stage.feed.batches(index, len(index))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            stage.engine.step(batch, number)
+        seconds = dict.fromkeys((*GROUPS, OTHER), 0.0)
+        for event in profile.events():
+            seconds[group_of(event)] += event.self_cpu_time_total
+        steps.append({group: t / sum(seconds.values()) for group, t in seconds.items()})
+    medians = {group: statistics.median(step[group] for step in steps) for group in steps[0]}
+    return {group: share / sum(medians.values()) for group, share in medians.items()}
+
+
+def group_of(event):
+    """The group of an operator, or of the innermost caller that has one."""
+    while event:
+        for group, parts in GROUPS.items():
+            if any(part in event.name.lower() for part in parts):
+                return group
+        event = event.cpu_parent
+    return OTHER
 
 
 def synchronize(device):
@@ -204,6 +239,9 @@ def report(result):
         f"training step {1e3 * step['encoder alone']:.2f} ms. Losses, q's fit and controller (once an epoch): "
         f"{100 * extra / step['follower']:.1f}% of the follower's step.",
     ]
+    if "shares" in step:
+        parts = ", ".join(f"{group} {100 * share:.0f}%" for group, share in step["shares"].items())
+        lines.append(f"Of the time in a follower's operators: {parts}.")
     if step["gpu_busy"]:
         lines.append(f"A kernel runs in {100 * step['gpu_busy']:.0f}% of a follower's epoch.")
     return "\n".join(lines)

@@ -25,6 +25,8 @@ def test_steps():
     found = trainer.steps(trainer.new_run(ARGUMENTS, [], trainer.dataset("cnn", 384)), rounds=1)
     assert min(found[kind] for kind in ("encoder alone", "follower", "controller")) > 0
     assert found["operators"] > 50 and found["gpu_busy"] is None
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert min(found["shares"].values()) > 0 and found["shares"]["convolutions"] > found["shares"]["losses"]
 
 
 def test_eager_steps_are_not_hidden(capsys):
