@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -61,6 +61,7 @@ class Case:
 JS_DIV = [
     (64, 6), (64, 31), (64, 101), (1024, 1000), (8192, 4096), (4096, 32000), (2048, 131072), (1024, 262144),
 ]  # fmt: skip
+LARGE = 4096, 32000
 CLUB = [(64, 512), (512, 512), (4096, 512), (65536, 512), (8192, 4096)]
 LINEAR = [(2048, 32000), (512, 128256), (512, 262144)]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -97,18 +98,54 @@ def js_div_cases():
         ),
         "liger-kernel": (4, {"": peers.js_div_liger}),
     }
-    quick = {(64, 6), (64, 101), (1024, 1000), (4096, 32000)}
+    least = loss_providers((0,), {"mse_loss": (1, {"": F.mse_loss})})["mse_loss"]  # what any small loss costs in torch
+    quick = {(64, 6), (64, 101), (1024, 1000), LARGE}
     for mode, needs, passes in (("forward", (), 2), ("+ backward", (0,), 5), ("+ backward to both", (0, 1), 6)):
-        for dtype in DTYPES:
-            for rows, classes in JS_DIV:
-                rank = (dtype == torch.bfloat16) + (needs != (0,)) + ((rows, classes) not in quick)
+        for dtype in (*DTYPES, torch.float16):
+            for rows, classes in JS_DIV if dtype in DTYPES else [LARGE]:
+                narrow = dtype != torch.float32 and (rows, classes) != LARGE
+                rank = narrow + (needs != (0,)) + ((rows, classes) not in quick)
                 yield Case(
                     "js_div", f"{rows}x{classes}", dtype, mode, rank,
                     elements=2 * rows * classes,
                     bytes=passes * rows * classes * dtype.itemsize,
                     draw=lambda randn, s=(rows, classes), needs=needs: require([randn(*s), randn(*s)], needs),
-                    providers=loss_providers(needs, table),
+                    providers=loss_providers(needs, table)
+                    | ({"mse_loss": replace(least, beside=True)} if rows == 64 and needs == (0,) else {}),
                 )  # fmt: skip
+
+
+def js_div_inplace_cases():
+    """The gradient in the memory of the logits, against one that is allocated."""
+    rows, classes = LARGE
+
+    def bind(x, y):
+        """From its second call on, the logits are a gradient; that takes the same time."""
+        x = x.detach().clone()
+
+        def call():
+            logits = peers.Layer.apply(x.new_zeros((), requires_grad=True), [x])
+            return torch.autograd.grad(js_div(logits, y, inplace_backward=True), logits)
+
+        return call
+
+    peer = {
+        "torch.compile": (
+            3,
+            {"reference": compiled(reference.js_div), "probabilities": compiled(peers.js_div_probabilities)},
+        )
+    }
+    beside = loss_providers((0,), {"": (1, {"": js_div})})[""].variants
+    for dtype in (*DTYPES, torch.float16):
+        yield Case(
+            "js_div(inplace_backward=)", f"{rows}x{classes}", dtype, "+ backward", rank=0,
+            elements=2 * rows * classes,
+            bytes=5 * rows * classes * dtype.itemsize,
+            draw=lambda randn: require([randn(rows, classes), randn(rows, classes)], (0,)),
+            providers={"udi_kernels": Provider({"": bind}, 1)}
+            | loss_providers((0,), peer)
+            | {"allocating": Provider(beside, 1, beside=True)},
+        )  # fmt: skip
 
 
 def linear_js_div_cases():
@@ -553,6 +590,7 @@ def step_cases():
 
 GROUPS = (
     js_div_cases,
+    js_div_inplace_cases,
     linear_js_div_cases,
     js_div_topk_cases,
     skew_kl_cases,

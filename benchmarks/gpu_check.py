@@ -51,6 +51,7 @@ for dtype in (torch.float32, torch.bfloat16):
         some = torch.arange(shape[0], device="cuda") % 2
         js_div(x, y).backward(), js_div(x, y, weight=some).backward(), skew_kl(x, y).backward()
         js_div(x.t().contiguous().t(), y).backward()
+        js_div(x * 1, y, inplace_backward=True).backward()
         top = y.detach().log_softmax(-1).topk(5)
         for tail in ("renormalize", "bucket", "zero"):
             js_div_topk(x, top.indices, top.values, tail=tail).backward()

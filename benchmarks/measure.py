@@ -308,15 +308,18 @@ def _extra_info(case, name, variant, how, sets, call, samples, device):
 
 
 def _kept_memory(call, inputs):
-    """Bytes that the forward pass keeps for the backward pass, other than the inputs."""
+    """Bytes that the forward pass keeps for the backward pass, other than the inputs; None if it cannot be seen."""
     kept = {}
 
     def pack(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            call()
+    except ValueError:  # inplace_backward refuses these hooks
+        return None
     own = {t.untyped_storage().data_ptr() for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)}
     return sum(nbytes for address, nbytes in kept.items() if address not in own)
 

@@ -17,6 +17,7 @@ OURS = "udi_kernels"
 # The implementation in most existing code.
 USUAL = {
     "js_div": "eager",
+    "js_div(inplace_backward=)": "torch.compile",
     "linear_js_div": "TRL",
     "js_div_topk": "scatter + js_div",
     "skew_kl": "eager",
@@ -32,7 +33,15 @@ USUAL = {
     "certainty_fusion": "eager",
 }
 FIGURES = {
-    "js_div": ["js_div", "linear_js_div", "js_div_topk", "skew_kl", "js_div(views)", "js_div(weight=)"],
+    "js_div": [
+        "js_div",
+        "js_div(inplace_backward=)",
+        "linear_js_div",
+        "js_div_topk",
+        "skew_kl",
+        "js_div(views)",
+        "js_div(weight=)",
+    ],
     "club_mi": ["club_mi", "club_mi(given=)"],
     "gradients": ["gramian", "weighted_sum", "follower step"],
     "dimml": ["duc_loss", "effective_dims", "certainty_fusion"],
@@ -59,7 +68,9 @@ COLORS = {
     "indexed rows": "#e69f00",
     "scatter + js_div": "#9467bd",
     "all rows": "#bcbd22",
+    "allocating": "#bcbd22",
     "torch.zeros": "#17becf",
+    "mse_loss": "#17becf",
 }
 
 
@@ -172,6 +183,8 @@ def duration(seconds):
 
 
 def size(count):
+    if count is None:
+        return "-"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)):
         if count >= scale or unit == "B":
             return f"{count / scale:.3g} {unit}"

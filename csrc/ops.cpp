@@ -15,7 +15,8 @@ namespace udi {
 namespace {
 
 void losses(torch::Library& m) {
-  m.impl("js_div", js_div);
+  m.impl("js_div", js_div<JSDiv>);
+  m.impl("js_div_inplace", js_div<InplaceJSDiv>);
   m.impl("skew_kl", skew_kl);
   m.impl("js_div_topk", js_div_topk);
   m.impl("club_mi", club_mi);

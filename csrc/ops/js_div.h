@@ -72,25 +72,33 @@ Weight row_weights(const Tensor& weight, const Tensor& rows) {
 constexpr char kJSDiv[] = "js_div", kSkewKL[] = "skew_kl";
 
 // The node of the op of that name. Options: its numbers, of which the reduction is the last.
-template <const char* name, class... Options>
-struct RowDivergence : Function<RowDivergence<name, Options...>> {
+template <const char* op_name, class... Options>
+struct RowDivergence : Function<RowDivergence<op_name, Options...>> {
+  static constexpr const char *name = op_name, *suffix = "";  // of the reference
+
   static const auto& fwd() {
     static const auto fwd = op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Weight&, Options...)>(
         c10::str("udi_kernels::", name, "_fwd").c_str());
     return fwd;
   }
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
-                        Options... options) {
+  // The result, and what the backward kernel needs.
+  static std::tuple<Tensor, Tensor> compute(const Tensor& input, const Tensor& target, const Weight& weight,
+                                            Options... options) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [x, y] = logit_rows(input, target);
     auto [loss, stats] = fwd().call(x, y, row_weights(weight.value_or(Tensor()), x), options...);
+    if (std::get<sizeof...(Options) - 1>(std::tie(options...)) == kNone && input.dim() != 2)
+      loss = loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1));
+    return {loss, stats};
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
+                        Options... options) {
+    auto [loss, stats] = compute(input, target, weight, options...);
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), stats});
-    const std::tuple<Options...> all(options...);
-    ctx->saved_data["options"] = all;
-    return std::get<sizeof...(Options) - 1>(all) == kNone && input.dim() != 2
-               ? loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1))
-               : loss;
+    ctx->saved_data["options"] = std::tuple<Options...>(options...);
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -119,10 +127,52 @@ struct RowDivergence : Function<RowDivergence<name, Options...>> {
   }
 };
 
+using JSDiv = RowDivergence<kJSDiv, double, double, int64_t>;
+using SkewKL = RowDivergence<kSkewKL, double, bool, double, int64_t>;
+
+// js_div whose backward pass writes the input's gradient over the input; _js_div.py refuses inputs that others may
+// read.
+struct InplaceJSDiv : Function<InplaceJSDiv> {
+  static constexpr const char *name = kJSDiv, *suffix = "_inplace";
+
+  static const auto& fwd() { return JSDiv::fwd(); }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
+                        double beta, double temperature, int64_t reduction) {
+    TORCH_CHECK_VALUE(input.dim() == 2 || input.sym_numel() == 0 || leading_sizes({input}),
+                      "js_div: inplace_backward needs an input whose leading dimensions have at most two strides, got ",
+                      python(input.sym_strides()));
+    return JSDiv::forward(ctx, input, target, weight, beta, temperature, reduction);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static const auto bwd = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Tensor&, double,
+                                      double, int64_t, bool)>("udi_kernels::js_div_bwd_inplace");
+    TORCH_CHECK(!ctx->saved_data.count("written"),
+                "js_div: inplace_backward allows one backward pass, which has written the gradient over input");
+    TORCH_CHECK(!at::GradMode::is_enabled(), "js_div: inplace_backward has no second derivative (create_graph=True)");
+    if (!ctx->needs_input_grad(0)) return JSDiv::backward(ctx, grad);
+    BackwardMode mode;
+    const auto saved = ctx->get_saved_variables();
+    const auto [x, y] = logit_rows(saved[0], saved[1]);
+    Tensor rows = grad[0].dim() > 1 ? grad[0].reshape(-1) : grad[0];
+    if (rows.is_alias_of(x)) rows = rows.clone();
+    const auto [beta, temperature, reduction] = ctx->saved_data["options"].to<std::tuple<double, double, int64_t>>();
+    const bool need_y = ctx->needs_input_grad(1);
+    const Tensor dy = bwd.call(rows, x, y, row_weights(saved[2], x), saved[3], beta, temperature, reduction, need_y);
+    saved[0].unsafeGetTensorImpl()->bump_version();
+    ctx->saved_data["written"] = true;
+    variable_list grads(6);
+    grads[0] = saved[0].detach();
+    if (need_y) grads[1] = JSDiv::shaped(dy, saved[1]);
+    return grads;
+  }
+};
+
 // Checks the tensors and calls what serves: kernels, or the reference.
-template <const char* name, class... Options>
+template <class Node, class... Options>
 Tensor row_divergence(const Tensor& input, const Tensor& target, const Weight& weight, Options... options) {
-  using Node = RowDivergence<name, Options...>;
+  const char* name = Node::name;
   const auto dtype = check_tensors(name, {{"input", input}, {"target", target}});
   check_same_shape(name, {"input", input}, {"target", target});
   TORCH_CHECK_VALUE(input.dim() && input.sym_size(-1) != 0, name,
@@ -130,19 +180,21 @@ Tensor row_divergence(const Tensor& input, const Tensor& target, const Weight& w
   if (weight) check_weight(name, *weight, {"input", input});
   if (!kernels_serve<Node>(dtype, {{"input", input}, {"target", target}})) {
     static const auto reference = op<Tensor(const Tensor&, const Tensor&, const Weight&, Options...)>(
-        c10::str("udi_kernels::", name, "_reference").c_str());
+        c10::str("udi_kernels::", name, Node::suffix, "_reference").c_str());
     return reference.call(input.to(dtype), target.to(dtype), weight, options...);
   }
-  const bool recorded = records({{"input", input}, {"target", target}});
-  return Node::apply(keepable(input, recorded), keepable(target, recorded),
-                     weight ? Weight(keepable(*weight, recorded)) : weight, options...);
+  if (!records({{"input", input}, {"target", target}}))
+    return std::get<0>(Node::compute(input, target, weight, options...));
+  return Node::apply(keepable(input, true), keepable(target, true), weight ? Weight(keepable(*weight, true)) : weight,
+                     options...);
 }
 
+template <class Node>
 Tensor js_div(const Tensor& input, const Tensor& target, const Weight& weight, double beta, double temperature,
               int64_t reduction) {
   TORCH_CHECK_VALUE(0 <= beta && beta <= 1, "js_div: beta must lie in [0, 1], got ", beta);
   check_temperature("js_div", temperature);
-  return row_divergence<kJSDiv>(input, target, weight, beta, temperature, reduction);
+  return row_divergence<Node>(input, target, weight, beta, temperature, reduction);
 }
 
 // At alpha = 1 the divergence is 0. Kernels need a normal number in float32.
@@ -151,7 +203,7 @@ Tensor skew_kl(const Tensor& input, const Tensor& target, const Weight& weight, 
   TORCH_CHECK_VALUE(alpha == 0 || (1e-37 <= alpha && alpha < 1), "skew_kl: alpha must be 0 or lie in [1e-37, 1), got ",
                     alpha);
   check_temperature("skew_kl", temperature);
-  return row_divergence<kSkewKL>(input, target, weight, alpha, reverse, temperature, reduction);
+  return row_divergence<SkewKL>(input, target, weight, alpha, reverse, temperature, reduction);
 }
 
 }  // namespace

@@ -40,6 +40,7 @@ from .run_folder import RunFolder, as_json, locked, new_folder, read_config, wri
 from .stop import Stop
 
 NEARLY_ALL = 0.995  # of the samples
+REFIT = ("modalities", "unimodal", "ensemble", "fusion_head", "fused", "baselines")  # the metrics of a final fit
 Method = str | Callable[[Run], Outcome]
 
 
@@ -167,6 +168,9 @@ class Training:
         if options.labels is not None:
             data = hide(data, options.labels, options.seed)
             check_presence(data)
+        if options.refit:  # what cannot be joined is refused now
+            one = torch.zeros(1, dtype=torch.int64)
+            replace(data, train=data.train.take(one), val=data.val.take(one)).joined()
         for group in options.groups:
             group.check(data)
         self.options = options = options.sized(len(data.train))
@@ -252,29 +256,29 @@ class Training:
             self.check_same(folder)
             given = digest(self.fingerprint) if folder else None
             run = Run(options, self.data, self.device, RunFolder(written), stop, given)
-            outcome = self.method(run)
             metrics: dict[str, Any] = {"method": options.method, "dataset": options.dataset, "seed": options.seed}
-            metrics |= {"device": str(self.device), "anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics}
-            metrics["baselines"] = {}
-            for name, method in self.baselines.items():
-                other = method(run)
-                predictor = self.predictor(other)
-                add_shifted(other.metrics, predictor, run.data)
-                add_without(other.metrics, predictor, run.data)
-                metrics["baselines"][name] = other.metrics["fused"]
-            metrics["seconds"] = seconds(run)
-            predictor = self.predictor(outcome)
-            add_shifted(metrics, predictor, run.data)
-            add_without(metrics, predictor, run.data)
-            if outcome.models:
-                fused = predictor.predict(run.data.test)
-                metrics["fused"] |= details(fused, self.data.test.labels)
-                metrics["classes"] = self.data.named_classes()
+            found, first, fused = self.train(run)
+            metrics |= {"device": str(self.device), **found}
+            predictor = first
+            if options.refit:
+                final = self.final_run(run, bool(folder))
+                try:
+                    found, predictor, fused = self.train(final)
+                except KeyError as error:
+                    if error.args != ("val",):
+                        raise
+                    raise UserError(
+                        "--refit: the final fit has no validation, and a method reads it outside of Run.decide"
+                    ) from error
+                metrics["refit"] = {name: found[name] for name in REFIT if name in found}
+                metrics["seconds"]["refit"] = final.elapsed()
+                metrics["seconds"]["total"] += final.elapsed()
+                log.info("the predictor is that of the final fit")
             if written:  # the figures first: nothing after them can lose them
-                if outcome.models:
+                if predictor.models:
                     predictor.save(run.folder, self.data)
                 run.folder.write("metrics.json", as_json(metrics))
-            for m in suspicious(metrics, predictor, run.data):
+            for m in suspicious(metrics, first, run.data):
                 log.warning(
                     "%s is right on nearly all samples of training and of validation: if its features come from a model"
                     " that saw these labels, validation cannot choose anything, and test will be worse",
@@ -282,11 +286,38 @@ class Training:
                 )
             run.show("fused", metrics["fused"], options.epochs)
             if written:
-                if outcome.models:
+                if fused is not None:
                     each = predictor.logits(run.data.test, shares=True)
                     run.folder.write("predictions.csv", predictions_csv(self.data, each, fused))
                 picture(metrics, run)
         return Result(metrics, run.history, predictor, folder)
+
+    def train(self, run: Run) -> tuple[dict[str, Any], Predictor, torch.Tensor | None]:
+        """Trains the method and its baselines: metrics, the method's predictor, and its probabilities on test."""
+        outcome, fused = self.method(run), None
+        metrics = {"anchor": None, "modalities": {}, "unimodal": {}, **outcome.metrics, "baselines": {}}
+        for name, method in self.baselines.items():
+            other = method(run)
+            predictor = self.predictor(other)
+            add_shifted(other.metrics, predictor, run.data)
+            add_without(other.metrics, predictor, run.data)
+            metrics["baselines"][name] = other.metrics["fused"]
+        metrics["seconds"] = seconds(run)
+        predictor = self.predictor(outcome)
+        add_shifted(metrics, predictor, run.data)
+        add_without(metrics, predictor, run.data)
+        if outcome.models:
+            fused = predictor.predict(run.data.test)
+            metrics["fused"] |= details(fused, self.data.test.labels)
+            metrics["classes"] = self.data.named_classes()
+        return metrics, predictor, fused
+
+    def final_run(self, first: Run, fingerprinted: bool) -> Run:
+        """The run after ``first`` on training and validation together; it keeps its files in the folder ``refit``."""
+        data, options = self.data.joined(), first.options.replace(batch_size=first.batch_size)
+        log.info("final fit on %d samples of training and %d of validation", len(self.data.train), len(self.data.val))
+        given = digest(fingerprint(data)) if fingerprinted else None
+        return Run(options, data, self.device, first.folder.inside("refit"), first.stop, given, first)
 
     def predictor(self, outcome: Outcome) -> Predictor:
         data = self.data

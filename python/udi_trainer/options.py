@@ -384,6 +384,12 @@ class TrainingOptions(Group, title="training"):
         "W|auto",
         "0.01 for adamw, 0.0001 for sgd",
     )
+    refit: bool = option(
+        False,
+        flag,
+        "after the run, a final fit: train method and baselines once more on training and validation together, with all"
+        " that validation chose (anchor, epochs, weight decay, fusion rule); its predictor is the one saved",
+    )
     seed: int = option(
         0, number(int, 0), "seed of initial weights and of the order of samples; also of --labels and --resplit"
     )

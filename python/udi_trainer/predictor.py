@@ -21,6 +21,7 @@ from .options import Options, groups_of
 from .registry import check_trusted, classifiers, datasets, fusion_rules, imported
 from .run import autocast, choose_device
 from .run_folder import RunFolder, load_tensors, read_config
+from .training.feed import inference_batch
 
 FILE = Path("checkpoints") / "model.pt"
 
@@ -108,8 +109,9 @@ class Predictor:
         names |= {presence(m) for m in views} & set(stored)
         parts = []
         model.eval()
-        for start in range(0, max(count, 1), 1000):  # no samples: no rows
-            batch = {n: stored[n][start : start + 1000].to(device) for n in names}
+        size = inference_batch(device)
+        for start in range(0, max(count, 1), size):  # no samples: no rows
+            batch = {n: stored[n][start : start + size].to(device) for n in names}
             inputs = {m: view.input(batch) for m, view in views.items()}
             with autocast(device, self.amp):
                 if isinstance(model, JointClassifier):

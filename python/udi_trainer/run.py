@@ -12,7 +12,7 @@ from . import distributed
 from .console import log
 from .data.dataset import Dataset
 from .errors import UserError
-from .evaluation.fusion import FusionOptions
+from .evaluation.fusion import FusionOptions, Rule, fuse
 from .optimizers import SGD, AdamW
 from .options import DECAYS, Options, upgraded
 from .registry import datasets
@@ -34,16 +34,24 @@ class Run:
         folder: RunFolder,
         stop: Stop | None = None,
         fingerprint: str | None = None,
+        first: "Run | None" = None,
     ) -> None:
-        """``fingerprint``: a digest of the data and the encoders, which checkpoints keep."""
-        self.fingerprint = fingerprint
+        """
+        Args:
+            fingerprint: a digest of the data and the encoders, which checkpoints keep.
+            first: the run whose decisions this one keeps: it is a final fit on training and validation together. Then
+                no scores on validation exist, and stages end with the epoch that the first run kept.
+        """
+        self.fingerprint, self.first = fingerprint, first
+        self.decisions: list[tuple[str, Any]] = []  # what validation has decided, see `decide`
         self.options = options = options.sized(len(data.train))
         self.device, self.folder, self.stop = device, folder, stop or Stop()
         self.engine = choose_engine(options.engine, device, options.shard)
         self.resident = options.data == "device" or (options.data == "auto" and fits(data, device))
         self.data = data.to(device if self.resident else torch.device("cpu"))
         self.class_weights = balanced(data).to(device) if options.class_weights == "balanced" else None
-        self.labels = {"val": data.val.labels.cpu(), "test": data.test.labels.cpu()}
+        evaluated = {"test": data.test} if first else {"val": data.val, "test": data.test}
+        self.labels = {name: split.labels.cpu() for name, split in evaluated.items()}
         self.batch_size = batch_size(options, data)
         # Per epoch: full batches only. The samples left out differ between epochs.
         self.steps = len(data.train) // self.batch_size
@@ -59,6 +67,27 @@ class Run:
         """A task of this class with these arguments; its initial weights are drawn from the seed of its name."""
         with seeded(self.seed(task.seed_name_of(arguments.get("modality")))):  # type: ignore[attr-defined]
             return task(self, **arguments)
+
+    def decide(self, what: str, choose: Callable[[], T]) -> T:
+        """What ``choose`` finds on validation. A final fit takes what it found in the first run instead.
+
+        Every choice that reads validation is made here, so both runs make the same ones in the same order. ``what``
+        names the choice. Choices within ``choose`` belong to it.
+        """
+        place = len(self.decisions)
+        if self.first is None:
+            value = choose()
+            del self.decisions[place:]
+        else:
+            named, value = [*self.first.decisions[place:], ("nothing", None)][0]
+            if named != what:
+                raise UserError(f"--refit: the final fit decides {what}, where the first run decided {named}")
+        self.decisions.append((what, value))
+        return value
+
+    def fuse(self, logits: dict[str, dict[str, torch.Tensor]], own: str = "auto") -> tuple[dict, Rule]:
+        """The scores of the fused prediction and its rule, see `evaluation.fusion.fuse`; ``own``: the method's own."""
+        return fuse(self.fusion(own), logits, self.labels, self.options.select, self.decide)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.options.amp)

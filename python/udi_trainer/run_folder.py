@@ -31,6 +31,12 @@ class RunFolder:
         self.ended = path is not None and (path / "metrics.json").exists()
         self.states: dict[str, memoryview] = {}  # checkpoints by stage, without a path
 
+    def inside(self, name: str) -> "RunFolder":
+        """A folder for another run in this one, which is finished when this one is."""
+        inner = RunFolder(self.path and self.path / name)
+        inner.ended = self.ended
+        return inner
+
     def checkpoint_path(self, stage: str) -> Path | None:
         return self.path and self.path / "checkpoints" / f"{stage}.pt"
 

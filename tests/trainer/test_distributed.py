@@ -100,6 +100,24 @@ def test_training_options_same_as_one_process(shard):
     compare("float64", 1e-12, (2,), ["udi", "joint"], shard, json.dumps(TRAINING))
 
 
+@pytest.mark.parametrize("shard", ["", "shard"])
+def test_final_fit_same_as_one_process(shard):
+    one, two = (trained(count, "float64", ["udi"], shard, '{"refit": true}')["udi"] for count in (1, 2))
+    assert len(one["steps"]) > 60  # of the first run
+    assert_same_steps(one, two, 1e-12)
+    ours, theirs = (each["metrics"]["refit"]["fused"] for each in (one, two))
+    assert ours["rule"] == theirs["rule"] and ours["test_acc"] == theirs["test_acc"] > 0.5
+
+
+def assert_same_steps(ours, theirs, tolerance):
+    for row, other in zip(ours["steps"], theirs["steps"], strict=True):
+        assert row.keys() == other.keys() and row["stage"] == other["stage"]
+        for name, x in row.items():
+            if name != "stage":
+                what = f"{row['stage']}, {name}: ".__add__
+                torch.testing.assert_close(other[name], x, rtol=tolerance, atol=tolerance, msg=what)
+
+
 def compare(dtype, tolerance, counts, methods, *shard):
     one = trained(1, dtype, methods, *shard)
     for count in counts:
@@ -107,12 +125,7 @@ def compare(dtype, tolerance, counts, methods, *shard):
         for method in methods:
             ours, theirs = one[method], many[method]
             assert ours["steps"] and len(ours["steps"]) % 20 == 0
-            for row, other in zip(ours["steps"], theirs["steps"], strict=True):
-                assert row.keys() == other.keys() and row["stage"] == other["stage"]
-                for name, x in row.items():
-                    if name != "stage":
-                        what = f"{method}, {row['stage']}, {name}: ".__add__
-                        torch.testing.assert_close(other[name], x, rtol=tolerance, atol=tolerance, msg=what)
+            assert_same_steps(ours, theirs, tolerance)
             accuracies = (result["metrics"]["fused"]["test_acc"] for result in (ours, theirs))
             assert next(accuracies) == pytest.approx(next(accuracies), abs=0.006), method
 

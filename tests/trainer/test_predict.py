@@ -42,13 +42,13 @@ def every_kind(folder, count=60):
     return rows
 
 
-@pytest.mark.parametrize("method", ["ensemble", "joint"])
-def test_figures_of_the_run_for_the_same_files(folder, options, method):
+@pytest.mark.parametrize("method, refit", [("ensemble", False), ("joint", False), ("ensemble", True)])
+def test_figures_of_the_run_for_the_same_files(folder, options, method, refit):
     """Without labels and splits, and in another order. The run's other files are not read, and may be gone."""
     rows = every_kind(folder)
     tables = "vitals=pulse+sex"
     train("manifest", method, manifest=folder.manifest(rows), tables=tables, augment="crop", epochs=2, batch_size=8,
-          baselines=[], out="run", **options)  # fmt: skip
+          baselines=[], refit=refit, out="run", **options)  # fmt: skip
     for row in rows:
         if row["split"] != "test":
             shutil.rmtree(folder.path / row["clip"])

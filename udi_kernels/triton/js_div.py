@@ -1037,17 +1037,21 @@ def _grad_places(D, row, col, C, layout, first: tl.constexpr, V: tl.constexpr):
         return begin[:, None] + col.to(tl.int64)[None, :] * layout[first + 2]
 
 
-def _gradients(shape, x_strides, y_strides, needs):
-    """A function that allocates the gradients, and None if they are contiguous, or what `_bwd` must know of them."""
-    both = [_dense(shape, strides) for strides in (x_strides, y_strides)]
+def _gradients(shape, x_strides, y_strides, needs, over):
+    """A function that allocates the gradients but that of `over`, a side whose gradient takes the logits' memory.
+
+    And None if the gradients are contiguous, or what `_bwd` must know of them.
+    """
+    both = [s if side == over else _dense(shape, s) for side, s in enumerate((x_strides, y_strides))]
+    fresh = [need and side != over for side, need in enumerate(needs)]
     contiguous = _dense(shape, sorted(range(1, len(shape) + 1), reverse=True))
     if all(strides == contiguous for strides, need in zip(both, needs, strict=True) if need):
-        return gradients(shape, needs), None
+        return gradients(shape, fresh), None
     triples = [(strides[0] if len(shape) == 3 else 0, *strides[-2:]) for strides in both]
 
     def allocate(x):
         return tuple(
-            [x.new_empty_strided(shape, s) if need else x.new_empty(0) for s, need in zip(both, needs, strict=True)]
+            [x.new_empty_strided(shape, s) if need else x.new_empty(0) for s, need in zip(both, fresh, strict=True)]
         )
 
     return allocate, (*triples[0], *triples[1], shape[-2])
@@ -1066,6 +1070,15 @@ def js_div_bwd(grad, input, target, weight, stats, beta, temperature, reduction,
     return _launch_backward(grad, input, target, weight, stats, beta, temperature, reduction, (need_input, need_target))
 
 
+def js_div_bwd_inplace(grad, input, target, weight, stats, beta, temperature, reduction, need_target):
+    """The input becomes its gradient; returns the target's."""
+    sides, needs = (input, target), (True, need_target)
+    if beta == 1:
+        options = stats, 0.0, temperature, reduction, needs[::-1]
+        return _launch_backward(grad, *sides[::-1], weight, *options, over=1)[0]
+    return _launch_backward(grad, *sides, weight, stats, beta, temperature, reduction, needs, over=0)[1]
+
+
 def skew_kl_bwd(
     grad, input, target, weight, stats, alpha, reverse, temperature, reduction, need_input, need_target
 ):  # fmt: skip
@@ -1076,14 +1089,14 @@ def skew_kl_bwd(
     return grads[::-1] if reverse else grads
 
 
-def _launch_backward(grad, input, target, weight, stats, beta, temperature, reduction, needs, skew=False):
+def _launch_backward(grad, input, target, weight, stats, beta, temperature, reduction, needs, skew=False, over=None):
     if weight is not None and reduction == MEAN:
         weight, reduction = stats[SHARE.value], SUM
     run = _backward(
         input.get_device(), input.dtype, input.shape, input.stride(), target.stride(),
         weight is not None and (weight.dtype, weight.stride(0)),
         grad.dtype, grad.stride(0) if grad.dim() else 0,
-        beta, temperature, reduction, needs, skew,
+        beta, temperature, reduction, needs, skew, over,
     )  # fmt: skip
     with torch.cuda.device_of(input):
         return run(grad, input, target, weight, stats)
@@ -1092,10 +1105,10 @@ def _launch_backward(grad, input, target, weight, stats, beta, temperature, redu
 @cached_launch
 def _backward(
     _device, dtype, shape, x_strides, y_strides, weight, _grad_dtype, g_stride, beta, temperature, reduction, needs,
-    skew,
+    skew, over,
 ):  # fmt: skip
     R, C = math.prod(shape[:-1]), shape[-1]
-    allocate, grad_layout = _gradients(shape, x_strides, y_strides, needs)
+    allocate, grad_layout = _gradients(shape, x_strides, y_strides, needs, over)
     if R == 0 or not any(needs):
         return lambda grad, input, target, weight, stats: allocate(input)
     values = _values(dtype, shape, x_strides, y_strides, weight, beta, temperature, skew)
@@ -1120,7 +1133,10 @@ def _backward(
 
     def run(grad, input, target, weight, stats):
         grads = allocate(input)
-        launch(grad, input, target, weight, stats, *wanted(grads, needs))
+        written = wanted(grads, needs)
+        if over is not None:
+            written[over] = (input, target)[over]
+        launch(grad, input, target, weight, stats, *written)
         return grads
 
     return run

@@ -2,15 +2,19 @@ from ..registry import studies
 from ..study import RESPLIT, Study, Variant
 from ..summary import collect, format_difference
 
-OTHERS = ("left alone", "right alone", "joint", "ensemble", "sklearn-late", "sklearn-concat")
+STATIC = "static 1,0"  # the default of version 0.2, with log-linear fusion
+OTHERS = ("left alone", "right alone", "joint", "ensemble", "sklearn-late", "sklearn-concat", STATIC)
 
 
 @studies.register("quickstart")
 class Quickstart(Study):
     """What does train.py report without any options?"""
 
-    seeding = RESPLIT
-    variants = [Variant("udi", "")]
+    seeds, seeding = range(100, 110), RESPLIT
+    variants = [
+        Variant("udi", ""),
+        Variant(STATIC, "--controller static --alpha 1,0 --fusion loglinear --baselines none"),
+    ]
 
     def notes(self, records):
         table = collect(self, records).get(("", "prediction"), {})

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..options import Group, number, option, pathname
 
 Encoder = str | Callable[[torch.Size], nn.Module]
@@ -153,6 +154,23 @@ class Dataset:
     def splits(self) -> dict[str, Split]:
         shifted = {"shifted": self.shifted} if self.shifted else {}
         return {"train": self.train, "val": self.val, "test": self.test, **shifted}
+
+    def joined(self) -> "Dataset":
+        """With training and validation together as its training split, in this order; it has all tensors read."""
+        parts, masks = (self.train, self.val), {presence(m) for m in self.modalities}
+        read = {name for view in self.modalities.values() for name in view.reads}
+        read |= masks & set().union(*(part.stored for part in parts))
+
+        def tensor(name: str) -> torch.Tensor:
+            train, val = (part.stored.get(name, torch.ones(len(part), dtype=torch.bool)) for part in parts)
+            if train.shape[1:] != val.shape[1:]:
+                shapes = f"{tuple(train.shape[1:])} and {tuple(val.shape[1:])}"
+                raise UserError(f"training and validation cannot be joined: samples of {name} have shapes {shapes}")
+            return torch.cat((train, val.to(train)))
+
+        labels = torch.cat((self.train.labels, self.val.labels.to(self.train.labels)))
+        ids = None if None in (self.train.ids, self.val.ids) else [*self.train.ids, *self.val.ids]  # type: ignore
+        return replace(self, train=Split(labels, {name: tensor(name) for name in sorted(read)}, ids))
 
     def to(self, device: torch.device) -> "Dataset":
         splits: dict[str, Any] = {name: split.to(device) for name, split in self.splits().items()}

@@ -7,6 +7,7 @@ modality, its logits are NaN, and :func:`combine` fuses the other modalities.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -208,33 +209,48 @@ def cross_validated(name: str, logits: torch.Tensor, labels: torch.Tensor, judge
     return judge(fused, labels)
 
 
+def at_once(what: str, choose: Callable[[], Any]) -> Any:
+    """Decides by choosing, see :meth:`Run.decide`."""
+    return choose()
+
+
 def fuse(
-    option: str, logits: dict[str, dict], labels: dict[str, torch.Tensor], select: str | None = None
+    option: str,
+    logits: dict[str, dict],
+    labels: dict[str, torch.Tensor],
+    select: str | None = None,
+    decide: Callable[[str, Callable[[], Any]], Any] = at_once,
 ) -> tuple[dict, Rule]:
     """The scores of the fused prediction and its rule.
 
     ``option``: its name, or "auto" for the candidate of the highest cross-validated log-likelihood on validation; with
     ``select`` acc or macro-f1, of the highest score of that kind, and ties go to the higher log-likelihood.
-    ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise.
+    ``logits``: {modality: {"val": (N, C), "test": (N, C)}}; labels likewise. ``decide``: :meth:`Run.decide`, whose
+    final fit gives no validation.
     """
-    stacked = {split: torch.stack([z[split] for z in logits.values()]) for split in ("val", "test")}
-    fitted = {name: fit_rule(name, stacked["val"], labels["val"]) for name in fusion_rules}
+    stacked = {split: torch.stack([z[split] for z in logits.values()]) for split in labels}
+
+    def choose() -> tuple[str, dict[str, Rule], dict]:
+        fitted = {name: fit_rule(name, stacked["val"], labels["val"]) for name in fusion_rules}
+        candidates = AUTO if option == "auto" else ()
+        likelihoods = {name: cross_validated(name, stacked["val"], labels["val"]) for name in candidates}
+        reasons: dict[str, Any] = {"log_likelihood": likelihoods}  # cross-validated, of the candidates of "auto"
+        judged = {}
+        if select in ("acc", "macro-f1"):
+            judged = {name: cross_validated(name, stacked["val"], labels["val"], JUDGES[select]) for name in candidates}
+        if judged:
+            reasons["judged"] = {"by": {"acc": "accuracy"}.get(str(select), "macro-F1"), "candidates": judged}
+        reasons["temperature"] = {m: temperature(z["val"], labels["val"]) for m, z in logits.items()}
+        best = max(likelihoods, key=lambda name: (judged.get(name, 0), likelihoods[name]), default=option)
+        return best, fitted, reasons
+
+    best, fitted, reasons = decide("fusion rule", choose)
     probabilities = {name: {s: combine(rule, stacked[s]) for s in stacked} for name, rule in fitted.items()}
-    candidates = AUTO if option == "auto" else ()
-    likelihoods = {name: cross_validated(name, stacked["val"], labels["val"]) for name in candidates}
-    judged = {}
-    if select in ("acc", "macro-f1"):
-        judged = {name: cross_validated(name, stacked["val"], labels["val"], JUDGES[select]) for name in candidates}
-    best = max(likelihoods, key=lambda name: (judged.get(name, 0), likelihoods[name]), default=option)
     weights = fitted[best].weights
     metrics = {
         "rule": best,
         "weights": dict(zip(logits, weights, strict=True)) if weights else None,
-        "log_likelihood": likelihoods,  # cross-validated, of the candidates of "auto"
-        **(
-            {"judged": {"by": {"acc": "accuracy"}.get(str(select), "macro-F1"), "candidates": judged}} if judged else {}
-        ),
-        "temperature": {m: temperature(z["val"], labels["val"]) for m, z in logits.items()},
+        **(reasons if "val" in labels else {}),
         **scores(probabilities[best], labels),
         "without": accuracy_without_each(fitted[best], dict(zip(logits, stacked["test"], strict=True)), labels["test"]),
         "by_rule": {name: scores(p, labels) for name, p in probabilities.items()},

@@ -36,9 +36,7 @@ def comparison(metrics: dict) -> list[tuple[str, str | None, dict]]:
 def table(metrics: dict) -> str:
     """A text table of everything that the run trained."""
     lines = [f"{'':<28}{'val acc':>8}{'test acc':>10}{'macro F1':>10}   fusion"]
-    for name, _, scores in comparison(metrics):
-        numbers = f"{scores['val_acc']:>8.4f}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}"
-        lines.append(f"{name:<28}{numbers}   {fusion_text(scores)}".rstrip())
+    lines += [table_line(name, scores) for name, _, scores in comparison(metrics)]
     lines += [f"collapsed: {m}: {reason}" for m, reason in metrics.get("collapsed", {}).items()]
     fused = metrics["fused"]
     judged = fused.get("judged") or {"by": "log-likelihood", "candidates": fused.get("log_likelihood")}
@@ -48,7 +46,17 @@ def table(metrics: dict) -> str:
     for m, dims in metrics.get("effective_dims", {}).items():
         lacking = ", ".join(f"{n} not in {other}" for other, n in dims["lacking_in"].items())
         lines.append(f"effective dimensions: {m} {len(dims['dims'])} of {dims['of']}; of these {lacking}")
+    if "refit" in metrics:
+        lines += ["", "final fit on training and validation together:"]
+        lines += [table_line(name, scores) for name, _, scores in comparison(metrics | metrics["refit"])]
     return "\n".join(lines)
+
+
+def table_line(name: str, scores: dict) -> str:
+    val = f"{scores['val_acc']:>8.4f}" if "val_acc" in scores else " " * 8
+    return (
+        f"{name:<28}{val}{scores['test_acc']:>10.4f}{scores['test_macro_f1']:>10.4f}   {fusion_text(scores)}".rstrip()
+    )
 
 
 def controller_table(history: History) -> str:
@@ -124,7 +132,8 @@ def draw_panels(metrics: dict, history: History, path: Path | IO[bytes]) -> None
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
     left, right = rows[0, 0].subplots(1, 2, width_ratios=[1.15, 1])
     draw_accuracies(left, history, metrics["anchor"], colors)
-    draw_comparison(right, bars, metrics["method"], colors)
+    final = {name: scores for name, _, scores in bar_entries(metrics | metrics.get("refit", {}))}
+    draw_comparison(right, bars, final if "refit" in metrics else {}, metrics["method"], colors)
     if followers:
         draw_losses(rows[1, 0], followers, dynamic, colors)
     if dynamic:
@@ -228,7 +237,8 @@ def draw_classes(figure, metrics: dict):
     """The confusion matrix and the accuracy per class of the fused prediction."""
     fused, names = metrics["fused"], metrics["classes"]
     f1, precision = 100 * fused["test_macro_f1"], 100 * fused["test_map"]
-    figure.suptitle(f"Fused, on test: macro-F1 {f1:.1f} %, mAP {precision:.1f} %", x=0.01, ha="left", fontsize=11)
+    when = ", before the final fit" if "refit" in metrics else ""
+    figure.suptitle(f"Fused, on test{when}: macro-F1 {f1:.1f} %, mAP {precision:.1f} %", x=0.01, ha="left", fontsize=11)
     left, right = figure.subplots(1, 2)
     shares = [[n / max(1, sum(row)) for n in row] for row in fused["test_confusion"]]
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -260,23 +270,32 @@ def bar_entries(metrics: dict) -> list[tuple[str, str | None, dict]]:
     return [(f"{anchor} alone (anchor)" if name == f"{anchor} alone" else name, m, s) for name, m, s in entries]
 
 
-def draw_comparison(axes, bars: list, method: str, colors: dict):
-    """Test accuracies. A dot marks the accuracy of fusion by the mean of probabilities."""
-    title = "Test accuracy, %"
+def draw_comparison(axes, bars: list, final: dict[str, dict], method: str, colors: dict):
+    """Test accuracies. A dot marks the accuracy of fusion by the mean of probabilities.
+
+    ``final``: by name, the scores of the final fit, if there was one: diamonds, and a second column of numbers.
+    """
+    marks, place = set(), axes.get_yaxis_transform()
     for y, (name, modality, scores) in enumerate(bars):
-        color = colors.get(modality or name, MUTED)
+        color, bold = colors.get(modality or name, MUTED), "bold" if name == method else "normal"
         value = 100 * scores["test_acc"]
         axes.barh(y, value, color=color, height=0.68, alpha=0.5 if " alone" in name else 1)
         if scores.get("rule") != "mean" and "by_rule" in scores:
             mean = 100 * scores["by_rule"]["mean"]["test_acc"]
             axes.plot(mean, y, "o", color="white", markeredgecolor=INK, markersize=6)
-            title = "Test accuracy, % (dot: plain mean)"
-        bold = "bold" if name == method else "normal"
-        axes.text(1.03, y, f"{value:.1f}", va="center", fontsize=9, weight=bold,
-                  transform=axes.get_yaxis_transform())  # fmt: skip
+            marks.add("dot: plain mean")
+        axes.text(1.03, y, f"{value:.1f}", va="center", fontsize=9, weight=bold, transform=place)
+        if name in final:
+            refit = 100 * final[name]["test_acc"]
+            axes.plot(refit, y, "D", color=INK, markeredgecolor="white", markersize=6)
+            axes.text(1.16, y, f"{refit:.1f}", va="center", fontsize=9, weight=bold, transform=place)
+            marks.add("diamond: final fit")
+    for x, head in ((1.03, "run"), (1.16, "final")) if final else ():
+        axes.text(x, 1, head, va="top", fontsize=9, color=MUTED, transform=axes.transAxes)
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=9)
     axes.get_yticklabels()[-1].set_weight("bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_title(title, loc="left", fontsize=11)
+    said = f" ({'; '.join(sorted(marks, reverse=True))})" if marks else ""
+    axes.set_title(f"Test accuracy, %{said}", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,8 +4,9 @@ import torch
 
 
 def scores(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scores on test, and on validation if there are labels of it."""
     return {
-        "val_acc": accuracy(outputs["val"], labels["val"]),
+        **({"val_acc": accuracy(outputs["val"], labels["val"])} if "val" in labels else {}),
         "test_acc": accuracy(outputs["test"], labels["test"]),
         "test_macro_f1": macro_f1(outputs["test"], labels["test"]),
     }

@@ -31,7 +31,7 @@ from .. import distributed
 from ..console import log
 from ..data.dataset import Batch, Dataset
 from ..errors import UserError
-from ..evaluation.fusion import FusionOptions, fuse
+from ..evaluation.fusion import FusionOptions
 from ..evaluation.scores import scores
 from ..models.classifiers import DetachedClassifiers, FeatureHead
 from ..models.encoders import is_stochastic
@@ -117,7 +117,7 @@ class Detached(Task):
         labelled = (train.labels >= 0).nonzero().flatten()
         feed, features = Feed(self.run, train, self.reads), []
         self.model.eval()
-        for batch in feed.batches(labelled.cpu()[distributed.local_indices(len(labelled))], 1000):
+        for batch in feed.inference_batches(labelled.cpu()[distributed.local_indices(len(labelled))]):
             with self.run.autocast():
                 features.append([x.float() for x, _ in self.forward(feed.complete(batch)).values()])
         labels = train.labels[labelled].to(self.run.device)
@@ -229,7 +229,7 @@ def dimml(run: Run) -> Outcome:
     )
     fit([head], run)
     heads = own | {FUSION_HEAD: outputs(head, run)}
-    fused, rule = fuse(run.fusion("certainty"), heads, run.labels, run.options.select)
+    fused, rule = run.fuse(heads, "certainty")
     metrics = {
         "modalities": {name: scores(z, run.labels) for name, z in own.items()},
         "part": "own head",

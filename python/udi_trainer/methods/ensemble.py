@@ -1,6 +1,6 @@
 """The plain ensemble: each modality trained alone, outputs fused."""
 
-from ..evaluation.fusion import FusionOptions, fuse
+from ..evaluation.fusion import FusionOptions
 from ..evaluation.scores import scores
 from ..options import reads
 from ..registry import methods
@@ -17,6 +17,6 @@ def ensemble(run: Run) -> Outcome:
     tasks = train_alone(run)
     logits = {modality: outputs(task, run) for modality, task in tasks.items()}
     alone = {modality: scores(z, run.labels) for modality, z in logits.items()}
-    fused, rule = fuse(run.fusion(), logits, run.labels, run.options.select)
+    fused, rule = run.fuse(logits)
     metrics = {"modalities": alone, "unimodal": alone, "fused": fused}
     return Outcome(metrics, {modality: task.model for modality, task in tasks.items()}, rule)

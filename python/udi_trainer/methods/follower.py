@@ -20,7 +20,7 @@ from ..data.dataset import Batch
 from ..models.classifiers import ConditionalGaussian
 from ..options import Group, number, one_of, option, pair, steps_or_epoch
 from ..run import Run
-from ..training.task import update
+from ..training.task import Rows, update
 from .frozen import Frozen, Fused
 from .unimodal import Alone, Unimodal
 
@@ -132,6 +132,7 @@ class Follower(Unimodal):
         with self.run.autocast():
             cls, con, com, q_nll, bound, x, y = self.losses(batch, fitted)
         alpha = self.controller.alpha
+        _, a_con, a_com = alpha.unbind()
         parameters = self.parameters + self.q_parameters
         if align:
             # The gradients that set the weights make this step's update too.
@@ -142,13 +143,12 @@ class Follower(Unimodal):
             q_grad = self.gradients(q_nll, self.q_parameters)
             update(self.optimizer, parameters, [*weighted_sum(grads, alpha), *q_grad])
         else:
-            one = alpha[0]
-            update(self.optimizer, parameters, self.gradients((cls, con, com, q_nll), parameters, (*alpha, one)))
+            update(self.optimizer, parameters, self.gradients(cls + a_con * con + a_com * com + q_nll, parameters))
         for _ in range(self.options.q_steps - 1):
             self.fit_q(x, y)
         loss = torch.stack((cls, con, com)).detach() @ alpha
         scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
-        return scalars | {"alpha_con": alpha[1], "alpha_com": alpha[2] if fitted else 0 * alpha[2]}
+        return scalars | {"alpha_con": a_con, "alpha_com": a_com if fitted else 0 * a_com}
 
     def measured(self):
         """The Gramian of L_cls, L_con and L_com that the dynamic controller measured last."""
@@ -163,7 +163,7 @@ class Follower(Unimodal):
         classified = logits if self.val_anchor_logits is None else logits + self.anchor_logits(teacher_logits, batch)
         cls = self.cross_entropy(classified[labelled], labels[labelled])
 
-        rows: slice | torch.Tensor = any_rows
+        rows: Rows | torch.Tensor = any_rows
         any_present = None
         if self.teacher.present is not None:  # samples without the teacher's modality learn from their labels alone
             rows, any_present = repeated(self.teacher.present[batch["index"][any_rows]])

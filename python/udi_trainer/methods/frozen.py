@@ -40,7 +40,8 @@ class Frozen:
     def compute_all(self) -> list[torch.Tensor]:
         train = self.run.data.train
         feed, count = Feed(self.run, train, self.reads), len(train)
-        parts = [self.compute(feed.complete(batch)) for batch in feed.batches(distributed.local_indices(count), 1000)]
+        batches = feed.inference_batches(distributed.local_indices(count))
+        parts = [self.compute(feed.complete(batch)) for batch in batches]
         cache = [distributed.gather(torch.cat(tensors), count) for tensors in zip(*parts, strict=True)]
         return [t.bfloat16() for t in cache] if sum(t.nbytes for t in cache) > CACHE_LIMIT else cache
 

@@ -59,10 +59,14 @@ class GBlending(Joint):
 @methods.register("g-blending")
 def g_blending(run: Run) -> Outcome:
     """Joint and unimodal losses, weighted by how each alone generalises and overfits (G-Blending)."""
-    alone, joint = train_alone(run), run.make(Joint)
-    fit([joint], run)
-    histories = {"joint": run.history[joint.name]} | {m: run.history[task.name] for m, task in alone.items()}
-    weights = blending_weights(histories, run.data.classes, run.options.select)
+
+    def choose() -> dict[str, float]:
+        alone, joint = train_alone(run), run.make(Joint)
+        fit([joint], run)
+        histories = {"joint": run.history[joint.name]} | {m: run.history[task.name] for m, task in alone.items()}
+        return blending_weights(histories, run.data.classes, run.options.select)
+
+    weights = run.decide("blending weights", choose)
     outcome = train_joint(run.make(GBlending, weights=weights))
     outcome.metrics["blending_weights"] = weights
     return outcome

@@ -12,7 +12,7 @@ from ..models.encoders import is_stochastic
 from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs
-from ..training.loop import fit, fit_best
+from ..training.loop import fit_best
 from ..training.task import Task, trainable, update
 from .outcome import Outcome
 
@@ -85,10 +85,10 @@ def as_float(t: torch.Tensor) -> torch.Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def train_joint(task: Joint) -> Outcome:
-    """Trains the task and scores the joint prediction and each modality's share of the logits."""
-    run = task.run
-    fit([task], run)
+def train_joint(*tasks: Joint) -> Outcome:
+    """Trains the tasks, and scores the joint prediction and each modality's share of the logits by the best of them."""
+    run = tasks[0].run
+    (task,) = fit_best([tasks], run)
     shares = {m: outputs(task, run, partial(task.share, m), m) for m in run.data.modalities}
     metrics = {
         "modalities": {m: scores(z, run.labels) for m, z in shares.items()},
@@ -98,13 +98,7 @@ def train_joint(task: Joint) -> Outcome:
     return Outcome(metrics, {task.key: task.model})
 
 
-def best_joint(run: Run, kind: type[Joint]) -> Joint:
-    """The task of the weight decay that is best on validation."""
-    (task,) = fit_best([[run.make(kind, decay=decay) for decay in run.decays]], run)
-    return task
-
-
 @methods.register("joint")
 def joint(run: Run) -> Outcome:
     """One linear head on the concatenated features, one loss."""
-    return train_joint(best_joint(run, Joint))
+    return train_joint(*(run.make(Joint, decay=decay) for decay in run.decays))

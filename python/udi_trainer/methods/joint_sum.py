@@ -3,7 +3,7 @@
 from ..models.classifiers import SumClassifier
 from ..registry import methods
 from ..run import Run
-from .joint import Joint, best_joint, train_joint
+from .joint import Joint, train_joint
 from .outcome import Outcome
 
 
@@ -22,4 +22,4 @@ class JointSum(Joint):
 @methods.register("joint-sum")
 def joint_sum(run: Run) -> Outcome:
     """A linear head for each modality, the logits summed, one loss."""
-    return train_joint(best_joint(run, JointSum))
+    return train_joint(*(run.make(JointSum, decay=decay) for decay in run.decays))

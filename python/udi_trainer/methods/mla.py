@@ -22,7 +22,7 @@ from torch import nn
 from .. import distributed
 from ..data.dataset import Batch
 from ..errors import UserError
-from ..evaluation.fusion import FusionOptions, Rule, fuse
+from ..evaluation.fusion import FusionOptions, Rule
 from ..evaluation.scores import scores
 from ..models.classifiers import Classifier
 from ..models.encoders import is_stochastic
@@ -138,6 +138,6 @@ def mla(run: Run) -> Outcome:
     fit([task], run)
     parts = {split: z.split(run.data.classes, dim=1) for split, z in outputs(task, run, task.each).items()}
     logits = {m: {split: z[i] for split, z in parts.items()} for i, m in enumerate(run.data.modalities)}
-    fused, rule = fuse(run.fusion("entropy"), logits, run.labels, run.options.select)
+    fused, rule = run.fuse(logits, "entropy")
     metrics = {"modalities": {m: scores(z, run.labels) for m, z in logits.items()}, "unimodal": {}, "fused": fused}
     return Outcome(metrics, dict(task.model.alone.items()), rule)

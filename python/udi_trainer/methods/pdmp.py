@@ -48,9 +48,13 @@ class PDMP(Joint):
 @reads(PDMPOptions)
 def pdmp(run: Run) -> Outcome:
     """Joint training in which the encoder of the modality that is best alone learns faster than the others (PDMP)."""
-    select, histories = run.options.select, {m: run.history[task.name] for m, task in train_alone(run).items()}
-    best = {m: merit(best_epoch(history, select), select) for m, history in histories.items()}
-    dominant = max(best, key=lambda m: best[m])
+
+    def choose() -> str:
+        select, histories = run.options.select, {m: run.history[task.name] for m, task in train_alone(run).items()}
+        best = {m: merit(best_epoch(history, select), select) for m, history in histories.items()}
+        return max(best, key=lambda m: best[m])
+
+    dominant = run.decide("dominant modality", choose)
     outcome = train_joint(run.make(PDMP, dominant=dominant))
     outcome.metrics["dominant"] = dominant
     return outcome

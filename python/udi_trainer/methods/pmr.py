@@ -25,7 +25,6 @@ from ..options import Group, number, option, reads
 from ..registry import methods
 from ..run import Run
 from ..training.feed import Feed
-from ..training.inference import BATCH
 from ..training.task import update
 from .joint import Joint, as_float, train_joint
 from .outcome import Outcome
@@ -58,7 +57,7 @@ class PMR(Joint):
         feed = Feed(self.run, train, self.reads)
         rows: dict[str, list[torch.Tensor]] = {m: [] for m in self.prototypes}
         self.model.eval()
-        for batch in feed.batches(labelled.cpu()[distributed.local_indices(len(labelled))], BATCH):
+        for batch in feed.inference_batches(labelled.cpu()[distributed.local_indices(len(labelled))]):
             batch = feed.complete(batch)
             with self.run.autocast():
                 features = self.forward(batch)[0]

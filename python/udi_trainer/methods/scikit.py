@@ -121,11 +121,10 @@ def log_probabilities(run: Run, make: Callable[[], Any], inputs: Inputs) -> dict
 
 def train_scikit(run: Run, parts: dict[str, Inputs]) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
     """Metrics of the candidate that is best on validation, and its logits by part and split."""
-    width = sum(part.x["train"].shape[1] for part in parts.values())
-    tried = {
-        name: {key: log_probabilities(run, make, part) for key, part in parts.items()}
-        for name, make in candidates(run, width).items()
-    }
+    tried: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+
+    def train(name: str, make: Callable[[], Any]) -> None:
+        tried[name] = {key: log_probabilities(run, make, part) for key, part in parts.items()}
 
     def fused(name: str, split: str) -> torch.Tensor:
         return combine(Mean(), torch.stack([logits[split] for logits in tried[name].values()]))
@@ -134,8 +133,17 @@ def train_scikit(run: Run, parts: dict[str, Inputs]) -> tuple[dict, dict[str, di
         p, labels = fused(name, "val"), run.labels["val"]
         return JUDGES[run.options.select or "acc"](p, labels), mean_log_likelihood(p, labels)
 
-    best = max(tried, key=quality)
-    metrics = {"rule": best, **scores({split: fused(best, split) for split in ("val", "test")}, run.labels)}
+    def choose() -> tuple[str, Callable[[], Any]]:
+        made = candidates(run, sum(part.x["train"].shape[1] for part in parts.values()))
+        for name, make in made.items():
+            train(name, make)
+        best = max(tried, key=quality)
+        return best, made[best]
+
+    best, make = run.decide("classifier", choose)
+    if run.first:
+        train(best, make)
+    metrics = {"rule": best, **scores({split: fused(best, split) for split in run.labels}, run.labels)}
     if run.data.shifted:
         metrics["shifted_acc"] = accuracy(fused(best, "shifted"), run.data.shifted.labels.cpu())
     return metrics, tried[best]

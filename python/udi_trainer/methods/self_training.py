@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from udi_kernels import js_div
 
-from ..evaluation.fusion import FusionOptions, fuse, temperature
+from ..evaluation.fusion import FusionOptions, temperature
 from ..evaluation.scores import scores
 from ..options import Group, number, option, reads
 from ..registry import methods
@@ -33,7 +33,7 @@ class Student(Task):
     def __init__(self, run: Run, *, teacher: Task, **arguments: str) -> None:
         super().__init__(run, **arguments)
         self.phase, self.semi_supervised = "student", bool((run.data.train.labels < 0).any())
-        t = temperature(outputs(teacher, run)["val"], run.labels["val"])
+        t = run.decide("temperature", lambda: temperature(outputs(teacher, run)["val"], run.labels["val"]))
         self.pseudo_logits = (predict(teacher, run, run.data.train) / t).to(run.device)
         self.weight = run.options.of(SelfTrainingOptions).self_training_weight
 
@@ -64,7 +64,7 @@ def self_training(run: Run) -> Outcome:
     tasks = {m: run.make(AloneStudent, modality=m, teacher=teacher) for m, teacher in teachers.items()}
     fit(list(tasks.values()), run)
     logits = {m: outputs(task, run) for m, task in tasks.items()}
-    fused, rule = fuse(run.fusion(), logits, run.labels, run.options.select)
+    fused, rule = run.fuse(logits)
     metrics = {
         "modalities": {m: scores(z, run.labels) for m, z in logits.items()},
         "unimodal": {m: scores(outputs(teacher, run), run.labels) for m, teacher in teachers.items()},

@@ -17,7 +17,7 @@ from torch import nn
 from ..console import log
 from ..data.dataset import Dataset
 from ..errors import UserError, choose
-from ..evaluation.fusion import FusionOptions, LogLinear, fuse, temperature
+from ..evaluation.fusion import FusionOptions, LogLinear, Rule, temperature
 from ..evaluation.scores import accuracy, scores
 from ..evaluation.similarity import cross_prediction, linear_cka
 from ..options import Group, number, one_of, option, reads, text
@@ -98,10 +98,15 @@ def anchor_phase(run: Run, options: UDIOptions) -> tuple[dict[str, Alone], str, 
     only_anchor = options.anchor != "auto" and run.options.of(CoTrainingOptions).follower_init == "scratch"
     selected_at = math.ceil(options.race * epochs) if options.race else epochs  # epoch
     tasks = train_alone(run, [options.anchor] if only_anchor else None, selected_at, phase="anchor")
-    histories = {m: run.history[task.name][:selected_at] for m, task in tasks.items()}
-    anchor, selection = choose_anchor(options.anchor, histories, run.options.select)
-    accuracies = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
-    log.info("anchor: %s, by %s (validation: %s)", anchor, selection["by"], accuracies)
+
+    def choose() -> tuple[str, dict]:
+        histories = {m: run.history[task.name][:selected_at] for m, task in tasks.items()}
+        anchor, selection = choose_anchor(options.anchor, histories, run.options.select)
+        accuracies = ", ".join(f"{m} {merit['val_acc']:.4f}" for m, merit in selection["modalities"].items())
+        log.info("anchor: %s, by %s (validation: %s)", anchor, selection["by"], accuracies)
+        return anchor, selection
+
+    anchor, selection = run.decide("anchor", choose)
     if selected_at < epochs:
         fit([tasks[anchor]], run)
     return tasks, anchor, selection
@@ -132,7 +137,7 @@ def choose_anchor(option: str, histories: dict[str, list[dict]], select: str | N
 
 
 def predictions(tasks: Mapping[str, Unimodal], run: Run) -> tuple[dict, dict]:
-    """Features and logits of each modality, on validation and test, from one pass."""
+    """Features and logits of each modality, on the splits of :func:`outputs`, from one pass."""
     made = {m: outputs(task, run, task.features_and_logits) for m, task in tasks.items()}
     features = {m: {split: z[:, : tasks[m].width] for split, z in by_split.items()} for m, by_split in made.items()}
     logits = {m: {split: z[:, tasks[m].width :] for split, z in by_split.items()} for m, by_split in made.items()}
@@ -143,7 +148,8 @@ def similarity(anchor: dict, follower: dict) -> dict[str, float]:
     """How similar a follower's test features are to the anchor's, over samples that have both modalities."""
     complete = {s: ~(anchor[s].isnan().any(1) | follower[s].isnan().any(1)) for s in anchor}
     anchor, follower = ({s: z[s][complete[s]] for s in z} for z in (anchor, follower))
-    return {"cka": linear_cka(anchor["test"], follower["test"]), "r2": cross_prediction(anchor, follower)}
+    cka = {"cka": linear_cka(anchor["test"], follower["test"])}
+    return cka | {"r2": cross_prediction(anchor, follower)} if "val" in anchor else cka
 
 
 def collapsed(history: list[dict], alone: float | None, classes: int) -> str | None:
@@ -158,10 +164,24 @@ def collapsed(history: list[dict], alone: float | None, classes: int) -> str | N
     return None
 
 
+def find_collapsed(run: Run, followers: Mapping[str, Follower], alone: Mapping[str, dict]) -> dict[str, str]:
+    """Why followers count as collapsed, by modality. ``alone``: the scores of modalities trained alone."""
+    found = {}
+    for modality, follower in followers.items():
+        skill = alone[modality]["val_acc"] if modality in alone else None
+        if reason := collapsed(run.history[follower.name], skill, run.data.classes):
+            found[modality] = reason
+            log.warning("follower %s collapsed: %s", modality, reason)
+    return found
+
+
 def fused_teachers(run: Run, tasks: Mapping[str, Unimodal], logits: dict[str, dict]) -> dict[str, Fused]:
     """A teacher for each modality: all of them, fused by the log-linear rule with weights fitted on validation."""
-    weights = LogLinear.fit(torch.stack([z["val"] for z in logits.values()]), run.labels["val"]).weights
-    scales = dict(zip(logits, weights or (), strict=True))
+
+    def choose() -> Rule:
+        return LogLinear.fit(torch.stack([z["val"] for z in logits.values()]), run.labels["val"])
+
+    scales = dict(zip(logits, run.decide("weights of the teachers", choose).weights or (), strict=True))
     frozen = {m: Frozen(run, m, task.model, task.width, scales[m]) for m, task in tasks.items()}
     return {m: Fused(frozen, m) for m in tasks}
 
@@ -183,14 +203,21 @@ def overfitted(anchor: Alone, val_acc: float) -> str | None:
 def follow(run: Run, tasks: Mapping[str, Alone], name: str, alone: dict[str, dict]) -> dict[str, Follower]:
     """Trains the followers of the anchor ``name``. ``alone``: the logits of each task."""
     residual = run.options.of(UDIOptions).follower_loss == "residual"
-    val, labels = alone[name]["val"], run.labels["val"]
-    if residual and (reason := overfitted(tasks[name], accuracy(val, labels))):
-        log.warning("anchor %s is overfitted, which ruins residual followers: %s", name, reason)
-    # Logits are calibrated if they teach samples without labels, or are added to a follower's.
-    calibrated = residual or bool((run.data.train.labels < 0).any())
-    scale = 1 / temperature(val, labels) if calibrated else 1.0
+
+    def choose() -> float:
+        val, labels = alone[name]["val"], run.labels["val"]
+        if residual and (reason := overfitted(tasks[name], accuracy(val, labels))):
+            log.warning("anchor %s is overfitted, which ruins residual followers: %s", name, reason)
+        # Logits are calibrated if they teach samples without labels, or are added to a follower's.
+        calibrated = residual or bool((run.data.train.labels < 0).any())
+        return 1 / temperature(val, labels) if calibrated else 1.0
+
+    scale = run.decide("scale of the anchor's logits", choose)
     anchor = Frozen(run, name, tasks[name].model, tasks[name].width, scale)
-    val_anchor_logits = scale * val.nan_to_num(0) if residual else None
+    val_anchor_logits = None
+    if residual:  # a final fit, which does not validate, reads no values
+        val = alone[name].get("val", torch.zeros(len(run.data.val), run.data.classes))
+        val_anchor_logits = scale * val.nan_to_num(0)
     followers = {
         m: run.make(
             Follower, modality=m, teacher=anchor, initial=initial(run, tasks, m), val_anchor_logits=val_anchor_logits
@@ -250,8 +277,12 @@ def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
     tasks, name, selection = anchor_phase(run, options)
     features, alone = predictions(tasks, run)
     unimodal = {modality: scores(z, run.labels) for modality, z in alone.items()}
-    epochs = {m: len(run.history[task.name]) for m, task in tasks.items() if m != name}
-    unfinished = {m: n for m, n in epochs.items() if options.race and n < run.options.epochs}
+
+    def choose() -> dict[str, int]:
+        epochs = {m: len(run.history[task.name]) for m, task in tasks.items() if m != name}
+        return {m: n for m, n in epochs.items() if options.race and n < run.options.epochs}
+
+    unfinished = run.decide("unfinished modalities", choose)
     for modality, n in unfinished.items():
         unimodal[modality]["epochs"] = n
 
@@ -261,15 +292,8 @@ def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
     followers = co_train(run, tasks, alone, kind) if co_training else follow(run, tasks, name, alone)
     followed, trained = predictions(followers, run)
     logits = {m: (trained if m in followers else alone)[m] for m in run.data.modalities}
-    collapses = {}
-    for modality, follower in followers.items():
-        skill = unimodal[modality]["val_acc"] if modality in tasks else None
-        reason = collapsed(run.history[follower.name], skill, run.data.classes)
-        if reason:
-            collapses[modality] = reason
-            log.warning("follower %s collapsed: %s", modality, reason)
-    own = "loglinear" if options.follower_loss == "residual" else "auto"
-    fused, rule = fuse(run.fusion(own), logits, run.labels, run.options.select)
+    collapses = run.decide("collapsed followers", lambda: find_collapsed(run, followers, unimodal))
+    fused, rule = run.fuse(logits, "loglinear" if options.follower_loss == "residual" else "auto")
     metrics = {
         "anchor": None if co_training else name,
         "part": "follower",
@@ -283,6 +307,6 @@ def two_phases(run: Run, options: UDIOptions, kind: type[Follower]) -> Outcome:
         "fused": fused,
     }
     if len(alone) == len(logits) and not unfinished:
-        metrics["ensemble"] = fuse(run.fusion(), alone, run.labels, run.options.select)[0]
+        metrics["ensemble"] = run.fuse(alone)[0]
     models: dict[str, nn.Module] = {m: {**tasks, **followers}[m].model for m in run.data.modalities}
     return Outcome(metrics, models, rule)

@@ -12,6 +12,11 @@ from ..run import Run
 AHEAD = 2  # batches prefetched
 
 
+def inference_batch(device: torch.device) -> int:
+    """Samples at a time where nothing is trained. On a CPU the activations of more would leave its caches."""
+    return 125 if device.type == "cpu" else 1000
+
+
 class Feed:
     """The batches of a split, with the stored tensors that the given modalities read."""
 
@@ -30,6 +35,10 @@ class Feed:
         if self.resident:
             return ({"index": index} for index in order.to(self.device).split(size))
         return self._stream(order.split(size))
+
+    def inference_batches(self, order: torch.Tensor) -> Iterator[Batch]:
+        """Batches for a pass without training."""
+        return self.batches(order, inference_batch(self.device))
 
     def complete(self, batch: Batch) -> Batch:
         """The batch with its tensors. Resident data is gathered here, on the device, so that a graph can contain it."""

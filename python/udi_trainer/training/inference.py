@@ -10,8 +10,6 @@ from ..run import Run
 from .feed import Feed
 from .task import Task
 
-BATCH = 1000  # samples at a time
-
 
 @torch.no_grad()
 def predict(task: Task, run: Run, split: Split, compute: Callable | None = None) -> torch.Tensor:
@@ -20,7 +18,7 @@ def predict(task: Task, run: Run, split: Split, compute: Callable | None = None)
     task.model.eval()
     feed = Feed(run, split, task.reads)
     parts = []
-    for batch in feed.batches(distributed.local_indices(len(split)), BATCH):
+    for batch in feed.inference_batches(distributed.local_indices(len(split))):
         parts.append(compute(feed.complete(batch)))
         run.stop.check()
     return distributed.gather(torch.cat(parts).float(), len(split)).cpu()
@@ -31,8 +29,8 @@ def outputs(
 ) -> dict[str, torch.Tensor]:
     """The task's logits, or what else ``compute`` makes of a batch, on validation and test, as fusion takes them.
 
-    A row is NaN where the sample lacks the modality (by default the task's own). Other rows are finite: what a model
-    overflows becomes finite numbers.
+    In a final fit, on test alone. A row is NaN where the sample lacks the modality (by default the task's own). Other
+    rows are finite: what a model overflows becomes finite numbers.
     """
     modality = modality or task.modality
 
@@ -40,4 +38,4 @@ def outputs(
         z, present = predict(task, run, split, compute).nan_to_num(0), modality and split.present(modality)
         return z if present is None else z.masked_fill(~present[:, None], torch.nan)
 
-    return {"val": marked(run.data.val), "test": marked(run.data.test)}
+    return {split: marked(run.data.splits()[split]) for split in run.labels}

@@ -40,7 +40,7 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     parallel = len(stages) > 1 and cores > 1 and distributed.world() == 1  # threads would reorder messages
     threads = max(1, cores // len(stages)) if parallel else None
-    total = sum(max(0, ((epochs or s.task.epochs) - s.epoch) * run.steps - s.done) for s in stages)
+    total = sum(max(0, (s.last_epoch(epochs) - s.epoch) * run.steps - s.done) for s in stages)
     with Progress(" + ".join(s.label for s in stages), total) as progress, run.stop.deferred():
         while active := [s for s in stages if not s.ended(epochs)]:
             active = [s for s in active if s.epoch == min(a.epoch for a in active)]  # a resumed stage may lag behind
@@ -55,20 +55,33 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
                     with stage.on_stream():
                         stage.suspend(began, len(active))
                 raise
-            progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
+            if not run.first:
+                progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:
         stage.finish()
 
 
 def fit_best(candidates: Sequence[Sequence[T]], run: Run, epochs: int | None = None) -> list[T]:
-    """Trains groups of tasks, as by :func:`fit`; the task of each group that is best on validation."""
-    fit([task for group in candidates for task in group], run, epochs)
-    best = []
-    for group in candidates:
-        rows = [best_epoch(run.history[task.name], run.options.select) for task in group]
-        best.append(group[rows.index(best_epoch(rows, run.options.select))])
-        if len(group) > 1:
-            log.info("%s: weight decay %g, the best on validation", best[-1].name, best[-1].decay)
+    """Trains groups of tasks, as by :func:`fit`; the task of each group that is best on validation.
+
+    A final fit trains these alone.
+    """
+
+    def choose() -> list[int]:
+        fit([task for group in candidates for task in group], run, epochs)
+        places = []
+        for group in candidates:
+            rows = [best_epoch(run.history[task.name], run.options.select) for task in group]
+            places.append(rows.index(best_epoch(rows, run.options.select)))
+            if len(group) > 1:
+                best = group[places[-1]]
+                log.info("%s: weight decay %g, the best on validation", best.name, best.decay)
+        return places
+
+    places = run.decide("weight decay", choose)
+    best = [group[place] for group, place in zip(candidates, places, strict=True)]
+    if run.first:
+        fit(best, run, epochs)
     return best
 
 
@@ -175,10 +188,16 @@ class Stage:
     def epoch(self) -> int:
         return len(self.history)
 
+    def last_epoch(self, epochs: int | None) -> int:
+        """The epoch that training ends with at the latest; in a final fit, the one that the first run kept."""
+        if self.run.first:
+            return best_epoch(self.run.first.history[self.task.name][:epochs], self.run.options.select)["epoch"]
+        return epochs or self.task.epochs
+
     def ended(self, epochs: int | None) -> bool:
         patience = self.run.options.patience
-        waited = patience and self.history and self.epoch - self.best_row()["epoch"] >= patience
-        return self.epoch >= (epochs or self.task.epochs) or bool(waited)
+        waited = patience and self.history and self.epoch - self.kept_row()["epoch"] >= patience
+        return self.epoch >= self.last_epoch(epochs) or bool(waited)
 
     def on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
@@ -229,23 +248,26 @@ class Stage:
         self.engine.gather()
         distributed.average_([b for b in self.task.model.buffers() if b.is_floating_point()])
         means, fault = self.engine.means(), self.engine.fault()
-        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
-        modality = self.task.modality
-        if modality and (kept := self.run.data.val.present(modality)) is not None:
-            logits, labels = logits[kept], labels[kept]
-        val = self.task.validate(logits, labels)
-        if fault or not math.isfinite(val["val_loss"]):
+        val = {} if self.run.first else self.validate()
+        if fault or not math.isfinite(val.get("val_loss", 0)):
             raise self.diverged(*(fault or ("val_loss", self.done - 1)))
         row = {"phase": self.task.phase, "modality": self.task.modality, "epoch": self.epoch + 1, **means, **val}
         row |= self.task.measured()
         row["seconds"] = self.seconds + (time.perf_counter() - began) / shared
         self.history.append(row)
-        if self.best_row() is row:
+        if self.kept_row() is row:
             self.best = copy.deepcopy(self.task.model.state_dict())
         self.done, self.seconds = 0, 0.0
         self.engine.clear()
         self.save()
         self.run.log(self.task.name, row)
+
+    def validate(self) -> dict[str, float]:
+        logits, labels = predict(self.task, self.run, self.run.data.val), self.run.labels["val"]
+        modality = self.task.modality
+        if modality and (kept := self.run.data.val.present(modality)) is not None:
+            logits, labels = logits[kept], labels[kept]
+        return self.task.validate(logits, labels)
 
     def diverged(self, name: str, step: int) -> UserError:
         path, number = self.run.folder.checkpoint_path(self.task.name), self.epoch * self.run.steps + step + 1
@@ -265,15 +287,17 @@ class Stage:
             self.task.model = unsharded(self.task.model)
         for parameter in self.task.parameters:
             parameter.grad = None  # it may keep the memory of a graph alive
-        kept, planned = self.best_row(), self.task.epochs
+        kept, planned = self.kept_row(), self.task.epochs
         seconds = sum(row["seconds"] for row in self.history)
-        where = f"epoch {kept['epoch']:>{len(str(planned))}} of {self.epoch}"
-        log.info(f"{self.label:<18} val acc {kept['val_acc']:.4f} in {where} {seconds:7.1f} s")
+        where = f"epoch {kept['epoch']:>{len(str(planned))}} of {planned if self.run.first else self.epoch}"
+        what = "trained up to" if self.run.first else f"val acc {kept['val_acc']:.4f} in"
+        log.info(f"{self.label:<18} {what} {where} {seconds:7.1f} s")
         if kept.get("val_classes") == 1:
             log.warning("%s predicts one class for all validation samples: try --class-weights balanced", self.label)
 
-    def best_row(self) -> dict:
-        return best_epoch(self.history, self.run.options.select)
+    def kept_row(self) -> dict:
+        """The row of the epoch whose model is kept: the best on validation, in a final fit the last."""
+        return self.history[-1] if self.run.first else best_epoch(self.history, self.run.options.select)
 
 
 def learning_rate(options: Options, epoch: int, scale: float = 1.0, epochs: int | None = None) -> float:

@@ -23,10 +23,9 @@ class LossScale(nn.Module):
         self.register_buffer("scale", torch.tensor(INITIAL))
         self.register_buffer("steps", torch.tensor(0, dtype=torch.int32))
 
-    def weights(self, losses: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
-        """The scaled weights of the losses."""
-        given = weights or [torch.ones_like(loss) for loss in losses]
-        return [(self.scale * weight).to(loss.dtype) for weight, loss in zip(given, losses, strict=True)]
+    def weights(self, losses: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The scale as a weight of each loss."""
+        return [self.scale.to(loss.dtype) for loss in losses]
 
     def unscaled(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         inverse = self.scale.double().reciprocal().float()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
+from types import EllipsisType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from .loss_scale import LossScale
 
 Model = TypeVar("Model", bound=nn.Module)
 Gradients = Sequence[torch.Tensor | None]
+Rows = slice | EllipsisType
 
 
 class Task:
@@ -112,10 +114,12 @@ class Task:
         """Its length; the learning rate schedule spans it."""
         return self.run.options.epochs
 
-    def rows(self, batch: Batch) -> tuple[slice, slice]:
+    def rows(self, batch: Batch) -> tuple[Rows, Rows]:
         """Rows of a batch for losses without labels, and rows for those with; the same if all samples are labelled."""
-        first = len(batch["labels"]) // 2 if self.semi_supervised else 0
-        return slice(first or None), slice(first, None)
+        if not self.semi_supervised:
+            return ..., ...  # a slice of all rows would copy gradients
+        first = len(batch["labels"]) // 2
+        return slice(first), slice(first, None)
 
     def begin_epoch(self, epoch: int) -> None:
         """Runs before the steps of an epoch, outside of any graph; epochs count from 0."""
@@ -145,25 +149,21 @@ class Task:
         self,
         losses: torch.Tensor | Sequence[torch.Tensor],
         parameters: Sequence[nn.Parameter],
-        weights: Sequence[torch.Tensor] | None = None,
         retain_graph: bool = False,
     ) -> Gradients:
-        """Gradients of a loss, or of a weighted sum of losses, averaged over the processes, laid out as the parameters.
+        """Gradients of a loss, or of the sum of several, averaged over the processes, laid out as the parameters.
 
         None for parameters that the losses do not depend on, as with a frozen encoder. ``retain_graph``: keep the graph
         for further calls. Losses in float16 are scaled, the gradients are not.
         """
         if self.freezing and not all(parameter.requires_grad for parameter in parameters):
-            some = iter(self.gradients(losses, [p for p in parameters if p.requires_grad], weights, retain_graph))
+            some = iter(self.gradients(losses, [p for p in parameters if p.requires_grad], retain_graph))
             return [next(some) if parameter.requires_grad else None for parameter in parameters]
         losses = [losses] if isinstance(losses, torch.Tensor) else losses
-        if not all(loss.requires_grad for loss in losses):
-            kept = [i for i, loss in enumerate(losses) if loss.requires_grad]
-            losses, weights = [losses[i] for i in kept], weights and [weights[i] for i in kept]
-            if not losses:
-                return [None] * len(parameters)
-        if self.loss_scale:
-            weights = self.loss_scale.weights(losses, weights)
+        losses = [loss for loss in losses if loss.requires_grad]
+        if not losses:
+            return [None] * len(parameters)
+        weights = self.loss_scale.weights(losses) if self.loss_scale else None
         if not self.run.options.shard:
             if weights:  # given as grad_outputs, they would make torch import sympy, and cost more
                 losses = [reduce(torch.add, map(torch.mul, weights, losses))]

@@ -258,6 +258,22 @@ class TestJSDiv:
             for grad, z in zip(got[1:], (x, y), strict=True):
                 assert grad.shape == z.shape and grad.stride() == gradient_like(z).stride()
 
+    @pytest.mark.parametrize(("classes", "beta"), [(6, 0.5), (6, 1.0), (600, 0.0), (600, 0.3)])
+    def test_gradient_over_the_input(self, classes, beta):
+        torch.manual_seed(6)
+        plain, first, weight = torch.randn(2, 3, classes), torch.randn(2, classes, 3).mT, torch.tensor([1.0, 0, 2] * 2)
+        for dtype, x, y in (
+            (torch.float32, plain[0], plain[1]), (torch.bfloat16, plain, plain + 1), (torch.float32, first, plain),
+            (torch.float32, plain, first),
+        ):  # fmt: skip
+            for needs, w in (((True, True), weight[: x.shape[:-1].numel()]), ((True, False), None)):
+                _, dx, dy = self.run(x.to(dtype), y.to(dtype), weight=w, beta=beta, needs=needs)
+                a, b, w, grad = on_device(x.to(dtype, copy=True), y.to(dtype), w, torch.ones(()))
+                _, stats = js_div.js_div_fwd(a, b, w, beta, 1.0, MEAN)
+                got = js_div.js_div_bwd_inplace(grad, a, b, w, stats, beta, 1.0, MEAN, needs[1])
+                assert torch.equal(a, dx) and torch.equal(got, dy)
+                assert a.stride() == x.stride() and torch.equal(b.cpu(), y.to(dtype))
+
     @pytest.mark.parametrize(("classes", "parts"), [(9, 4), (300, 2), (5000, 3)])
     @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5])
     def test_parts_of_the_classes(self, beta, classes, parts):

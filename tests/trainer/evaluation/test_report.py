@@ -106,6 +106,29 @@ def test_table_says_which_fusion_rule_and_why():
     assert "cross-validated" not in report.table(metrics)
 
 
+def test_final_fit(tmp_path, monkeypatch):
+    """Its scores have lines and numbers of their own, and a diamond each."""
+    metrics, history = run(("gray", "color"), baselines=("joint",))
+    scores = {"test_acc": 0.9, "test_macro_f1": 0.85}
+    both = dict.fromkeys(("gray", "color"), scores)
+    figures = {"test_map": 0.5, "test_acc_by_class": [1.0, 0.0], "test_confusion": [[1, 0], [1, 0]]}
+    metrics |= {"fused": metrics["fused"] | figures, "classes": ["a", "b"]}
+    plain = report.table(metrics)
+    metrics["refit"] = {"unimodal": both, "modalities": {m: s | {"x": 0} for m, s in both.items()}}
+    metrics["refit"] |= {"baselines": {"joint": scores}, "ensemble": scores, "fused": scores | {"rule": "sum"}}
+    before, _, final = report.table(metrics).partition("\n\nfinal fit on training and validation together:\n")
+    lines = [line.rstrip() for line in before.splitlines()[1:8]]
+    assert before == plain and len(final.splitlines()) == len(lines) == 7
+    for ours, line in zip(final.splitlines(), lines, strict=True):
+        assert ours == line.replace("0.8000", " " * 6).replace("0.7000", "0.9000").replace("0.6000", "0.8500")
+    bars = panels(metrics, history, tmp_path / "report.png", monkeypatch)[1]
+    assert bars.get_title(loc="left") == "Test accuracy, % (dot: plain mean; diamond: final fit)"
+    assert [text.get_text() for text in bars.texts] == [*["70.0", "90.0"] * 6, "run", "final"]
+    diamonds = [float(line.get_xdata()[0]) for line in bars.lines if line.get_marker() == "D"]
+    assert diamonds == [90.0] * 6
+    assert "before the final fit" in bars.figure.get_figure().subfigs[-1].get_suptitle()
+
+
 def test_without_followers(tmp_path):
     metrics, history = run(("gray", "color"))
     metrics |= {"method": "ensemble", "anchor": None, "modalities": metrics["unimodal"]}

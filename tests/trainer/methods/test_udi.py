@@ -39,7 +39,7 @@ def test_defaults_reach_what_they_promise():
     committed = json.loads((ROOT / "python" / "results" / "quickstart" / "results.json").read_text())
     theirs = {run["seed"]: run["metrics"] for run in committed["runs"]}
     reached = {}
-    for seed in range(5):
+    for seed in range(100, 105):
         assert main(["--seed", str(seed), "--out", str(seed)]) == 0
         metrics = read_metrics(str(seed))
         assert metrics["collapsed"] == {}

@@ -37,7 +37,7 @@ def test_is_grad_scaler(make, monkeypatch):
     for step in range(12):
         factor = math.inf if step in (0, 4, 5) else 1.0 + step
         loss = (ours**2).sum() * factor
-        grads = torch.autograd.grad([loss], [ours], scale.weights([loss], None))
+        grads = torch.autograd.grad([loss], [ours], scale.weights([loss]))
         update(optimizers[0], [ours], scale.unscaled(grads))
         theirs.grad = None
         scaler.scale((theirs**2).sum() * factor).backward()

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from udi_trainer import train
+from udi_trainer.methods.frozen import Frozen
 from udi_trainer.methods.unimodal import Alone
+from udi_trainer.training.inference import predict
 from udi_trainer.training.task import laid_out, update
 
 from ..helpers import METHODS, make_run, training_batch
@@ -137,3 +139,28 @@ def test_only_other_layouts_are_copied():
     assert copied.is_contiguous()
     update(torch.optim.SGD([weight], lr=0.0, fused=True), [weight], [grad.T.contiguous().T])
     assert weight.grad.is_contiguous() and torch.equal(weight.grad, grad)
+
+
+def test_all_rows_are_taken_without_a_copy(mixed):
+    """Whole batches are read through views, whose gradients are not copied either."""
+    task, t = make_run(mixed).make(Alone, modality="sensor"), torch.randn(8, 2, requires_grad=True)
+    for rows in task.rows(training_batch(task)):
+        assert torch.equal(t[rows], t) and t[rows].grad_fn.name() == "AliasBackward0"
+    task.semi_supervised = True
+    first, second = (t[rows] for rows in task.rows({"labels": torch.zeros(8)}))
+    assert torch.equal(first, t[:4]) and torch.equal(second, t[4:])
+
+
+def test_passes_without_training_are_in_small_pieces_on_a_cpu(mixed):
+    """The predictions are those of one piece."""
+    mixed.modalities["sensor"].encoder = encoder(Linear)
+    mixed.train = mixed.train.take(torch.arange(600) % len(mixed.train))
+    task, sizes = make_run(mixed).make(Alone, modality="sensor"), []
+    task.model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))
+    logits = predict(task, task.run, mixed.train)
+    assert sizes == [125, 125, 125, 125, 100]
+    with torch.no_grad():
+        whole = task.logits(mixed.train.batch(torch.arange(600), task.view.reads))
+    torch.testing.assert_close(logits, whole)
+    frozen = Frozen(task.run, "sensor", task.model, task.width)
+    assert sizes[5:] == [600, *sizes[:5]] and torch.equal(frozen.cache[1], logits)
