@@ -1,10 +1,14 @@
 """Host time of the GPU launchers, without a GPU: microseconds from the call to the launch.
 
     python benchmarks/host_time.py [--calls 300]
+    python benchmarks/host_time.py --split [--calls 300]
 
 Everything but the GPU is real: graph nodes, launchers, Triton's driver and launcher, and the launcher of csrc/cuda.
 They run on a libcuda.so.1 that does nothing (built here with the C compiler), with CPU memory, without a device guard
 and without torch's streams. "by Triton": each kernel launched by `kernel[grid](...)`, for comparison.
+
+--split: the parts of small calls on a CPU, with one thread. Each part is the difference of two calls of which one
+contains the other. Dispatch is a call of the kernel with a single element: it includes the memory of results.
 """
 
 import argparse
@@ -88,10 +92,86 @@ def median(call, calls):
     return statistics.median(times)
 
 
+def fastest(cases, calls):
+    """Microseconds of each call: the fastest of interleaved runs of 20."""
+    best = dict.fromkeys(cases, float("inf"))
+    for _ in range(calls):
+        for name, call in cases.items():
+            start = time.perf_counter_ns()
+            for _ in range(20):
+                call()
+            best[name] = min(best[name], (time.perf_counter_ns() - start) / 20e3)
+    return best
+
+
+def split(calls):
+    import torch
+    from torch.nn.functional import mse_loss
+
+    from peers import certainty_fusion_heads, certainty_fusion_stacked
+    from udi_kernels import certainty_fusion, js_div
+
+    torch.set_num_threads(1)
+    ops, options = torch.ops.udi_kernels, (None, 0.5, 1.0, 2)
+    x, y, z, grad, one = torch.randn(64, 6), torch.randn(64, 6), torch.randn(3, 64, 6), torch.ones(()), torch.ones(1, 1)
+    leaf = x.clone().requires_grad_()
+    loss = js_div(leaf, y)
+    stats, of_one = (ops.js_div_fwd(a, b, *options)[1] for a, b in ((x, y), (one, one)))
+
+    def backward(a, b, stats):
+        with torch._C._AutoDispatchBelowAutograd():  # as a graph node calls it
+            ops.js_div_bwd.default(grad, a, b, None, stats, *options[1:], True, False)
+
+    us = fastest(
+        {
+            "call": lambda: js_div(x, y),
+            "op": lambda: ops.js_div.default(x, y, *options),
+            "kernel": lambda: ops.js_div_fwd.default(x, y, *options),
+            "dispatch": lambda: ops.js_div_fwd.default(one, one, *options),
+            "recorded": lambda: js_div(leaf, y),
+            "backward": lambda: torch.autograd.grad(loss, leaf, retain_graph=True),
+            "backward kernel": lambda: backward(x, y, stats),
+            "backward dispatch": lambda: backward(one, one, of_one),
+            "both": lambda: torch.autograd.grad(js_div(leaf, y), leaf),
+            "mse_loss": lambda: torch.autograd.grad(mse_loss(leaf, y), leaf),
+            "fusion": lambda: certainty_fusion(z),
+            "fusion op": lambda: ops.certainty_fusion.default(z, 1.0),
+            "fusion kernel": lambda: ops.certainty_fusion_fwd.default(z, 1.0),
+            "fusion dispatch": lambda: ops.certainty_fusion_fwd.default(one[None], 1.0),
+            "heads": lambda: certainty_fusion_heads(z),
+            "stacked": lambda: certainty_fusion_stacked(z),
+        },
+        calls,
+    )
+
+    def line(name, parts):
+        print(f"{name:32}" + ", ".join(f"{part} {value:.1f}" for part, value in parts.items()))
+
+    def forward(prefix, whole):
+        op, kernel, dispatch = (us[prefix + part] for part in ("op", "kernel", "dispatch"))
+        return {"Python": us[whole] - op, "checks": op - kernel, "dispatch": dispatch, "kernel": kernel - dispatch}
+
+    print("microseconds, the fastest of interleaved runs")
+    line("js_div 64x6, forward", forward("", "call") | {"autograd": us["recorded"] - us["call"]})
+    kernel, dispatch = us["backward kernel"], us["backward dispatch"]
+    line(
+        "js_div 64x6, backward",
+        {"autograd": us["backward"] - kernel, "dispatch": dispatch, "kernel": kernel - dispatch},
+    )
+    line("js_div 64x6, both", {"whole": us["both"], "mse_loss": us["mse_loss"], "ratio": us["both"] / us["mse_loss"]})
+    line("certainty_fusion 3x64x6", forward("fusion ", "fusion"))
+    eager = min(us["heads"], us["stacked"])
+    line("certainty_fusion 3x64x6", {"whole": us["fusion"], "eager": eager, "ratio": eager / us["fusion"]})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=300)
-    calls = parser.parse_args().calls
+    parser.add_argument("--split", action="store_true")
+    arguments = parser.parse_args()
+    calls = arguments.calls
+    if arguments.split:
+        return split(calls)
     stub_driver()
     library = serve_cpu_by_triton()
     import torch

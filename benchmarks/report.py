@@ -70,6 +70,7 @@ COLORS = {
     "all rows": "#bcbd22",
     "allocating": "#bcbd22",
     "torch.zeros": "#17becf",
+    "mse_loss": "#17becf",
 }
 
 

@@ -196,14 +196,41 @@ def js_div(
         rows = _distributed.js_div(x, y, mask, beta, temperature, mesh.get_group(split[0])).reshape(x.shape[:-1])
     else:
         rows = op(x, y, mask, beta, temperature, NONE)
-    shape = input.shape[:-1]
+    return _reduced(rows, w, input.shape[:-1], mesh, of_rows, reduction)
+
+
+def by_rows(op: Any, tensors: dict[str, Any], options: Sequence[Any], reduction: str, code: int) -> Tensor:
+    """Every process computes its rows, all classes of them; ``op`` takes plain tensors, the options and a code."""
+    mesh = _one_mesh(op.name, list(tensors), list(tensors.values()))
+    op.checked(*tensors.values(), *options, code)
+    shape = next(iter(tensors.values())).shape[:-1]
+    given = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, t in given:
+        if any(p.is_shard() and not (type(p) is Shard and p.dim < len(shape)) for p in t.placements):
+            raise ValueError(
+                f"{op.name}: {name} must be sharded over rows, got placements {t.placements}; "
+                "gather its last dimension by .redistribute()"
+            )
+    # Along each dimension of the mesh as the first of them that is sharded there.
+    places = zip(*(t.placements for _, t in given), strict=True)
+    placements = [next((p for p in along if p.is_shard()), Replicate()) for along in places]
+    local = [None if t is None else t.redistribute(mesh, placements).to_local() for t in tensors.values()]
+    *logits, w = local
+    rows = op(*logits, None if w is None else w != 0, *options, NONE)
+    return _reduced(rows, w, shape, mesh, placements, reduction)
+
+
+def _reduced(
+    rows: Tensor, w: Tensor | None, shape: torch.Size, mesh: DeviceMesh, places: Sequence[Any], reduction: str
+) -> Tensor:
+    """The losses of all rows, whose shape this is, given the local ones of weight other than 0 and their places."""
     if reduction == "none":
         strides = torch.empty(shape, device="meta").stride()
         rows = rows if w is None else rows * w.to(rows.dtype)
-        return DTensor.from_local(rows, mesh, of_rows, run_check=False, shape=shape, stride=strides)
+        return DTensor.from_local(rows, mesh, places, run_check=False, shape=shape, stride=strides)
     w = torch.ones_like(rows, dtype=torch.float64) if w is None else w.double()
     sums = torch.stack(((rows.detach() * w).sum(), w.sum(), w.count_nonzero()))
-    for d, p in enumerate(of_rows):
+    for d, p in enumerate(places):
         if p.is_shard():
             dist.all_reduce(sums, group=mesh.get_group(d))
     value, mass, kept = sums
@@ -219,8 +246,6 @@ def linear_js_div(loss: Callable, tensors: dict[str, Any]) -> Tensor:
     """Heads sharded over the classes, whose rows all processes have; ``loss`` takes local tensors and their `Shard`."""
     name = "linear_js_div"
     mesh = _one_mesh(name, list(tensors), list(tensors.values()))
-    if tensors["logprobs"] is not None:
-        raise ValueError(f"{name}: a teacher's top K classes must be plain tensors, got DTensors")
     weight = tensors["weight"]
     split = [d for d, p in enumerate(weight.placements) if p == Shard(0)]
     if len(split) > 1:
@@ -230,7 +255,7 @@ def linear_js_div(loss: Callable, tensors: dict[str, Any]) -> Tensor:
     local: dict[str, Any] = {}
     for key, t in tensors.items():
         dim = {"weight": 0, "bias": 0, "target_weight": 0, "target_bias": 0}.get(key)
-        if key == "target" and tensors["target_weight"] is None:
+        if key == "target" and tensors["target_weight"] is None and tensors["logprobs"] is None:
             dim = t.ndim - 1
         places = [Replicate() if dim is None or d not in split else Shard(dim) for d in range(mesh.ndim)]
         summed = [Partial() if key == "input" and d in split else p for d, p in enumerate(places)]

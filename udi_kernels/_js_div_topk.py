@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._js_div import row_losses
-from ._ops import FLOATING, INTEGERS, MEAN, Argument, Op, reduction_code
+from ._ops import FLOATING, INTEGERS, MEAN, Argument, Op, dtensors, reduction_code
 
 TAILS = ("renormalize", "bucket", "zero")  # enum Tail in csrc/enums.h
 
@@ -59,6 +59,8 @@ def js_div_topk(
         float32 (float64 for a float64 input): a scalar, or shape (...) for ``"none"``. The mean of rows that are all
         masked is 0, with gradients of 0; that of no rows is NaN. With ``"renormalize"`` a row of padding is NaN.
 
+    DTensors give the value of all rows as a DTensor, as in :func:`skew_kl`: rows may be sharded, classes may not.
+
     Raises:
         TypeError: an argument is not a tensor of such a dtype, or ``beta`` or ``temperature`` is not a number.
         ValueError: shapes or devices disagree, C or K is 0, or a number or a name is out of range.
@@ -66,7 +68,11 @@ def js_div_topk(
     if tail not in TAILS:
         raise ValueError(f"js_div_topk: tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
     code = reduction_code("js_div_topk", reduction)
-    return JS_DIV_TOPK(input, indices, logprobs, weight, TAILS.index(tail), beta, temperature, code)
+    options = TAILS.index(tail), beta, temperature
+    tensors = dict(input=input, indices=indices, logprobs=logprobs, weight=weight)
+    if type(input) is not Tensor and (module := dtensors(*tensors.values())):
+        return module.by_rows(JS_DIV_TOPK, tensors, options, reduction, code)
+    return JS_DIV_TOPK(*tensors.values(), *options, code)
 
 
 def _stats(input: Tensor, weight: Tensor | None, reduction: int, **_: object) -> tuple[int, int]:

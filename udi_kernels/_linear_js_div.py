@@ -98,7 +98,8 @@ def linear_js_div(
 
     DTensors on one mesh give a replicated DTensor. Heads, biases and the teacher's logits may be sharded over the
     classes: each process then makes the logits of its classes, and exchanges a few numbers a row twice a chunk. The
-    gradient of ``input`` then comes back as ``Partial``. Rows are replicated first.
+    gradient of ``input`` then comes back as ``Partial``. Rows are replicated first. A pair of a teacher's top K classes
+    are DTensors too, which all processes have.
 
     Where no kernel serves (see :func:`build_info`), the logits are computed as a whole.
     """
@@ -135,7 +136,8 @@ def _loss(
     labels = None if labels is None else labels.reshape(-1).long()
     if not _kernels_serve(input):
         if logprobs is not None:
-            target = _dense(target.flatten(0, -2), logprobs.flatten(0, -2), len(weight), temperature)
+            classes = len(weight)
+            target = _dense(target.flatten(0, -2), logprobs.flatten(0, -2), classes, temperature, range(classes))
         heads: list[Any] = [input, weight, bias, target, target_weight, target_bias]
         products = 3 if target_weight is None else 6
         heads[:products] = [t if t is None or dtype is None else t.to(dtype) for t in heads[:products]]
@@ -407,8 +409,9 @@ def _linear_js_div_fwd(
     need_bias: bool,
     shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
+    classes, first = (shard.classes, shard.first) if shard else (len(weight), 0)
     if labels is not None and hard is not None and hard.is_cpu:
-        _check_labels(labels, hard, shard.classes if shard else len(weight))
+        _check_labels(labels, hard, classes)
     rows_loss: Callable = partial(_distributed.linear_js_div_rows, shard=shard) if shard else ops.linear_js_div_rows
     grads = _gradients(input, weight, bias, (need_input, need_weight, need_bias))
     grad_input, grad_weight, grad_bias = grads
@@ -435,7 +438,7 @@ def _linear_js_div_fwd(
             if teacher is not None:
                 p = teacher(p)
             elif top is not None:
-                p = _dense(p, _take(top, rows), len(weight), temperature)
+                p = _dense(p, _take(top, rows), classes, temperature, range(first, first + len(weight)))
             wide = torch.promote_types(z.dtype, p.dtype)
             z, p = z.to(wide), p.to(wide)
             p = p if p.stride(1) == 1 else p.contiguous()
@@ -495,14 +498,15 @@ def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
     return t.index_select(0, rows) if t.dim() == 2 else t[torch.unravel_index(rows, t.shape[:-1])]
 
 
-def _dense(indices: Tensor, logprobs: Tensor, classes: int, temperature: float) -> Tensor:
-    """Logits (R, C) whose softmax at the temperature has these probabilities, renormalized, and 0 elsewhere."""
+def _dense(indices: Tensor, logprobs: Tensor, classes: int, temperature: float, part: range) -> Tensor:
+    """Logits of part of the classes. The softmax of all has these probabilities, renormalized, and 0 elsewhere."""
     if indices.is_cpu and indices.numel() and not -1 <= indices.min() <= indices.max() < classes:
         got = f"{indices.min().item()} to {indices.max().item()}"
         raise ValueError(f"{NAME}: target's indices must lie in [0, {classes}), or be -1, got {got}")
-    logits = logprobs.new_full((len(indices), classes + 1), -math.inf)
-    column = torch.where(indices < 0, classes, indices.long())  # padding has a column of its own
-    return logits.scatter_(1, column, logprobs * temperature)[:, :classes]
+    logits = logprobs.new_full((len(indices), len(part) + 1), -math.inf)
+    inside = (indices >= part.start) & (indices < part.stop)
+    column = torch.where(inside, indices.long() - part.start, len(part))  # others have a column of their own
+    return logits.scatter_(1, column, logprobs * temperature)[:, :-1]
 
 
 class _Head:

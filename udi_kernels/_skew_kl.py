@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._js_div import gradient_like, row_losses, row_stats
-from ._ops import FLOATING, INTEGERS, TEMPERATURE, Argument, Op, reduction_code
+from ._ops import FLOATING, INTEGERS, TEMPERATURE, Argument, Op, dtensors, reduction_code
 
 
 def skew_kl(
@@ -47,12 +47,19 @@ def skew_kl(
         float32 (float64 for float64 inputs): a scalar, or shape (...) for ``"none"``. The divergence of a row is never
         negative. The mean of rows that are all masked is 0, with gradients of 0; that of no rows is NaN.
 
+    DTensors give the value of all rows as a DTensor: a replicated scalar, or with ``"none"`` one placed as the rows
+    are. Rows may be sharded over any dimensions of the mesh; sharded classes raise an error.
+
     Raises:
         TypeError: an argument is not a floating-point tensor, ``alpha`` or ``temperature`` is not a number, or
             ``reverse`` is not a bool.
         ValueError: shapes or devices disagree, C is 0, or a number is out of range.
     """
-    return SKEW_KL(input, target, weight, alpha, reverse, temperature, reduction_code("skew_kl", reduction))
+    code, options = reduction_code("skew_kl", reduction), (alpha, reverse, temperature)
+    plain = type(input) is type(target) is Tensor and (weight is None or type(weight) is Tensor)
+    if not plain and (module := dtensors(input, target, weight)):
+        return module.by_rows(SKEW_KL, dict(input=input, target=target, weight=weight), options, reduction, code)
+    return SKEW_KL(input, target, weight, *options, code)
 
 
 SKEW_KL = Op(

@@ -47,27 +47,54 @@ Certainty<compute_t<T>> certainty(const T* z, int64_t classes) {
   return {top[0], 1 / udi::sum(sum)};
 }
 
-// The heads' certainties and weights in a row.
+// The same of `height` rows from r on, with at most 16 classes: a row in each lane, and sums in the order of
+// `udi::sum`.
 template <class T>
-void weights(Heads<const T> z, int64_t r, compute_t<T> inverse_temperature, Certainty<compute_t<T>>* certainties,
-             compute_t<T>* weight) {
+void certainties_of_few(Heads<const T> z, int64_t head, int64_t r, int height, Certainty<compute_t<T>>* to) {
   using S = compute_t<T>;
-  S top = 0, sum = 0;
-  for (int64_t m = 0; m < z.m; ++m) {
-    certainties[m] = certainty(z.row(m, r), z.c);
-    top = std::max(top, certainties[m].probability);
-  }
-  for (int64_t m = 0; m < z.m; ++m)
-    sum += weight[m] = std::exp((certainties[m].probability - top) * inverse_temperature);
-  for (int64_t m = 0; m < z.m; ++m) weight[m] /= sum;
+  constexpr S none = -std::numeric_limits<S>::infinity();
+  Vec<S> tile[kLanes], top = splat(none);
+  for (int lane = 0; lane < kLanes; ++lane)
+    tile[lane] = load_some(z.row(head, r + std::min(lane, height - 1)), z.c, none);
+  transpose(tile);
+  for (int c = 0; c < z.c; ++c) top = max(tile[c], top);
+  for (int c = 0; c < kLanes; ++c) tile[c] = c < z.c ? exp_negative(Vec<S>(tile[c] - top)) : Vec<S>{};
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int c = 0; c < half; ++c) tile[c] += tile[c + half];
+  const Vec<S> probability = 1 / tile[0];
+  for (int lane = 0; lane < height; ++lane) to[lane * z.m + head] = {top[lane], probability[lane]};
 }
 
-template <class S, class F>
-void for_each_row(int64_t rows, int64_t heads, int64_t classes, F f) {
-  torch::stable::parallel_for(0, rows, 1 + kGrain / (heads * classes), [&](int64_t begin, int64_t end) {
-    std::vector<Certainty<S>> certainties(heads);
-    std::vector<S> weight(heads), pull(heads);
-    for (int64_t r = begin; r < end; ++r) f(r, certainties.data(), weight.data(), pull.data());
+// The heads' weights in a row, from their certainties.
+template <class S>
+void weights(const Certainty<S>* certainties, int64_t heads, S inverse_temperature, S* weight) {
+  S top = 0, sum = 0;
+  for (int64_t m = 0; m < heads; ++m) top = std::max(top, certainties[m].probability);
+  for (int64_t m = 0; m < heads; ++m)
+    sum += weight[m] = std::exp((certainties[m].probability - top) * inverse_temperature);
+  for (int64_t m = 0; m < heads; ++m) weight[m] /= sum;
+}
+
+// f(row, its certainties, its weights, room for as many) for all rows, in parallel.
+template <class T, class F>
+void for_each_row(Heads<const T> z, double temperature, F f) {
+  using S = compute_t<T>;
+  torch::stable::parallel_for(0, z.n, 1 + kGrain / (z.m * z.c), [&](int64_t begin, int64_t end) {
+    std::vector<Certainty<S>> certainties(kLanes * z.m);
+    std::vector<S> weight(z.m), pull(z.m);
+    for (int64_t r = begin; r < end; r += kLanes) {
+      const int height = std::min<int64_t>(kLanes, end - r);
+      for (int64_t m = 0; m < z.m; ++m) {
+        if (z.c <= kLanes)
+          certainties_of_few(z, m, r, height, certainties.data());
+        else
+          for (int i = 0; i < height; ++i) certainties[i * z.m + m] = certainty(z.row(m, r + i), z.c);
+      }
+      for (int i = 0; i < height; ++i) {
+        weights(&certainties[i * z.m], z.m, S(1 / temperature), weight.data());
+        f(r + i, &certainties[i * z.m], weight.data(), pull.data());
+      }
+    }
   });
 }
 
@@ -80,8 +107,7 @@ Tensor certainty_fusion_fwd(const Tensor& logits, double temperature) {
     constexpr S none = -std::numeric_limits<S>::infinity();
     Heads<const T> z(logits);
     Rows<T> to(out);
-    for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S*) {
-      weights(z, r, S(1 / temperature), certainties, weight);
+    for_each_row(z, temperature, [&](int64_t r, const Certainty<S>*, const S* weight, S*) {
       for_each_lanes(z.c, [&](int64_t c, int n) {
         Vec<S> sum{};
         for (int64_t m = 0; m < z.m; ++m) {
@@ -106,8 +132,7 @@ Tensor certainty_fusion_bwd(const Tensor& grad, const Tensor& logits, double tem
     Heads<const T> z(logits);
     Heads<T> to(out);
     Rows<const T> g(grad);
-    for_each_row<S>(z.n, z.m, z.c, [&](int64_t r, Certainty<S>* certainties, S* weight, S* pull) {
-      weights(z, r, S(1 / temperature), certainties, weight);
+    for_each_row(z, temperature, [&](int64_t r, const Certainty<S>* certainties, const S* weight, S* pull) {
       const T* own = g[r];
       auto pulls = [&](S impossible) {  // counts logits of -inf as that
         S mean = 0;

@@ -18,42 +18,66 @@ namespace {
 // packed, one row per lane, so that 6 classes do not leave 10 lanes idle.
 constexpr int64_t kPackedClasses = 128;
 
-// d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
-// p/T (log(p/q) - KL(p||q)). With a the weight of s in m, those of KL(r||m) are r/T (D - sum r D) and a/T s (sum s u -
-// u). `grad` is dL/d(row) in every lane.
-template <class T>
-void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
-              T* grad_x, T* grad_y) {
+// f(pair, x, y, put) for every 16 elements; put(to, v) stores there.
+template <class T, class F>
+inline void for_each_compared(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats,
+                              F f) {
   using V = Vec<T>;
-  V scale_q = grad * (k.gamma * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
   V log_sums = log(stats[kInvQ] / stats[kInvP]);
   auto exponential = [&](auto below, V a, V b) { return exp_negative((below ? a : b) * k.inverse_temperature); };
   for_each(x, y, 0, size, [&](V a, V b, int64_t i, int n) {
-    auto c = compare(a, b, stats, log_sums, k, exponential);
-    auto put = [&](T* to, V v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
-    if (k.beta == 0) {  // less the rounding errors of the sums of these terms, so that those of the sums of e^z cancel
+    f(compare(a, b, stats, log_sums, k, exponential), a, b, [&](T* to, V v) { store_some(to + i, v, n); });
+  });
+}
+
+// Those of KL(r||m), with a the weight of s in m, are r/T (D - sum r D) and a/T s (sum s u - u).
+template <class T>
+void backward_skew(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
+                   T* grad_x, T* grad_y) {
+  using V = Vec<T>;
+  const bool q = k.part == Part::kQ;
+  T *own = q ? grad_x : grad_y, *others = q ? grad_y : grad_x;
+  for_each_compared(x, y, size, k, stats, [&](const Pair<V>& c, V, V, auto put) {
+    auto t = skew(c, k);
+    V scale = grad * k.inverse_temperature;
+    if (own) put(own, scale * t.r * (t.slope - stats[q ? kDivQ : kDivP]));
+    if (others) put(others, scale * k.others() * t.s * (stats[q ? kDivP : kDivQ] - t.u));
+  });
+}
+
+// d input = (1 - beta)/T q (log(q/m) - KL(q||m)), d target its mirror image; at beta = 0 they are (q - p)/T and
+// p/T (log(p/q) - KL(p||q)). `grad` is dL/d(row) in every lane. Flattened, because GCC otherwise leaves calls in the
+// loop, which then takes a fifth longer.
+template <class T>
+[[gnu::flatten]] void backward_both(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k,
+                                    const Vec<T>* stats, Vec<T> grad, T* grad_x, T* grad_y) {
+  using V = Vec<T>;
+  if (k.beta == 0) {  // less the rounding errors of the sums of these terms, so that those of the sums of e^z cancel
+    for_each_compared(x, y, size, k, stats, [&](const Pair<V>& c, V a, V b, auto put) {
       V q = rounded(exp_negative((a - stats[kMaxQ]) * k.inverse_temperature) * stats[kInvQ]);
       V p = rounded(exp_negative((b - stats[kMaxP]) * k.inverse_temperature) * stats[kInvP]);
       V scale = grad * k.inverse_temperature;
       if (grad_x) put(grad_x, scale * (q - p - q * stats[kDivQ]));
       if (grad_y) put(grad_y, p == 0 ? V{} : V(scale * p * (log_ratio(c, a, stats, k) - stats[kDivP])));
-      return;
-    }
-    if (k.part != Part::kBoth) {
-      auto t = skew(c, k);
-      const bool q = k.part == Part::kQ;
-      V scale = grad * k.inverse_temperature;
-      T *own = q ? grad_x : grad_y, *others = q ? grad_y : grad_x;
-      if (own) put(own, scale * t.r * (t.slope - stats[q ? kDivQ : kDivP]));
-      if (others) put(others, scale * k.others() * t.s * (stats[q ? kDivP : kDivQ] - t.u));
-      return;
-    }
+    });
+    return;
+  }
+  V scale_q = grad * (k.gamma * k.inverse_temperature), scale_p = grad * (k.beta * k.inverse_temperature);
+  for_each_compared(x, y, size, k, stats, [&](const Pair<V>& c, V, V, auto put) {
     auto s = terms(c, k);
     auto q = [&](V base, V other) { return c.below ? base : other; };
     auto p = [&](V base, V other) { return c.below ? other : base; };
     if (grad_x) put(grad_x, scale_q * q(s.base, s.other) * (q(s.log_base, s.log_other) - stats[kDivQ]));
     if (grad_y) put(grad_y, scale_p * p(s.base, s.other) * (p(s.log_base, s.log_other) - stats[kDivP]));
   });
+}
+
+// Both sides' gradients, or one's. At beta = 0 skew KL is KL(p||q) too.
+template <class T>
+void backward(const T* x, const T* y, int64_t size, Constants<compute_t<T>> k, const Vec<T>* stats, Vec<T> grad,
+              T* grad_x, T* grad_y) {
+  const auto f = k.part == Part::kBoth || k.beta == 0 ? backward_both<T> : backward_skew<T>;
+  f(x, y, size, k, stats, grad, grad_x, grad_y);
 }
 
 // Up to 16 rows, each in a lane; lanes without a row repeat the last.
@@ -69,10 +93,9 @@ struct Lanes {
   bool adjacent = true;
 
   Lanes(Logits<T> logits, const Block& block) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      at[lane] = logits[block.row[lane]];
-      if (logits.step != 1 && lane < block.height) adjacent = adjacent && at[lane] == at[0] + lane;
-    }
+    for (int lane = 0; lane < kLanes; ++lane) at[lane] = logits[block.row[lane]];
+    if (logits.step != 1)
+      for (int lane = 0; lane < block.height; ++lane) adjacent = adjacent && at[lane] == at[0] + lane;
   }
 };
 
@@ -133,14 +156,17 @@ void for_each_block(int64_t rows, int64_t classes, bool packed, const std::optio
   int64_t height = packed ? kLanes : 1;
   int64_t grain = 1 + 4096 / (height * classes);  // fewer elements do not pay for a second thread
   torch::stable::parallel_for(0, (rows + height - 1) / height, grain, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<S[]> room(new S[4 * (height * classes + kLanes)]);
+    Vec<S> few[4 * kPackedClasses];  // uninitialised; malloc takes longer than a block of few classes
+    std::unique_ptr<Vec<S>[]> many(
+        height * classes > kLanes * kPackedClasses ? new Vec<S>[4 * (height * classes / kLanes + 1)] : nullptr);
+    S* room = reinterpret_cast<S*>(many ? many.get() : few);
     for (int64_t b = begin; b < end; ++b) {
       Block block;
       block.height = std::min(height, rows - b * height);
       for (int lane = 0; lane < kLanes; ++lane) block.row[lane] = b * height + std::min(lane, block.height - 1);
       if (mask)
         for (int64_t& row : block.row) row = mask->kept[row];
-      f(block, room.get());
+      f(block, room);
     }
   });
 }

@@ -39,7 +39,9 @@ Tensor certainty_fusion(const Tensor& logits, double temperature) {
     return reference.call(logits, temperature);
   }
   Tensor rows = logits.sym_size(2) == 1 || logits.sym_stride(2) == 1 ? logits : logits.contiguous();
-  return CertaintyFusion::apply(keepable(rows, records({{"logits", logits}})), temperature);
+  if (records({{"logits", logits}})) return CertaintyFusion::apply(keepable(rows, true), temperature);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return CertaintyFusion::fwd().call(rows, temperature);
 }
 
 }  // namespace

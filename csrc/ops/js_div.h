@@ -82,17 +82,23 @@ struct RowDivergence : Function<RowDivergence<op_name, Options...>> {
     return fwd;
   }
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
-                        Options... options) {
+  // The result, and what the backward kernel needs.
+  static std::tuple<Tensor, Tensor> compute(const Tensor& input, const Tensor& target, const Weight& weight,
+                                            Options... options) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [x, y] = logit_rows(input, target);
     auto [loss, stats] = fwd().call(x, y, row_weights(weight.value_or(Tensor()), x), options...);
+    if (std::get<sizeof...(Options) - 1>(std::tie(options...)) == kNone && input.dim() != 2)
+      loss = loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1));
+    return {loss, stats};
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
+                        Options... options) {
+    auto [loss, stats] = compute(input, target, weight, options...);
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), stats});
-    const std::tuple<Options...> all(options...);
-    ctx->saved_data["options"] = all;
-    return std::get<sizeof...(Options) - 1>(all) == kNone && input.dim() != 2
-               ? loss.reshape_symint(input.sym_sizes().slice(0, input.dim() - 1))
-               : loss;
+    ctx->saved_data["options"] = std::tuple<Options...>(options...);
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -177,9 +183,10 @@ Tensor row_divergence(const Tensor& input, const Tensor& target, const Weight& w
         c10::str("udi_kernels::", name, Node::suffix, "_reference").c_str());
     return reference.call(input.to(dtype), target.to(dtype), weight, options...);
   }
-  const bool recorded = records({{"input", input}, {"target", target}});
-  return Node::apply(keepable(input, recorded), keepable(target, recorded),
-                     weight ? Weight(keepable(*weight, recorded)) : weight, options...);
+  if (!records({{"input", input}, {"target", target}}))
+    return std::get<0>(Node::compute(input, target, weight, options...));
+  return Node::apply(keepable(input, true), keepable(target, true), weight ? Weight(keepable(*weight, true)) : weight,
+                     options...);
 }
 
 template <class Node>

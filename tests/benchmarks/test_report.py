@@ -22,7 +22,7 @@ def test_pytest_benchmark_shows_the_samples(tmp_path):
     run(*command, f"--benchmark-json={tmp_path / 'results.json'}")
     results = json.loads((tmp_path / "results.json").read_text())
     assert "node" not in results["machine_info"]
-    assert [b["params"]["provider"] for b in results["benchmarks"]] == ["udi_kernels", "eager"]
+    assert [b["params"]["provider"] for b in results["benchmarks"]] == ["udi_kernels", "eager", "mse_loss"]
     for benchmark in results["benchmarks"]:
         stats, info = benchmark["stats"], benchmark["extra_info"]
         assert stats["rounds"] == len(stats["data"]) >= 5
@@ -32,7 +32,9 @@ def test_pytest_benchmark_shows_the_samples(tmp_path):
         assert info["necessary_bytes"] == 5 * 64 * 6 * 4 and 0 < median < 0.1
         assert 0 < info["hot_us"] < 1e5
 
-    assert "| `js_div` 64x6 float32 + backward |" in run(BENCHMARKS / "report.py", tmp_path / "results.json")
+    report = run(BENCHMARKS / "report.py", tmp_path / "results.json")
+    assert "| `js_div` 64x6 float32 + backward |" in report and "`js_div` 64x6: udi_kernels " in report
+    assert ", mse_loss " in report
     if importlib.util.find_spec("matplotlib"):
         run(BENCHMARKS / "report.py", tmp_path / "results.json", "--out", tmp_path / "out")
         assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md", "js_div.png"}

@@ -43,6 +43,18 @@ def test_the_surest_head_wins_at_low_temperature(device):
     torch.testing.assert_close(certainty_fusion(logits, temperature=1e-6), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 6, 16])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_few_classes_are_as_many(rows, classes, dtype, device):
+    """A CPU computes rows of up to 16 classes together; impossible classes beyond change nothing."""
+    (logits,) = draw((3, rows, classes), dtype, device)
+    few = certainty_fusion(logits, temperature=0.3)
+    many = certainty_fusion(torch.nn.functional.pad(logits, (0, 4), value=-float("inf")), temperature=0.3)
+    assert (many[:, classes:] == -float("inf")).all()
+    torch.testing.assert_close(few, many[:, :classes], rtol=0 if device == "cpu" else 1e-6, atol=0)
+
+
 def test_hostile_logits(device):
     logits = torch.tensor([[[1e4, -1e4, 0.0]], [[-1e4, -1e4, -1e4]], [[0.0, -float("inf"), 1.0]]], device=device)
     want = reference.certainty_fusion(logits.double())

@@ -65,6 +65,24 @@ def of_classes(size):
             assert [g.placements for g in grads[1:]] == [tuple(sharded)] * 2
             for g, truth in zip(grads, torch.autograd.grad(3 * want, leaves), strict=True):
                 torch.testing.assert_close(g.full_tensor(), truth)
+    # The teacher's top classes; the last row's are in one process, and padding.
+    logprobs, indices = logits.log_softmax(1).topk(3)
+    logprobs[-1, 1:], indices[-1, 1:] = -torch.inf, -1
+    for (mesh, d), beta in itertools.product(meshes, (0.0, 0.3, 0.5, 0.8)):
+        copies = [Replicate()] * mesh.ndim
+        sharded = [Shard(0) if i == d else Replicate() for i in range(mesh.ndim)]
+        leaves = [z.clone().requires_grad_() for z in (x, w)]
+        want = linear_js_div(*leaves, (indices, logprobs), row_weight=row_weight, beta=beta, chunk=4)
+        ours = [distribute_tensor(z, mesh, p).requires_grad_() for z, p in ((x, copies), (w, sharded))]
+        *top, kept = (distribute_tensor(z, mesh, copies) for z in (indices, logprobs, row_weight))
+        loss = linear_js_div(*ours, tuple(top), row_weight=kept, beta=beta, chunk=4)
+        torch.testing.assert_close(loss.full_tensor(), want)
+        for g, truth in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(want, leaves), strict=True):
+            torch.testing.assert_close(g.full_tensor(), truth)
+    with pytest.raises(TypeError, match="linear_js_div: target must be a DTensor as the others are"):
+        linear_js_div(*ours, (indices, logprobs))
+    with pytest.raises(ValueError, match=r"linear_js_div: target's indices must lie in \[0, 5\)"):
+        linear_js_div(*ours, (top[0] + 3, top[1]))
     # Rows that are sharded are gathered; replicated heads need no exchange.
     mesh = meshes[0][0]
     for places in ([Shard(0)], [Replicate()]):

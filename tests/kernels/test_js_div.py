@@ -244,6 +244,21 @@ def test_weights_and_reductions(device):
     torch.testing.assert_close(masked[0], js_div(x[w > 0], y[w > 0], weight=w[w > 0]))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_value_is_the_same_without_a_graph(weighted, reduction, device):
+    x, y = torch.randn(2, 5, 4, 6, device=device)
+    f = partial(js_div, y, weight=x[..., 0] > 0 if weighted else None, reduction=reduction)
+    want, alone = f(x.clone().requires_grad_()), f(x)
+    assert want.grad_fn is not None and alone.grad_fn is None
+    with torch.no_grad():
+        recorded = f(x.clone().requires_grad_())
+    with torch.inference_mode():
+        inferred = f(x.clone())
+    for found in (alone, recorded, inferred):
+        assert found.shape == want.shape and torch.equal(found, want)
+
+
 @pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
 @pytest.mark.parametrize("classes", [6, 300])
 def test_all_weights_zero(classes, beta, device, backend):

@@ -694,7 +694,9 @@ def _given_backward(_device, dtype, size, strides, _grad_dtype, g_stride, reduct
     if 0 in size or not any(needs):
         return lambda grad, mu, logvar, y, classes: allocate(mu)
     shape, grid = _given_shape(dtype, size, strides)
-    launch = Launch(_given_bwd, grid, shape.values | dict(g_stride=g_stride, MEAN=reduction == MEAN), num_warps=1)
+    values = shape.values | dict(g_stride=g_stride, MEAN=reduction == MEAN)
+    # With no limit, ptxas spills a few bytes where this makes room for one more program.
+    launch = Launch(_given_bwd, grid, values, num_warps=1, maxnreg=255)
 
     def run(grad, mu, logvar, y, classes):
         grads = tuple(g.zero_() for g in allocate(mu))  # rows without negatives stay 0

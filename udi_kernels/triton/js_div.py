@@ -769,11 +769,15 @@ def _fwd_reduced(R, C, dtype, reduction, values, stats=6):
     return _fwd_by_parts(R, parts, reduction, values | dict(S=parts, span=span), options)
 
 
+def row_warps(C, dtype):
+    """Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2."""
+    row_bytes = 2 * C * dtype.itemsize
+    return next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
+
+
 def _long_rows(C, dtype, values):
     """The options of a launch; the sizes of tiles are added to the values."""
-    # Larger programs for longer rows, so that the rows in work on all multiprocessors fit into the L2.
-    row_bytes = 2 * C * dtype.itemsize
-    num_warps = next((w for w in (8, 16) if WARPS // w * row_bytes <= L2_BYTES), 32)
+    num_warps = row_warps(C, dtype)
     # More values at a time leave too few registers; each narrow load needs an address and a mask.
     width = min(4, max(2, values["V"]))
     values |= dict(LANES=32 * num_warps, WIDTH=width)

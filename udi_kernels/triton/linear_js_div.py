@@ -1,8 +1,11 @@
 """Divergence and cross-entropy of a chunk of rows on a GPU; their gradient replaces the student's logits.
 
-Formulas and arithmetic are those of js_div.py.  A row of up to TILE_CLASSES is read once and stays in registers.  The
-gradient of a longer row needs KL(q || m), which needs the sums of exponentials first: one program sweeps over the row
-three times, in alternating directions, because what was read last is still in the L2.  It writes it once.
+Formulas and arithmetic are those of js_div.py.  A row of up to TILE_CLASSES is read once and stays in registers.  One
+program sweeps over a longer row, in alternating directions, because what was read last is still in the L2, and writes
+it once.  The first sweep adds up the exponentials, and the last writes the gradient.  That of KL(p || q), q - p, needs
+no more.  For other divergences a sweep between them adds up KL(q || m), whose terms depend on those sums.  Those of
+KL(q || p) are linear in the logits, so the first sweep could add them up as well, but in peaked rows they would no
+longer cancel in the gradient.
 """
 
 import math
@@ -18,21 +21,23 @@ from .js_div import (
     KL,
     LN2,
     LOG2E,
-    TILE_CLASSES,
+    LOWEST,
     _compared,
     _divergences,
     _gap,
+    _joined,
     _load,
     _log2,
     _log2_over_mixture,
     _log_ratio,
     _mixture,
-    _peaks_and_sums,
+    _online,
     _quotient,
     _summands,
+    row_warps,
 )
 
-LANES, WIDTH, ROW_WARPS = 512, 4, 16  # of a program for a long row
+TILE_CLASSES = 8192  # longest row held in registers: 16 classes a thread at 16 warps; twice as many spill
 
 
 @triton.jit
@@ -138,6 +143,31 @@ def _tile(
         tl.store(X + col, (grad + tl.where(soft != 0, g, 0.0)).to(X.dtype.element_ty), mask)
 
 
+@triton.jit
+def _sums(X, Y, n, n_y, scale, LANES: tl.constexpr, WIDTH: tl.constexpr, HARD: tl.constexpr):
+    """Maxima and sums of exponentials of n student's and n_y teacher's logits, by the online softmax.
+
+    Last, for HARD, the sum of the student's at temperature 1.
+    """
+    peak_x = tl.full([LANES], LOWEST, tl.float32)
+    peak_y = tl.full([LANES], LOWEST, tl.float32)
+    sum_x = tl.zeros([LANES], tl.float32)
+    sum_y = tl.zeros([LANES], tl.float32)
+    sum_1 = tl.zeros([LANES], tl.float32)
+    lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    for start in range(0, n, LANES * WIDTH):
+        col = start + lane
+        x, y = _load(X + col, col < n), _load(Y + col, col < n_y)
+        if HARD:
+            _, sum_1 = _online(x, peak_x, sum_1, LOG2E)
+        peak_x, sum_x = _online(x, peak_x, sum_x, scale)
+        peak_y, sum_y = _online(y, peak_y, sum_y, scale)
+    _, sum_1 = _joined(peak_x, sum_1, LOG2E)
+    peak_x, sum_x = _joined(peak_x, sum_x, scale)
+    peak_y, sum_y = _joined(peak_y, sum_y, scale)
+    return peak_x, sum_x, peak_y, sum_y, sum_1
+
+
 @triton.jit(do_not_specialize=["R"])
 def _row(
     X,  # (R, C): the student's logits
@@ -165,40 +195,52 @@ def _row(
     """One long row."""
     row = tl.program_id(0)
     X, Y, n = at(X, row, x_stride, V), at(Y, row, y_stride, V), C * V
-    soft, hard, loss, label, peak_1, share_1 = tl.load(SOFT + row), 0.0, 0.0, -1, 0.0, 0.0
+    soft, hard, loss, label = tl.load(SOFT + row), 0.0, 0.0, -1
+    n_y = tl.where(soft != 0, n, 0)
+    peak_x, sum_x, peak_y, sum_y, sum_1 = _sums(X, Y, n, n_y, scale, LANES, WIDTH, HARD is not None)
+    share_1 = _quotient(1.0, sum_1)
     if HARD is not None:
         hard = tl.load(HARD + row)
-        if hard != 0:  # a sweep of its own, at temperature 1
-            label_1, at_label = _label(LABELS, X, row, hard, n)
-            peak_1, sum_1, _, _ = _peaks_and_sums(X, X, 0, n, LOG2E, LANES, WIDTH)
-            share_1 = _quotient(1.0, sum_1)
-            loss = hard * _cross_entropy(at_label, label_1, peak_1, sum_1, n)
-            label = label_1.to(tl.int32)
+        label_1, at_label = _label(LABELS, X, row, hard, n)
+        loss = tl.where(hard != 0, hard * _cross_entropy(at_label, label_1, peak_x, sum_1, n), 0.0)
+        label = label_1.to(tl.int32)
     A, B = _own(X, Y, MIRRORED), _own(Y, X, MIRRORED)
-    peak_q, share_q, peak_p, share_p, kl_q, kl_p, gap = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    if soft != 0:
-        peak_q, sum_q, peak_p, sum_p = _peaks_and_sums(A, B, 0, n, scale, LANES, WIDTH)
-        share_q, share_p = _quotient(1.0, sum_q), _quotient(1.0, sum_p)
-        kl_q, kl_p, kl = _divergences(
-            A, B, 0, n, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
-        )
-        gap = _gap(share_q, share_p)
-        loss += soft * _loss(kl_q, kl_p, kl, beta, gamma, MIX)
-    tl.store(OUT + row, loss)
-    if GRAD:
+    peak_q, peak_p = _own(peak_x, peak_y, MIRRORED), _own(peak_y, peak_x, MIRRORED)
+    share_q = _quotient(1.0, _own(sum_x, sum_y, MIRRORED))
+    share_p = _quotient(1.0, _own(sum_y, sum_x, MIRRORED))
+    gap = _gap(share_q, share_p)
+    TWICE: tl.constexpr = MIX == KL and not MIRRORED
+    kl_q, kl_p, kl = 0.0, 0.0, 0.0
+    if not TWICE:
+        if soft != 0:
+            kl_q, kl_p, kl = _divergences(
+                A, B, 0, n, peak_q, share_q, peak_p, share_p, scale, beta, gamma, mixture, LANES, WIDTH, MIX
+            )
+    if GRAD or TWICE:
+        each = tl.zeros([LANES], tl.float32)
         lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        for start in range(0, n, LANES * WIDTH):
-            col = start + lane
-            mask = col < n
-            grad = tl.zeros([LANES, WIDTH], tl.float32)
-            if HARD is not None:
-                e = exp2((_load(X + col, mask) - peak_1) * LOG2E) * share_1
-                grad = tl.where(hard != 0, hard * (e - tl.where(col == label, 1.0, 0.0)), 0.0)
-            inside = col < tl.where(soft != 0, n, 0)
-            a, b = _load(A + col, inside), _load(B + col, inside)
+        tiles = tl.cdiv(n, LANES * WIDTH)
+        for i in range(0, tiles):
+            if TWICE:  # against the sweep before
+                col = (tiles - 1 - i) * (LANES * WIDTH) + lane
+            else:
+                col = i * (LANES * WIDTH) + lane
+            x, y = _load(X + col, col < n), _load(Y + col, col < n_y)
+            a, b = _own(x, y, MIRRORED), _own(y, x, MIRRORED)
             d, q, p = _compared(a, b, peak_q, peak_p, gap, scale, MIX)
-            g = _gradient(d, q, p, kl_q, kl_p, share_q, share_p, soft * factor, beta, gamma, mixture, MIRRORED, MIX)
-            tl.store(X + col, (grad + tl.where(soft != 0, g, 0.0)).to(X.dtype.element_ty), mask)
+            if TWICE:
+                _, _, add = _summands(d, q * share_q, p * share_p, beta, gamma, mixture, MIX)
+                each += tl.sum(add, 1)
+            if GRAD:
+                grad = tl.zeros([LANES, WIDTH], tl.float32)
+                if HARD is not None:
+                    e = exp2((x - peak_x) * LOG2E) * share_1
+                    grad = tl.where(hard != 0, hard * (e - tl.where(col == label, 1.0, 0.0)), 0.0)
+                g = _gradient(d, q, p, kl_q, kl_p, share_q, share_p, soft * factor, beta, gamma, mixture, MIRRORED, MIX)
+                tl.store(X + col, (grad + tl.where(soft != 0, g, 0.0)).to(X.dtype.element_ty), col < n)
+        kl += tl.sum(each, 0)
+    loss += tl.where(soft != 0, soft * _loss(kl_q, kl_p, kl, beta, gamma, MIX), 0.0)
+    tl.store(OUT + row, loss)
 
 
 def linear_js_div_rows(input, target, soft, hard, labels, beta, temperature, need_grad):
@@ -235,7 +277,11 @@ def _launch(_device, dtype, shape, x_stride, y_stride, _hard, beta, temperature,
         block = next_power_of_2(C)
         launch = Launch(_tile, (R,), values | dict(BLOCK=block), num_warps=warps(block, 16))
     else:
-        launch = Launch(_row, (R,), values | dict(LANES=LANES, WIDTH=WIDTH), num_warps=ROW_WARPS)
+        num_warps = row_warps(C, dtype)
+        values |= dict(LANES=32 * num_warps, WIDTH=min(4, max(2, V)))
+        # All registers that there are: where fewer would fit a second program, ptxas on its own spills to do so.
+        options = dict(maxnreg=64) if num_warps == 32 else {}
+        launch = Launch(_row, (R,), values, num_warps=num_warps, **options)
 
     def run(input, target, soft, hard, labels):
         losses = torch.empty(R, dtype=torch.float32, device=input.device)
