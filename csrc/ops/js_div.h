@@ -137,6 +137,11 @@ struct InplaceJSDiv : Function<InplaceJSDiv> {
 
   static const auto& fwd() { return JSDiv::fwd(); }
 
+  static auto compute(const Tensor& input, const Tensor& target, const Weight& weight, double beta, double temperature,
+                      int64_t reduction) {
+    return JSDiv::compute(input, target, weight, beta, temperature, reduction);
+  }
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weight& weight,
                         double beta, double temperature, int64_t reduction) {
     TORCH_CHECK_VALUE(input.dim() == 2 || input.sym_numel() == 0 || leading_sizes({input}),
