@@ -135,6 +135,8 @@ def _loss(
     soft, hard, scale = _factors(input, row_weight, labels, hard_weight, ignore_index, reduction, normalizer)
     labels = None if labels is None else labels.reshape(-1).long()
     if not _kernels_serve(input):
+        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            _check_labels(labels, hard, len(weight))
         if logprobs is not None:
             classes = len(weight)
             target = _dense(target.flatten(0, -2), logprobs.flatten(0, -2), classes, temperature, range(classes))
@@ -410,8 +412,7 @@ def _linear_js_div_fwd(
     shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     classes, first = (shard.classes, shard.first) if shard else (len(weight), 0)
-    if labels is not None and hard is not None and hard.is_cpu:
-        _check_labels(labels, hard, classes)
+    _check_labels(labels, hard, classes)
     rows_loss: Callable = partial(_distributed.linear_js_div_rows, shard=shard) if shard else ops.linear_js_div_rows
     grads = _gradients(input, weight, bias, (need_input, need_weight, need_bias))
     grad_input, grad_weight, grad_bias = grads
@@ -469,7 +470,10 @@ def _gradients(input: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[
     ]
 
 
-def _check_labels(labels: Tensor, hard: Tensor, classes: int) -> None:
+def _check_labels(labels: Tensor | None, hard: Tensor | None, classes: int) -> None:
+    """Raises ValueError on a CPU; on a GPU it would wait."""
+    if labels is None or hard is None or not hard.is_cpu:
+        return
     wrong = (hard != 0) & ((labels < 0) | (labels >= classes))
     if wrong.any():
         raise ValueError(f"{NAME}: labels must lie in [0, {classes}) or be ignore_index, got {labels[wrong][0].item()}")
