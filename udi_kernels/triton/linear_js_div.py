@@ -275,7 +275,10 @@ def _launch(_device, dtype, shape, x_stride, y_stride, _hard, beta, temperature,
     )
     if C <= TILE_CLASSES:
         block = next_power_of_2(C)
-        launch = Launch(_tile, (R,), values | dict(BLOCK=block), num_warps=warps(block, 16))
+        num_warps = warps(block, 16)
+        # All registers that there are: ptxas on its own may spill to leave some (Triton 3.8).
+        options = dict(maxnreg=128) if num_warps == 16 and beta == 0 and not mirrored else {}
+        launch = Launch(_tile, (R,), values | dict(BLOCK=block), num_warps=num_warps, **options)
     else:
         num_warps = row_warps(C, dtype)
         values |= dict(LANES=32 * num_warps, WIDTH=min(4, max(2, V)))
