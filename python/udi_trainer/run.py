@@ -129,21 +129,21 @@ class Run:
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
-    def restore(self, stage: str) -> dict | None:
-        """The stage's last checkpoint, or None; its log continues from there."""
-        saved = distributed.on_first(lambda: self.checkpoint(stage))
+    def restore(self, stage: str, place: str | None = None) -> dict | None:
+        """The stage's last checkpoint, or None; its log continues from there. ``place``: the file, if not the stage's."""
+        saved = distributed.on_first(lambda: self.checkpoint(stage, place or stage))
         if saved:
             self.began = min(self.began, time.perf_counter() - saved["elapsed"])
         self.history[stage] = saved["rows"] if saved else []
         self.folder.write_log([row for rows in self.history.values() for row in rows])
         return saved
 
-    def checkpoint(self, stage: str) -> dict | None:
+    def checkpoint(self, stage: str, place: str) -> dict | None:
         """The stage's last checkpoint, after checking that it belongs to this stage and these options."""
-        saved = self.folder.checkpoint(stage)
+        saved = self.folder.checkpoint(place)
         if saved is None:
             return None
-        path, mine = self.folder.checkpoint_path(stage), identity(self.options)
+        path, mine = self.folder.checkpoint_path(place), identity(self.options)
         keys = {"stage", "options", "elapsed", "rows", "parts", "best", "under_way", "engine"}
         if saved.keys() - {"fingerprint"} != keys or saved["stage"] != stage:
             raise UserError(f"{path} is not a checkpoint of {stage}: {REPEAT}")
@@ -158,12 +158,12 @@ class Run:
                 )
         return saved
 
-    def save(self, stage: str, **state: Any) -> None:
-        """Checkpoints the stage."""
+    def save(self, stage: str, place: str, **state: Any) -> None:
+        """Checkpoints the stage, in the file ``place``."""
         common = {"stage": stage, "options": identity(self.options), "elapsed": self.elapsed()}
         common["fingerprint"] = self.fingerprint
         if distributed.first():
-            self.folder.save(stage, **common, **state, rows=self.history[stage])
+            self.folder.save(place, **common, **state, rows=self.history[stage])
 
     def log(self, stage: str, row: dict):
         """Writes a line of metrics.jsonl, and its figures as TensorBoard events."""

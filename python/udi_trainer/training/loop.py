@@ -36,7 +36,7 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
     stages = [Stage(task, run) for task in tasks]
     share_stream(stages)  # before their streams wait for the restoring
     for stage in stages:
-        stage.restore()
+        stage.restore(epochs)
     cores = torch.get_num_threads() if run.device.type == "cpu" else 1
     parallel = len(stages) > 1 and cores > 1 and distributed.world() == 1  # threads would reorder messages
     threads = max(1, cores // len(stages)) if parallel else None
@@ -58,6 +58,8 @@ def fit(tasks: Sequence[Task], run: Run, epochs: int | None = None) -> None:
             if not run.first:
                 progress.show(**{s.task.modality or "val_acc": s.history[-1]["val_acc"] for s in active})
     for stage in stages:
+        if epochs and stage.epoch <= epochs < stage.task.epochs:  # another method may train it further
+            stage.save(stage.place(epochs))
         stage.finish()
 
 
@@ -147,9 +149,14 @@ class Stage:
         engine = Graphs if run.engine == "graph" and task.capturable else Eager
         self.engine = engine(task, self.feed, run.seed(task.seed_name, "steps"))
 
-    def restore(self) -> None:
-        """Continues from the last checkpoint, if there is one."""
-        saved = self.run.restore(self.task.name)
+    def place(self, epochs: int | None) -> str:
+        """The name of the checkpoint; an earlier end has its own."""
+        return f"{self.task.name} to epoch {epochs}" if epochs and epochs < self.task.epochs else self.task.name
+
+    def restore(self, epochs: int | None = None) -> None:
+        """Continues from the checkpoint of the end at ``epochs``, or else from the last one, if there is one."""
+        places = dict.fromkeys((self.place(epochs), self.task.name))
+        saved = next(filter(None, (self.run.restore(self.task.name, place) for place in places)), None)
         self.history = self.run.history[self.task.name]
         if saved:
             self.load_checkpoint(saved)
@@ -174,7 +181,7 @@ class Stage:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
 
-    def save(self) -> None:
+    def save(self, place: str | None = None) -> None:
         parts, best = {name: part.state_dict() for name, part in self.task.parts.items()}, self.best
         if self.run.options.shard:
             from .sharding import full_state
@@ -182,7 +189,7 @@ class Stage:
             parts, best = full_state(parts), full_state(best)
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
-        self.run.save(self.task.name, parts=parts, best=best, under_way=under_way, engine=engine)
+        self.run.save(self.task.name, place or self.task.name, parts=parts, best=best, under_way=under_way, engine=engine)
 
     @property
     def epoch(self) -> int:

@@ -120,6 +120,19 @@ def test_race(three_views):
     assert read_metrics("run")["anchor_selection"] == metrics["anchor_selection"]
 
 
+def test_race_beside_the_ensemble(three_views):
+    """The ensemble trains the losers to the end. A resumed run still reports them as they were after the race."""
+    options = ["--dataset", three_views, "--epochs", "6", "--race", "0.3", "--baselines", "ensemble"]
+    assert main([*options, "--out", "run"]) == 0
+    metrics, alone = read_metrics("run"), ("anchor", "unimodal")
+    rows = [row["modality"] for row in read_log("run") if row["phase"] in alone]
+    assert {m: rows.count(m) for m in rows} == {"clean": 6, "noisy": 6, "worse": 6}
+    assert metrics["unimodal"]["noisy"]["epochs"] == 2
+    Path("run", "metrics.json").unlink()  # as if it had been interrupted at its end
+    assert main(["--resume", "run"]) == 0
+    assert without_times(read_metrics("run")) == without_times(metrics)
+
+
 def test_follower_starts_from_its_own_anchor_phase():
     run = make_run()
     gray, color = (Alone(run, modality) for modality in ("gray", "color"))
