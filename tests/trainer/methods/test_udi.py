@@ -37,7 +37,7 @@ from ..helpers import (
 def test_defaults_reach_what_they_promise():
     """In the mean of 5 seeds UDI is ahead of joint training and of either modality, and not behind the ensemble."""
     committed = json.loads((ROOT / "python" / "results" / "quickstart" / "results.json").read_text())
-    theirs = {run["seed"]: run["metrics"] for run in committed["runs"]}
+    theirs = {run["seed"]: run["metrics"] for run in committed["runs"] if run["variant"] == "udi"}
     reached = {}
     for seed in range(100, 105):
         assert main(["--seed", str(seed), "--out", str(seed)]) == 0
