@@ -130,7 +130,7 @@ class Run:
         return time.perf_counter() - self.began
 
     def restore(self, stage: str, place: str | None = None) -> dict | None:
-        """The stage's last checkpoint, or None; its log continues from there. ``place``: the file, if not the stage's."""
+        """The stage's last checkpoint, or None; its log continues from there. ``place``: its file, if another."""
         saved = distributed.on_first(lambda: self.checkpoint(stage, place or stage))
         if saved:
             self.began = min(self.began, time.perf_counter() - saved["elapsed"])

@@ -182,6 +182,7 @@ class Stage:
             raise UserError(f"{path} does not fit the model of {self.label} ({reason}): {REPEAT}") from None
 
     def save(self, place: str | None = None) -> None:
+        """Checkpoints the stage, in the file ``place`` if given."""
         parts, best = {name: part.state_dict() for name, part in self.task.parts.items()}, self.best
         if self.run.options.shard:
             from .sharding import full_state
@@ -189,7 +190,8 @@ class Stage:
             parts, best = full_state(parts), full_state(best)
         under_way = (self.done, self.seconds)
         engine = self.engine.state_dict() if self.done else None
-        self.run.save(self.task.name, place or self.task.name, parts=parts, best=best, under_way=under_way, engine=engine)
+        place = place or self.task.name
+        self.run.save(self.task.name, place, parts=parts, best=best, under_way=under_way, engine=engine)
 
     @property
     def epoch(self) -> int:
