@@ -23,6 +23,7 @@ from functools import partial
 import torch
 
 import measure
+from page_faults import ENVIRONMENTS
 from udi_kernels import (
     certainty_fusion,
     club_mi,
@@ -37,7 +38,7 @@ from udi_kernels import (
     weighted_sum,
 )
 
-ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 50)}
+ENVIRONMENT = ENVIRONMENTS["memory kept"]
 CLASSES, ROWS, DIMS = (16384, 65536, 262144), (62_500, 250_000, 1_000_000), (512, 2048, 8192)
 LISTS, PARAMETERS = (4, 16, 64), (62_500_000, 250_000_000, 1_000_000_000)
 

@@ -1,5 +1,6 @@
 """What the tests of the trainer share."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from udi_trainer import Options, Run
 from udi_trainer.registry import datasets
 from udi_trainer.run_folder import RunFolder
+from udi_trainer.training.engine import Eager
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "python" / "train.py"
@@ -101,3 +103,23 @@ def freeze(task):
 def write_idx(path, tensor):
     header = bytes((0, 0, 8, tensor.dim())) + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
     path.write_bytes(gzip.compress(header + bytes(tensor.flatten().tolist())))
+
+
+@contextlib.contextmanager
+def interrupted(at, how):
+    """Training in it ends by KeyboardInterrupt, in the step for which ``at(task, number)`` is true.
+
+    ``how``: killed before that step, or else asked to end after it.
+    """
+    step = Eager.step
+
+    def ending(self, batch, number):
+        if at(self.task, number):
+            if how == "killed":
+                raise KeyboardInterrupt
+            self.task.run.stop.request(2)
+        return step(self, batch, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Eager, "step", ending)
+        yield

@@ -15,11 +15,10 @@ from udi_trainer.evaluation.fusion import combine
 from udi_trainer.evaluation.scores import accuracy, scores
 from udi_trainer.methods.unimodal import Alone, train_alone
 from udi_trainer.registry import datasets, methods
-from udi_trainer.training.engine import Eager
 from udi_trainer.training.inference import outputs
 from udi_trainer.training.loop import best_epoch, fit
 
-from .helpers import log_by_stage, make_run, needs_torchjd, read_log, read_metrics, without_times
+from .helpers import interrupted, log_by_stage, make_run, needs_torchjd, read_log, read_metrics, without_times
 
 NAMES = [pytest.param(name, marks=needs_torchjd) if name == "gramian" else name for name in methods]
 QUICK = {"epochs": 3, "batch_size": 32, "baselines": [], "progress": False}
@@ -117,20 +116,14 @@ def test_nothing_is_decided_again(method, options, little, monkeypatch):
 def test_ended_in_either_run_and_resumed(final, how, three_views, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "picture", lambda *args: None)  # which takes longer than the rest
     options = {"epochs": 3, "batch_size": 64, "baselines": [], "refit": True, "progress": False}
-    whole, step = train(three_views, "udi", out=tmp_path / "whole", **options), Eager.step
+    whole = train(three_views, "udi", out=tmp_path / "whole", **options)
     last = len(read_log(tmp_path / "whole/refit")), whole.metrics["refit"]["fused"]["test_acc"]
 
-    def ending(self, batch, number):
-        if self.task.key == "follower" and number == 2 and bool(self.task.run.first) == final:
-            if how == "killed":
-                raise KeyboardInterrupt
-            self.task.run.stop.request(2)
-        return step(self, batch, number)
+    def at(task, number):
+        return task.key == "follower" and number == 2 and bool(task.run.first) == final
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Eager, "step", ending)
-        with pytest.raises(KeyboardInterrupt):
-            train(three_views, "udi", out=tmp_path / "cut", **options)
+    with interrupted(at, how):
+        train(three_views, "udi", out=tmp_path / "cut", **options)
     assert (tmp_path / "cut/refit").exists() == final and not (tmp_path / "cut/metrics.json").exists()
     resumed = train(three_views, "udi", resume=tmp_path / "cut", progress=False)
     assert without_times(resumed.metrics) == without_times(whole.metrics)

@@ -11,7 +11,8 @@ from udi_kernels import duc_loss, effective_dims, reference
 from udi_trainer import Dataset, Modality, Split, load, train
 from udi_trainer.evaluation.fusion import Certainty, fuse
 from udi_trainer.methods import dimml
-from udi_trainer.training.engine import Eager
+
+from ..helpers import interrupted
 
 WIDTHS = {"a": 24, "b": 16, "c": 20}
 OPTIONS = dict(
@@ -117,21 +118,11 @@ def test_the_loss_of_a_step(contrast, monkeypatch):
         ("dimml-fusion", 6, "killed"),
     ],
 )
-def test_ended_and_resumed_it_reaches_the_same_figures(stage, after, how, whole, tmp_path, monkeypatch):
+def test_ended_and_resumed_it_reaches_the_same_figures(stage, after, how, whole, tmp_path):
     """Killed it goes on after its last epoch, asked to end after its last step; with the same dimensions."""
-    step, device = Eager.step, whole[0].metrics["device"]
-
-    def ending(self, batch, number):
-        if self.task.key == stage and number == after:
-            if how == "killed":
-                raise KeyboardInterrupt
-            self.task.run.stop.request(2)
-        return step(self, batch, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Eager, "step", ending)
-        with pytest.raises(KeyboardInterrupt):
-            train(dataset(), out=tmp_path / "run", device=device, **OPTIONS)
+    device = whole[0].metrics["device"]
+    with interrupted(lambda task, number: task.key == stage and number == after, how):
+        train(dataset(), out=tmp_path / "run", device=device, **OPTIONS)
     result = train(dataset(), "dimml", resume=tmp_path / "run", progress=False)
     assert figures(result.metrics) == figures(whole[0].metrics)
 

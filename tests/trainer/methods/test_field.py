@@ -5,9 +5,8 @@ import torch
 
 from udi_trainer import Dataset, load, train
 from udi_trainer.data.dataset import presence
-from udi_trainer.training.engine import Eager
 
-from ..helpers import without_times
+from ..helpers import interrupted, without_times
 
 METHODS = ["mmpareto", "dgl", "g2d", "mla", "reconboost", "pdmp", "pmr", "g-blending"]
 OPTIONS = {"epochs": 4, "batch_size": 64, "baselines": [], "progress": False}
@@ -15,21 +14,15 @@ OPTIONS = {"epochs": 4, "batch_size": 64, "baselines": [], "progress": False}
 
 @pytest.mark.parametrize("how", ["killed", "asked"])
 @pytest.mark.parametrize("method", METHODS)
-def test_ended_and_resumed_it_reaches_the_same_figures(method, how, three_views, tmp_path, monkeypatch):
+def test_ended_and_resumed_it_reaches_the_same_figures(method, how, three_views, tmp_path):
     """Killed it goes on after its last epoch, asked to end after its last step."""
-    whole, step = train(three_views, method, out=tmp_path / "whole", **OPTIONS), Eager.step
+    whole = train(three_views, method, out=tmp_path / "whole", **OPTIONS)
 
-    def ending(self, batch, number):
-        if self.task.key == method and number == 15:  # in the third of four epochs of six steps
-            if how == "killed":
-                raise KeyboardInterrupt
-            self.task.run.stop.request(2)
-        return step(self, batch, number)
+    def at(task, number):
+        return task.key == method and number == 15  # in the third of four epochs of six steps
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Eager, "step", ending)
-        with pytest.raises(KeyboardInterrupt):
-            train(three_views, method, out=tmp_path / "cut", **OPTIONS)
+    with interrupted(at, how):
+        train(three_views, method, out=tmp_path / "cut", **OPTIONS)
     resumed = train(three_views, method, resume=tmp_path / "cut", progress=False)
     assert without_times(resumed.metrics) == without_times(whole.metrics)
 
