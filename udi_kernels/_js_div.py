@@ -102,6 +102,8 @@ def js_div(
             op = ops.js_div_inplace if native() else ops.js_div_inplace_reference
             return op(input, target, weight, beta, temperature, code)
     plain = type(input) is type(target) is Tensor and (weight is None or type(weight) is Tensor)
+    if plain and type(beta) is type(temperature) is float and native():
+        return JS_DIV.overload(input, target, weight, beta, temperature, code)  # what JS_DIV does, 0.3 us sooner
     if not plain and (module := dtensors(input, target, weight)):
         return module.js_div(JS_DIV, input, target, weight, beta, temperature, reduction, code)
     return JS_DIV(input, target, weight, beta, temperature, code)

@@ -35,12 +35,12 @@ std::optional<std::vector<c10::SymInt>> leading_sizes(at::ArrayRef<Tensor> tenso
 }
 
 // Below autograd an op must not return its argument, so `to` and `reshape` are called only where they change something.
-Tensor converted(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+Tensor converted(Tensor t, at::ScalarType dtype) { return t.scalar_type() == dtype ? std::move(t) : t.to(dtype); }
 
 // The logits as kernels take them: of one dtype, (R, C) or (A, B, C), of any strides. A copy is made only of mixed
 // dtypes, and of leading dimensions with more than two strides; it is not kept but made again in the backward pass.
 std::tuple<Tensor, Tensor> logit_rows(Tensor input, Tensor target) {
-  if (input.dim() == 2 && input.scalar_type() == target.scalar_type()) return {input, target};
+  if (input.dim() == 2 && input.scalar_type() == target.scalar_type()) return {std::move(input), std::move(target)};
   const auto dtype = at::promote_types(input.scalar_type(), target.scalar_type());
   input = converted(input, dtype), target = converted(target, dtype);
   if (input.dim() == 2) return {input, target};
@@ -116,14 +116,14 @@ struct RowDivergence : Function<RowDivergence<op_name, Options...>> {
         },
         ctx->saved_data["options"].template to<std::tuple<Options...>>());
     variable_list grads(3 + sizeof...(Options));
-    if (need_x) grads[0] = shaped(dx, saved[0]);
-    if (need_y) grads[1] = shaped(dy, saved[1]);
+    if (need_x) grads[0] = shaped(std::move(dx), saved[0]);
+    if (need_y) grads[1] = shaped(std::move(dy), saved[1]);
     return grads;
   }
 
-  static Tensor shaped(const Tensor& rows, const Tensor& logits) {
-    const Tensor g = converted(rows, logits.scalar_type());
-    return logits.dim() == 2 ? g : g.view_symint(logits.sym_sizes());
+  static Tensor shaped(Tensor rows, const Tensor& logits) {
+    rows = converted(std::move(rows), logits.scalar_type());
+    return logits.dim() == 2 ? std::move(rows) : rows.view_symint(logits.sym_sizes());
   }
 };
 
