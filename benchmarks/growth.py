@@ -92,7 +92,7 @@ SERIES = {
     "js_div, N × 32 classes": ("exp", 256, ROWS, lambda n: logits(js_div, n, 32)),
     "skew_kl, 256 rows × C": ("exp", 2048, CLASSES, lambda c: logits(skew_kl, 256, c)),
     "skew_kl, N × 32 classes": ("exp", 256, ROWS, lambda n: logits(skew_kl, n, 32)),
-    "js_div_topk, 256 rows × C": ("exp", 1024, CLASSES, partial(topk, 256)),
+    "js_div_topk, 256 rows × C": ("copy", 1024, CLASSES, partial(topk, 256)),
     "js_div_topk, N × 32 classes": ("exp", 128, ROWS, lambda n: topk(n, 32)),
     "linear_js_div, 256 rows × C, H = 64": (
         "exp", 512, CLASSES, lambda c: loss(linear_js_div, [(256, 64), (c, 64), (256, 64), (c, 64)], leaf=1),
@@ -111,7 +111,7 @@ SERIES = {
         "exp", 384, ROWS, lambda n: partial(certainty_fusion, torch.randn(3, n, 32)),
     ),
     "certainty_fusion, 3 × 64 × C": (
-        "exp", 768, CLASSES, lambda c: partial(certainty_fusion, torch.randn(3, 64, c)),
+        "copy", 768, CLASSES, lambda c: partial(certainty_fusion, torch.randn(3, 64, c)),
     ),
     "gramian, K = 2, P in bfloat16": ("copy", 4, PARAMETERS, lambda p: gram(2, p, BF16)),
     "gramian, K, P = 10⁶": ("copy", 4_000_000, LISTS, lambda k: gram(k, 1_000_000)),

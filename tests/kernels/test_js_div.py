@@ -344,13 +344,18 @@ def test_masked_rows_are_skipped():
 
     def seconds(weight):
         def once():
-            start = time.perf_counter()
+            start = time.thread_time()
             js_div(x, y, weight=weight)
-            return time.perf_counter() - start
+            return time.thread_time() - start
 
         return min(once() for _ in range(9))
 
-    assert seconds(few) < 0.4 * seconds(torch.ones_like(few))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # on a busy machine, threads mostly wait for each other
+        assert seconds(few) < 0.4 * seconds(torch.ones_like(few))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
