@@ -7,7 +7,7 @@ Each op is measured at three sizes, each four times the one before; losses forwa
 processor with one thread, which other processes hardly disturb. Growth: time per element at the largest size over that
 at the middle one, 1.00 if linear. Memory: the same of what the call allocates at its peak. Threads: wall time with one
 over that with two, at the largest size, beside the same figure of what bounds the op: a copy, or torch.exp, of as many
-bytes as the op reads (at most 512 MB). All samples are interleaved, and each time is the least one.
+bytes as the op reads (at most 512 MB), or torch.mm. All samples are interleaved, and each time is the least one.
 
 glibc is told to keep freed memory. It returns tensors from 32 MB on, and their page faults would look like growth;
 `page_faults.py` measures these.
@@ -95,7 +95,7 @@ SERIES = {
     "js_div_topk, 256 rows × C": ("copy", 1024, CLASSES, partial(topk, 256)),
     "js_div_topk, N × 32 classes": ("exp", 128, ROWS, lambda n: topk(n, 32)),
     "linear_js_div, 256 rows × C, H = 64": (
-        "exp", 512, CLASSES, lambda c: loss(linear_js_div, [(256, 64), (c, 64), (256, 64), (c, 64)], leaf=1),
+        "mm", 512, CLASSES, lambda c: loss(linear_js_div, [(256, 64), (c, 64), (256, 64), (c, 64)], leaf=1),
     ),
     "club_mi, N × 64": ("copy", 768, ROWS, lambda n: club(club_mi, n, 64)),
     "club_mi, 4096 × D": ("copy", 49152, DIMS, lambda d: club(club_mi, 4096, d)),
@@ -121,7 +121,13 @@ SERIES = {
 
 
 def bound(kind, count):
-    """A copy or torch.exp of so many bytes, at most 512 MB, in float32, into memory that is there."""
+    """A copy or torch.exp of so many bytes, at most 512 MB, in float32, into memory that is there.
+
+    For ``linear_js_div`` the product of its head.
+    """
+    if kind == "mm":
+        x, weight = torch.randn(256, 64), torch.randn(count // 512, 64)
+        return partial(torch.mm, x, weight.t(), out=torch.empty(256, len(weight)))
     source = torch.randn(1 << 20).repeat(-(-min(count, 1 << 29) >> 22))
     target = torch.empty_like(source)
     return partial(target.copy_, source) if kind == "copy" else partial(torch.exp, source, out=target)
