@@ -12,6 +12,7 @@ from studies.command import main, studies
 from studies.questions import field, gaussian
 from studies.questions.features import follower_features
 from studies.questions.speakers import by_fold, missing
+from studies.study import Study
 from udi_trainer import Options
 
 from .helpers import ROOT, SCORES, line, metrics, record, results, table
@@ -21,6 +22,13 @@ def test_options_of_all_studies():
     for study in (cls() for name, cls in studies.items() if name != "stub"):
         assert all(study.resolve([*v.options.split(), "--seed", "0"]) for v in study.variants) and study.__doc__
         assert len({str(v) for v in study.variants}) == len(study.variants)
+
+
+def test_studies_name_their_data_sets():
+    """A study keeps its meaning when the default data set changes. Only quickstart asks for the defaults."""
+    for name, cls in studies.items():
+        if name not in ("quickstart", "stub") and cls.program == Study.program:
+            assert all("--dataset " in variant.options for variant in cls().variants), name
 
 
 @pytest.mark.parametrize("name", [name for name in studies if name != "stub"])

@@ -20,7 +20,7 @@ class Controller(Study):
     """Do weights that follow the gradients beat fixed ones, and is measuring them once an epoch enough?"""
 
     variants = [
-        Variant(name, f"--baselines none {options} {noise}", condition)
+        Variant(name, f"--dataset cgdigits --baselines none {options} {noise}", condition)
         for condition, noise in NOISE.items()
         for name, options in (
             ("each epoch", "--controller dynamic"),
