@@ -20,7 +20,7 @@ from ..data.dataset import Batch
 from ..models.classifiers import ConditionalGaussian
 from ..options import Group, number, one_of, option, pair, steps_or_epoch
 from ..run import Run
-from ..training.task import Rows, update
+from ..training.task import Rows, taken, update
 from .frozen import Frozen, Fused
 from .unimodal import Alone, Unimodal
 
@@ -140,13 +140,14 @@ class Follower(Unimodal):
             self.controller.gram.copy_(gramian(grads))
             found = alignment_weights(self.controller.gram)
             alpha.copy_(found.where(found.isfinite(), alpha) if self.loss_scale else found)
-            q_grad = self.gradients(q_nll, self.q_parameters)
-            update(self.optimizer, parameters, [*weighted_sum(grads, alpha), *q_grad])
+            grad = [*weighted_sum(grads, alpha), *self.gradients(q_nll, self.q_parameters)]
+            loss = cls + a_con * con + a_com * com
         else:
-            update(self.optimizer, parameters, self.gradients(cls + a_con * con + a_com * com + q_nll, parameters))
+            loss = cls + a_con * con + a_com * com
+            grad = self.gradients(loss + q_nll, parameters)
+        update(self.optimizer, parameters, grad)
         for _ in range(self.options.q_steps - 1):
             self.fit_q(x, y)
-        loss = torch.stack((cls, con, com)).detach() @ alpha
         scalars = {"loss": loss, "cls": cls, "con": con, "com": bound, "q_nll": q_nll}
         return scalars | {"alpha_con": a_con, "alpha_com": a_com if fitted else 0 * a_com}
 
@@ -161,14 +162,14 @@ class Follower(Unimodal):
         teacher_features, teacher_logits = self.teacher.outputs(batch)
         features, logits = self.forward(batch, training=True)
         classified = logits if self.val_anchor_logits is None else logits + self.anchor_logits(teacher_logits, batch)
-        cls = self.cross_entropy(classified[labelled], labels[labelled])
+        cls = self.cross_entropy(*taken(labelled, classified, labels))
 
         rows: Rows | torch.Tensor = any_rows
         any_present = None
         if self.teacher.present is not None:  # samples without the teacher's modality learn from their labels alone
             rows, any_present = repeated(self.teacher.present[batch["index"][any_rows]])
         paired = teacher_features, teacher_logits, features, logits, labels
-        teacher_features, teacher_logits, features, logits, labels = (t[rows] for t in paired)
+        teacher_features, teacher_logits, features, logits, labels = taken(rows, *paired)
         con = js_div(logits, teacher_logits)
 
         # q(y|x) is fitted with the features fixed; the bound is minimised in the features with q fixed. A q that was
@@ -179,13 +180,14 @@ class Follower(Unimodal):
         if len(self.classes):  # for an unlabelled sample q sees the features alone, and the sample bounds nothing
             given, x = labels, torch.cat((x, (labels[:, None] == self.classes).to(x.dtype)), dim=1)
         mu, logvar = self.q(x)
-        q_nll = club_nll(mu, logvar, y.detach())
+        target = y.detach()
+        q_nll = club_nll(mu, logvar, target)
         bound = club_mi(mu.detach(), logvar.detach(), y, given=given, process_group=distributed.group())
         bound = bound / self.width
         com = bound.relu() if fitted else 0 * bound
         if any_present is not None:
             con, com, q_nll = con * any_present, com * any_present, q_nll * any_present
-        return cls, con, com, q_nll, bound, x, y.detach()
+        return cls, con, com, q_nll, bound, x, target
 
     def fit_q(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Another step of q alone: the optimizer skips parameters without a gradient."""

@@ -29,7 +29,7 @@ class Frozen:
         """Features and logits of a training batch."""
         if self.cache is None:
             return self.compute(batch, training=True)
-        return tuple(t[batch["index"]] for t in self.cache)
+        return tuple(t.index_select(0, batch["index"]) for t in self.cache)
 
     @torch.no_grad()
     def compute(self, batch: Batch, training: bool = False) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ from ..registry import methods
 from ..run import Run
 from ..training.inference import outputs, predict
 from ..training.loop import fit
-from ..training.task import Task, update
+from ..training.task import Task, taken, update
 from .joint import Joint, train_joint
 from .outcome import Outcome
 from .unimodal import Alone, train_alone
@@ -41,8 +41,9 @@ class Student(Task):
         any_rows, labelled = self.rows(batch)
         with self.run.autocast():
             logits = self.forward(batch, training=True)[1]
-            cls = self.cross_entropy(logits[labelled], batch["labels"][labelled])
-            con = js_div(logits[any_rows], self.pseudo_logits[batch["index"][any_rows]])
+            cls = self.cross_entropy(*taken(labelled, logits, batch["labels"]))
+            unlabelled, index = taken(any_rows, logits, batch["index"])
+            con = js_div(unlabelled, self.pseudo_logits[index])
             loss = cls + self.weight * con
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss, "cls": cls, "con": con}

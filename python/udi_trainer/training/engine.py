@@ -52,7 +52,8 @@ class Eager:
             raise UserError(
                 f"{self.task.name}: BatchNorm needs two samples or more, and a batch has one: raise --batch-size"
             ) from error
-        values = torch.stack([x.detach().float() for x in scalars.values()])
+        with torch.no_grad():
+            values = torch.stack([x.float() for x in scalars.values()])
         if not self.names:
             self.names, self.totals = list(scalars), torch.zeros_like(values)
             self.finite = torch.zeros_like(values, dtype=torch.int64)

@@ -117,7 +117,7 @@ class Task:
     def rows(self, batch: Batch) -> tuple[Rows, Rows]:
         """Rows of a batch for losses without labels, and rows for those with; the same if all samples are labelled."""
         if not self.semi_supervised:
-            return ..., ...  # a slice of all rows would copy gradients
+            return ..., ...
         first = len(batch["labels"]) // 2
         return slice(first), slice(first, None)
 
@@ -217,6 +217,11 @@ class Freezing:
         for layer in self.encoder.modules() if self.frozen else ():
             if isinstance(layer, nn.modules.batchnorm._NormBase):
                 layer.eval()
+
+
+def taken(rows: Rows | torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """These rows of the tensors; all rows (...) are the tensors themselves, which saves an op each, and a copy back."""
+    return tensors if rows is ... else tuple(t[rows] for t in tensors)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
