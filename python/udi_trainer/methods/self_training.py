@@ -42,8 +42,8 @@ class Student(Task):
         with self.run.autocast():
             logits = self.forward(batch, training=True)[1]
             cls = self.cross_entropy(*taken(labelled, logits, batch["labels"]))
-            unlabelled, index = taken(any_rows, logits, batch["index"])
-            con = js_div(unlabelled, self.pseudo_logits[index])
+            any_logits, index = taken(any_rows, logits, batch["index"])
+            con = js_div(any_logits, self.pseudo_logits[index])
             loss = cls + self.weight * con
         update(self.optimizer, self.parameters, self.gradients(loss, self.parameters))
         return {"loss": loss, "cls": cls, "con": con}
