@@ -54,7 +54,7 @@ class Joint(Task):
 
     def unimodal_losses(self, logits: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """The cross-entropy of each modality's logits, over the samples that have it."""
-        rows = {name: self.cross_entropy(z, batch["labels"], "none") for name, z in logits.items()}
+        rows = {name: self.cross_entropy(z, batch["labels"], reduction="none") for name, z in logits.items()}
         return {name: self.mean(loss, name, batch) for name, loss in rows.items()}
 
     def confidence(self, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:

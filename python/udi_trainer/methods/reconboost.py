@@ -70,7 +70,7 @@ class ReconBoost(Joint):
                 others = torch.stack([z.detach() for name, z in shares.items() if name != m]).sum(0)
                 known = as_float(others).softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
                 weight = (self.options.reconboost_label - self.options.reconboost_others * known) / logits.shape[1]
-                loss = self.mean(weight * self.cross_entropy(shares[m], batch["labels"], "none"), m, batch)
+                loss = self.mean(weight * self.cross_entropy(shares[m], batch["labels"], reduction="none"), m, batch)
         learning = [p for p in self.parameters if p in parameters]
         grads = dict(zip(learning, self.gradients(loss, learning), strict=True))
         update(self.optimizer, self.parameters, [grads.get(p) for p in self.parameters])

@@ -83,7 +83,7 @@ class Task:
         """Which of the encoders that --freeze names are frozen now: steps differ by it."""
         return tuple(freezing.frozen for freezing in self.freezing)
 
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
         """The classification loss of a batch, weighted by class if the options say so; ``reduction``: mean or none.
 
         The weights are not normalized by batch, so the mean over several processes is that of one.
