@@ -123,7 +123,7 @@ SERIES = {
 def bound(kind, count):
     """A copy or torch.exp of so many bytes, at most 512 MB, in float32, into memory that is there.
 
-    For ``linear_js_div`` the product of its head.
+    Or the product of ``linear_js_div``'s head: its two heads of 64 columns are 512 bytes a class.
     """
     if kind == "mm":
         x, weight = torch.randn(256, 64), torch.randn(count // 512, 64)
